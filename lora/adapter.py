@@ -1,0 +1,217 @@
+"""Adapters as a whole: put them into a model, switch them off, merge them, save and load them."""
+import os
+import pickle
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from .layers import LoRAEmbedding, LoRALayer, LoRALinear
+
+METHODS = {"lora": {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}}      # method -> base layer -> adapter layer
+
+
+@dataclass
+class LoRAConfig:
+    """What rebuilds an adapter's layers; in a file it is this as a plain dict.
+
+    targets: last parts of module paths ("wq" is every ...wq), or "all" for each layer the method can wrap.
+    Raises ValueError for values out of range.
+    """
+    method: str = "lora"
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.05
+    targets: tuple = ("wq", "wv")
+    init: str = "kaiming"
+
+    def __post_init__(self):
+        self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; there is {', '.join(METHODS)}")
+        if self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"init is {self.init!r}, must be kaiming or gaussian")
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}, must be a whole number from 1")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha is {self.alpha!r}, must be a number above 0")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, must be from 0 to below 1")
+        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+            raise ValueError(f"targets are {self.targets!r}, must be names of layers")
+
+
+def lora_layers(model):
+    """{path: layer} of the adapter layers in `model`."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def is_lora(name):
+    """Whether a parameter's full name is an adapter's."""
+    return name.rpartition(".")[2].startswith("lora_")
+
+
+def add_lora(model, config):
+    """Freeze `model`, wrap each layer that config.targets names, return the wrapped paths.
+
+    Raises ValueError, with the model as it was, for a target that matches nothing or nothing wrappable,
+    an r that a layer is too small for, or a model that has an adapter already.
+    """
+    if lora_layers(model):
+        raise ValueError("the model has an adapter already; load_adapter swaps it")
+    kinds = METHODS[config.method]
+    wrappable = {path: module for path, module in model.named_modules() if type(module) in kinds}
+    names = {path.rpartition(".")[2] for path in wrappable}
+    targets = names if config.targets == ("all",) else set(config.targets)
+    if missing := targets - names:
+        raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names))}")
+    found = [path for path in wrappable if path.rpartition(".")[2] in targets]
+    settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init)
+    layers = {}
+    for path in found:
+        try:
+            layers[path] = kinds[type(wrappable[path])](wrappable[path], **settings)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    model.requires_grad_(False)
+    for path, layer in layers.items():
+        model.set_submodule(path, layer)
+    model.lora_config = config
+    return found
+
+
+def remove_lora(model):
+    """Take the adapter out again: each wrapped layer's base goes back to its place, frozen as it is."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base)
+
+
+def mark_only_lora_as_trainable(model):
+    """requires_grad for the adapter's parameters and for no other."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_lora(name))
+
+
+def lora_state_dict(model):
+    """{name: tensor} of the adapter alone."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}
+
+
+@contextmanager
+def lora_disabled(model):
+    """Within the block `model` is its base, bit for bit.  Raises ValueError while the adapter is merged."""
+    layers = list(lora_layers(model).values())
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged into the weights; unmerge it first")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+def merge_lora(model):
+    """Merge every adapter layer into its base; return the share of the update that survived the rounding.
+
+    1.0 is all of it; in bf16 a small update can be lost nearly whole, because the weights' steps are larger
+    than it.  Raises ValueError when there is nothing to merge or it is merged already.
+    """
+    layers = lora_layers(model).values()
+    if not layers or any(layer.merged for layer in layers):
+        raise ValueError("the adapter is merged already" if layers else "the model has no adapter to merge")
+    kept, whole = (sum(column) for column in zip(*[layer.merge() for layer in layers]))
+    return kept / whole if whole else 1.0
+
+
+def unmerge_lora(model):
+    """Undo merge_lora, bit for bit.  Raises ValueError when nothing is merged."""
+    layers = lora_layers(model).values()
+    if not layers or not all(layer.merged for layer in layers):
+        raise ValueError("no merged adapter to take out")
+    for layer in layers:
+        layer.unmerge()
+
+
+def save_adapter(model, path):
+    """Write the adapter's tensors, its config and model.origin (what the base says of itself, if it does).
+
+    The file is whole or not there.
+    """
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in lora_state_dict(model).items()}
+    if not tensors:
+        raise ValueError("the model has no adapter to save")
+    content = {"config": {**asdict(model.lora_config), "targets": list(model.lora_config.targets)},
+               "base": getattr(model, "origin", {}), "tensors": tensors}
+    beside = Path(f"{path}.tmp")
+    try:
+        with open(beside, "wb") as file:             # given a path, torch.save would write its name into the file
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_adapter(path):
+    """The file's {"config": LoRAConfig, "base": dict, "tensors": dict}; no pickled code runs.
+
+    Raises FileNotFoundError, or ValueError for what is not an adapter file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        config, base, tensors = LoRAConfig(**content["config"]), dict(content["base"]), dict(content["tensors"])
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not an adapter file: {reason}") from error
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} is not an adapter file: it holds something else among its tensors")
+    return {"config": config, "base": base, "tensors": tensors}
+
+
+def load_adapter(model, path):
+    """Load an adapter file: add its layers if the model has none like them, or swap the tensors.
+
+    Raises ValueError, with the model as it was, when the file belongs to another base or its tensors do not
+    fit, naming both sides, or while another adapter is merged.
+    """
+    saved = read_adapter(path)
+    trained_on, here = saved["base"], getattr(model, "origin", {})
+    if trained_on.get("fingerprint") != here.get("fingerprint"):
+        raise ValueError(f"{path} was trained on another base: {_name(trained_on)}, this one is {_name(here)}")
+    held = lora_layers(model)
+    if any(layer.merged for layer in held.values()):
+        raise ValueError("an adapter is merged into the weights; unmerge it first")
+    config = getattr(model, "lora_config", None)
+    try:
+        if not held or config != saved["config"]:
+            remove_lora(model)
+            add_lora(model, saved["config"])
+        expected, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
+                           for tensors in (lora_state_dict(model), saved["tensors"]))
+        if expected != found:
+            def listed(one, other):
+                return ", ".join(f"{name} {shape}" for name, shape in one.items() if other.get(name) != shape) or "none"
+            raise ValueError(f"{path} does not fit; the model expects {listed(expected, found)}; "
+                             f"the file has {listed(found, expected)}")
+    except ValueError:
+        remove_lora(model)
+        for name, layer in held.items():
+            model.set_submodule(name, layer)
+        model.lora_config = config
+        raise
+    model.load_state_dict(saved["tensors"], strict=False)        # the base's weights are not in this file
+
+
+def _name(origin):
+    """One base among others, for a message."""
+    if not origin:
+        return "one that does not say what it is"
+    return f"{origin.get('folder')} ({origin.get('layers')} layers, {origin.get('init')})"
