@@ -1,0 +1,231 @@
+"""train.py: the step's arithmetic through the command line, reproducible to the byte, careful with what is there."""
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from llama import load_checkpoint
+from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples
+
+from .conftest import EXAMPLES
+
+FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens", "tokens_per_second", "peak_memory_mb",
+          "loss_scale"]
+TIMED = ("tokens_per_second", "peak_memory_mb")
+
+
+@pytest.fixture
+def run(base, data, tmp_path, monkeypatch):
+    """run("out", *flags) trains in tmp_path and returns the rows of metrics.jsonl."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(out, *flags):
+        train.main(["--checkpoint", str(base), "--data", str(data), "--out", out, "--r", "4", "--lr", "1e-2", *flags])
+        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+    return run
+
+
+def adapter(folder):
+    return torch.load(folder / "adapter.pt", weights_only=True)["tensors"]
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut(run, tmp_path):
+    """Two epochs of a step over 8 examples and one over the 4 left: as 8, 4 + 4, 8 x 1, or with checkpointing."""
+    whole = run("8", "--batch-size", "8", "--accumulation-steps", "1", "--dropout", "0", "--epochs", "2")
+    for out, *flags in (("4+4", "--batch-size", "4", "--accumulation-steps", "2"),
+                        ("1x8", "--batch-size", "1", "--accumulation-steps", "8"),
+                        ("checkpointing", "--batch-size", "8", "--accumulation-steps", "1", "--checkpointing")):
+        rows = run(out, *flags, "--dropout", "0", "--epochs", "2")
+        assert len(rows) == len(whole) == 4
+        for row, other in zip(rows, whole):
+            assert [row[key] for key in ("step", "epoch", "tokens", "answer_tokens", "lr")] == \
+                   [other[key] for key in ("step", "epoch", "tokens", "answer_tokens", "lr")]
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        for name, tensor in adapter(tmp_path / out).items():
+            assert torch.allclose(tensor, adapter(tmp_path / "8")[name], atol=1e-4), name
+
+
+def test_metrics_have_every_field_and_count_real_tokens(run, tokenizer):
+    rows = run("out", "--batch-size", "5", "--accumulation-steps", "2", "--epochs", "2", "--log-every", "100")
+    data = SupervisedDataset(EXAMPLES, tokenizer)
+    assert [list(row) for row in rows] == [FIELDS] * 4
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5, 2.0]
+    for epoch in (rows[:2], rows[2:]):                                  # each example once an epoch, no padding
+        assert sum(row["tokens"] for row in epoch) == sum(len(tokens) for tokens, _ in data.rows)
+        assert sum(row["answer_tokens"] for row in epoch) == sum(sum(i != -100 for i in labels) for _, labels in data.rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_first_loss_is_the_bases(run, base, tokenizer, data):
+    """At lr 0 every step's loss is the untrained model's, averaged over answer tokens."""
+    model, _ = load_checkpoint(base)
+    batch = DataCollatorForSupervisedDataset(2)(SupervisedDataset(EXAMPLES, tokenizer).rows)
+    logits = model(batch.tokens)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
+    row, = run("out", "--batch-size", "5", "--accumulation-steps", "3", "--epochs", "1")
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_same_command_same_bytes(run, tmp_path):
+    flags = ("--batch-size", "2", "--accumulation-steps", "2", "--epochs", "2", "--dropout", "0.1")
+    first, second, other = run("a", *flags), run("b", *flags), run("c", *flags, "--seed", "1")
+    assert untimed(first) == untimed(second)
+    assert (tmp_path / "a/adapter.pt").read_bytes() == (tmp_path / "b/adapter.pt").read_bytes()
+    assert untimed(first) != untimed(other)
+
+
+def test_full_fine_tuning_and_random_weights(run, tmp_path, capsys):
+    rows = run("full", "--method", "full", "--init", "random", "--epochs", "6", "--accumulation-steps", "1")
+    assert rows[0]["loss"] == pytest.approx(math.log(400), rel=0.02) and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert "parameters trained (100.00 %)" in capsys.readouterr().out
+    model, _ = load_checkpoint(tmp_path / "full")
+    assert model.norm.weight.dtype == torch.float32 and not (tmp_path / "full/adapter.pt").exists()
+    again = run("again", "--checkpoint", "full", "--method", "full", "--max-steps", "1", "--lr", "1e-9")
+    assert again[0]["loss"] < 1.2 * rows[-1]["loss"]                     # goes on where the saved weights are
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_stays_close_to_fp32(run, method):
+    exact, rounded = (run(precision, "--precision", precision, "--method", method, "--dropout", "0", "--epochs", "4",
+                          "--lr", "1e-3") for precision in ("fp32", "bf16"))
+    assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in zip(exact, rounded))
+    assert [row["loss_scale"] for row in rounded] == [1.0] * len(rounded)
+
+
+def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base):
+    for flags, frozen in ((["--precision", "bf16"], {torch.bfloat16}), (["--precision", "fp32"], {torch.float32}),
+                          (["--precision", "bf16", "--method", "full"], set())):
+        args = train.parse_args(["--checkpoint", str(base), *flags])
+        lora = None if args.method == "full" else train.LoRAConfig(r=2)
+        model, _ = train.load_model(args, lora, torch.device("cpu"))
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, tmp_path, monkeypatch):
+    """Infinity planted in the second step: no weight and no schedule moves, and the scale is halved."""
+    flags = ("--precision", "fp16", "--epochs", "4", "--dropout", "0", "--batch-size", "4", "--accumulation-steps", "3")
+    plain = run("plain", *flags)
+    assert [row["loss_scale"] for row in plain] == [65536.0] * 4
+    calls, weights = [], []
+    honest = train.answer_loss
+
+    def planted(model, batch):
+        loss, n = honest(model, batch)
+        calls.append(len(calls))
+        if len(calls) % 3 == 1:                                          # the first micro-batch of a step
+            weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
+        return loss * (math.inf if len(calls) == 5 else 1), n
+    monkeypatch.setattr(train, "answer_loss", planted)
+    rows = run("planted", *flags)
+    assert [row["loss_scale"] for row in rows] == [65536.0, 65536.0, 32768.0, 32768.0]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[2], weights[3])
+    assert [row["lr"] for row in rows] == [plain[i]["lr"] for i in (0, 1, 1, 2)]
+
+
+def test_gradients_are_clipped_after_unscaling(run):
+    """The norm that is logged and clipped is the true one, whatever the loss scale."""
+    exact, scaled = (run(precision, "--precision", precision, "--dropout", "0", "--max-steps", "1", "--clip-grad-norm", "1e-3")
+                     for precision in ("fp32", "fp16"))
+    assert scaled[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.02)
+
+
+def test_learning_rate_at_its_corners():
+    def at(step, schedule="cosine"):
+        return train.lr_factor(step, steps=100, warmup=10, schedule=schedule)
+    assert 0 < at(0) < at(5) < at(9) < at(10) == 1.0
+    assert at(55) == pytest.approx(0.5) and 0 < at(99) < 0.001 and at(100) == pytest.approx(0)
+    assert at(0, "constant") == at(0) and at(10, "constant") == at(99, "constant") == 1.0
+    assert train.lr_factor(0, steps=1, warmup=0, schedule="cosine") == 1.0
+
+
+def test_held_out_loss_is_a_sum_by_a_count(run, base, tokenizer, data):
+    losses = [run(str(n), "--val-data", str(data), "--batch-size", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
+              for n in (1, 5, 12)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    model, _ = load_checkpoint(base)
+    batch, = in_order(SupervisedDataset(read_examples(data), tokenizer), DataCollatorForSupervisedDataset(2), 12)
+    logits = model(batch.tokens)[:, :-1].flatten(0, 1)
+    assert losses[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten()).item(), rel=1e-5)
+
+
+def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
+    rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1", "--max-steps", "8")
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
+    assert "9 examples, 0 cut at 512 tokens, 0 dropped; 3 held out" in capsys.readouterr().out
+
+
+def test_held_out_examples_are_not_trained_on(base, data):
+    args = train.parse_args(["--checkpoint", str(base), "--data", str(data), "--val-fraction", "0.25"])
+    tokenizer = load_checkpoint(base)[1]
+    training, held_out = ([tuple(tokens) for tokens, _ in part.rows] for part in train.load_data(args, tokenizer))
+    everything = [tuple(tokens) for tokens, _ in SupervisedDataset(EXAMPLES, tokenizer).rows]
+    assert sorted(training + held_out) == sorted(everything)
+
+
+def test_layers_keeps_the_first_blocks(run, tmp_path):
+    run("one", "--layers", "1", "--max-steps", "1")
+    assert {name.split(".")[1] for name in adapter(tmp_path / "one")} == {"0"}
+
+
+def test_the_default_out_is_replaced_and_a_named_one_is_not(run, base, data, tmp_path, capsys):
+    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
+    train.main(flags)
+    before = (tmp_path / "out/adapter.pt").read_bytes()
+    train.main([*flags, "--seed", "1"])
+    assert (tmp_path / "out/adapter.pt").read_bytes() != before
+    run("named", "--max-steps", "1")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()}
+    assert before.keys() == {"adapter.pt", "args.json", "metrics.jsonl"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run("named", "--max-steps", "1")
+    assert "named holds a run or a model already; name another folder with --out" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()} == before
+
+
+def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeypatch, capsys):
+    """A base that stands in ./out, the default of --out, by whatever way it came there."""
+    monkeypatch.chdir(tmp_path)
+    base.rename(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for flags in (["--checkpoint", "out"], []):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*flags, "--data", str(data), "--max-steps", "1"])
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_bad_input_leaves_the_last_run_in_the_default_out(run, base, data, tmp_path):
+    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
+    train.main(flags)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for wrong in (["--targets", "wz"], ["--r", "999"], ["--layers", "9"], ["--data", "nowhere.json"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*flags, *wrong])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_budget_of_flags_and_lines():
+    """The core stays a page that people read: the plan of the project in numbers."""
+    import ast
+    import re
+
+    from .conftest import ROOT
+    core = sum(len((ROOT / name).read_text().splitlines()) for name in ("llama/model.py", "lora/layers.py", "train.py"))
+    assert core <= 800
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 400
+    assert len(re.findall(r"^ +flag\(", (ROOT / "train.py").read_text(), re.M)) + 2 <= 40
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("llama/**/*.py"), *ROOT.glob("lora/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 100, (path, node.name)
+            if isinstance(node, ast.For) and path.name == "train.py":
+                assert node.end_lineno - node.lineno < 45, (path, node.lineno)

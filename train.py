@@ -1,0 +1,276 @@
+"""Fine-tune LLaMA 2 on Alpaca examples with LoRA.
+
+    python train.py                 the demo: a base of a million parameters, under a minute on a laptop's CPU
+    python train.py --layers 1      the same with its first block alone, for debugging
+    python train.py --checkpoint llama-2-7b --data alpaca_data.json --max-seq-len 512 --checkpointing --out out/7b
+
+Read from `main` on.  Every option is decided before the loop, which never asks which one was chosen.
+"""
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware
+from llama.loss import answer_loss
+from llama.model import Transformer
+from llama.tokenizer import Tokenizer
+from lora import LoRAConfig, add_lora, save_adapter
+from lora.adapter import METHODS
+
+DEMO = Path(__file__).parent / "llama" / "demo"
+RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what a run leaves in --out
+
+
+def parse_args(argv=None):
+    parser = Parser(prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    what = parser.add_argument_group("what")
+    flag = what.add_argument
+    flag("--checkpoint", metavar="DIR", help="base model, a folder in Meta's layout (default: the demo's)")
+    flag("--init", choices=("checkpoint", "random"), default="checkpoint",
+         help="random: take only sizes and tokenizer from --checkpoint (default: checkpoint)")
+    flag("--layers", metavar="N", type=number(int, 1), help="keep the first N blocks (default: all)")
+    flag("--data", metavar="FILE", help="examples, .json or .jsonl (default: the demo's)")
+    flag("--max-seq-len", metavar="N", type=number(int, 2), default=512, help="tokens a row; the tail is cut (default: 512)")
+    flag("--val-data", metavar="FILE", help="held-out examples (default: the demo's with the demo's data, else none)")
+    flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),
+         help="hold this share of --data out instead")
+    flag("--out", metavar="DIR", help="where the run goes; one that holds a run is refused (default: out, replaced)")
+    flag("--seed", metavar="N", type=number(int, 0), default=0, help="of weights, order and dropout (default: 0)")
+
+    flag = parser.add_argument_group("how it learns").add_argument
+    flag("--method", choices=("full", *METHODS), default="lora", help="what is trained (default: lora)")
+    flag("--r", metavar="N", type=number(int, 1), default=16, help="rank (default: 16)")
+    flag("--alpha", metavar="F", type=number(float, 0, open_low=True), default=32.0,
+         help="the update is scaled by alpha / r (default: 32)")
+    flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True), default=0.05,
+         help="on the adapter's input (default: 0.05)")
+    flag("--targets", metavar="NAMES", type=lambda text: tuple(text.split(",")), default=("wq", "wv"),
+         help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
+    flag("--lr", metavar="F", type=number(float, 0, open_low=True), help="peak learning rate (default: 3e-4, full: 1e-5)")
+    flag("--weight-decay", metavar="F", type=number(float, 0), default=0.0, help="AdamW's (default: 0)")
+    flag("--warmup-steps", metavar="N", type=number(int, 0), help="optimizer steps (default: 3 %% of all)")
+    flag("--schedule", choices=("cosine", "constant"), default="cosine", help="after warm-up (default: cosine, to 0)")
+    flag("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the data (default: 3)")
+    flag("--max-steps", metavar="N", type=number(int, 1), help="optimizer steps, if fewer than the epochs have")
+    flag("--clip-grad-norm", metavar="F", type=number(float, 0), default=1.0, help="0: never clip (default: 1.0)")
+
+    group = parser.add_argument_group("what it costs")
+    flag = group.add_argument
+    flag("--batch-size", metavar="N", type=number(int, 1), default=4, help="examples a micro-batch (default: 4)")
+    flag("--accumulation-steps", metavar="N", type=number(int, 1), default=8,
+         help="micro-batches an optimizer step (default: 8)")
+    flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
+         help="recompute blocks in backward instead of keeping them: less memory, a third more time (default: no)")
+    add_hardware_flags(group)
+    flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
+
+    args = parser.parse_args(argv)
+    if args.val_data and args.val_fraction:
+        parser.error("--val-data and --val-fraction both name held-out examples; give one")
+    if args.data is None and args.val_data is None and args.val_fraction is None:
+        args.val_data = str(DEMO / "held_out.json")
+    args.checkpoint, args.data = args.checkpoint or str(DEMO), args.data or str(DEMO / "train.json")
+    args.lr = args.lr or (1e-5 if args.method == "full" else 3e-4)
+    return args
+
+
+def claim_out(args):
+    """The folder of --out, made if need be.  Raises ValueError or OSError if a run must not or cannot go there."""
+    out = Path(args.out or "out")
+    if out.resolve() == Path(args.checkpoint).resolve():
+        raise ValueError(f"{out} is the base's own folder and a run replaces what is there; name another with --out")
+    if any((out / name).exists() for name in RUN_FILES) and (args.out or not (out / "args.json").exists()):
+        raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / "args.json.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
+    return out
+
+
+def load_data(args, tokenizer):
+    """(training set, held-out set or None)."""
+    examples, held_out = read_examples(args.data), None
+    if args.val_data:
+        held_out = read_examples(args.val_data)
+    elif args.val_fraction:
+        n = round(len(examples) * args.val_fraction)
+        if not 1 <= n < len(examples):
+            raise ValueError(f"--val-fraction {args.val_fraction} of {len(examples)} examples leaves one side empty")
+        examples = [examples[i] for i in np.random.default_rng(args.seed).permutation(len(examples))]
+        examples, held_out = examples[n:], examples[:n]
+    return (SupervisedDataset(examples, tokenizer, args.max_seq_len, args.data),
+            held_out and SupervisedDataset(held_out, tokenizer, args.max_seq_len, args.val_data or args.data))
+
+
+def load_model(args, lora, device):
+    """(model, wrapped paths): the base with an adapter or, for --method full, trainable as a whole."""
+    # What is frozen is held in the compute dtype: held in fp32, autocast would make a 16-bit copy at each use
+    # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
+    dtype = DTYPES[args.precision] if lora else torch.float32
+    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, args.init)
+    model.checkpointing = args.checkpointing
+    return model, add_lora(model, lora) if lora else []
+
+
+def lr_factor(step, steps, warmup, schedule):
+    """Share of the peak learning rate at `step` (from 0) of `steps`: up in a line, then a cosine to 0 or constant."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def evaluate(model, batches, device, autocast):
+    """Mean loss in nats per answer token over all batches: one sum by one count, whatever their size."""
+    model.eval()
+    total, count = 0.0, 0
+    for batch in batches:
+        with autocast:
+            loss, n = answer_loss(model, to_device(batch, device))
+        total, count = total + loss.item(), count + n
+    model.train()
+    return total / count
+
+
+def to_device(batch, device):
+    return batch._replace(tokens=batch.tokens.to(device), labels=batch.labels.to(device))
+
+
+def peak_memory_mb(device):
+    """Peak of the GPU's allocations, or of the process's memory on a CPU, in MiB; None where nobody counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource                                              # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def progress(row, steps, seconds):
+    """One line for people, whole and of fixed columns, so that it reads well in a log file too."""
+    left = round(seconds / row["step"] * (steps - row["step"]))
+    columns = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}",
+               f"lr {row['lr']:.1e}", f"grad norm {row['grad_norm']:.2f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+    if row["peak_memory_mb"] is not None:
+        columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
+    columns.append(f"{left // 60}:{left % 60:02} left")
+    if "val_loss" in row:
+        columns.append(f"held-out loss {row['val_loss']:.4f}")
+    return " | ".join(columns)
+
+
+def train(args, model, train_set, val_set, collate, device, out):
+    """The loop.  Writes metrics.jsonl, one row an optimizer step."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    steps_per_epoch = math.ceil(math.ceil(len(train_set) / args.batch_size) / args.accumulation_steps)
+    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, steps, warmup, args.schedule))
+    autocast = torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    order = itertools.chain.from_iterable(
+        windows(train_set, collate, args.batch_size, args.accumulation_steps, args.seed, epoch) for epoch in itertools.count())
+    print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches = "
+          f"{args.batch_size * args.accumulation_steps} examples a step; {steps} steps, {steps / steps_per_epoch:.3g} epochs")
+
+    def held_out_loss():
+        return evaluate(model, in_order(val_set, collate, args.batch_size), device, autocast)
+    if val_set:
+        print(f"before    held-out loss {held_out_loss():.4f}", flush=True)
+    model.train()
+    metrics = open(out / "metrics.jsonl", "w")
+    began = step_began = time.perf_counter()
+    for step, window in enumerate(itertools.islice(order, steps), 1):
+        n_answer = sum(batch.n_answer for batch in window)               # over the whole step: see llama/loss.py
+        loss = torch.zeros((), device=device)
+        for batch in window:
+            with autocast:
+                micro_loss = answer_loss(model, to_device(batch, device))[0] / n_answer
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        scaler.unscale_(optimizer)                                       # first, so that clipping sees true gradients
+        grad_norm = clip_grad_norm_(trainable, args.clip_grad_norm or math.inf)
+        loss_scale, lr = scaler.get_scale(), schedule.get_last_lr()[0]
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if scaler.get_scale() >= loss_scale:                             # a smaller scale means the step was skipped,
+            schedule.step()                                              # and then the schedule waits too
+        row = dict(step=step, epoch=step / steps_per_epoch, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(),
+                   tokens=sum(batch.n_tokens for batch in window), answer_tokens=n_answer)
+        row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
+        row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale)
+        if val_set and (step % steps_per_epoch == 0 or step == steps):
+            row["val_loss"] = held_out_loss()
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+        if step % args.log_every == 0 or step in (1, steps) or "val_loss" in row:
+            print(progress(row, steps, time.perf_counter() - began), flush=True)
+        step_began = time.perf_counter()                                 # collating the next window is part of its step
+    metrics.close()
+
+
+def describe(args, model, wrapped, train_set, val_set, device):
+    """The few lines that say what is about to be trained, and on what."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"base      {args.checkpoint}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
+          f"{args.precision} on {device}")
+    print(f"data      {args.data}: {len(train_set)} examples, {train_set.cut} cut at {args.max_seq_len} tokens, "
+          f"{train_set.dropped} dropped; {len(val_set or [])} held out")
+    adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
+    print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
+
+
+def main(argv=None):
+    began = time.perf_counter()
+    args = parse_args(argv)
+    with bad_input_ends_in_one_line("train.py"):
+        device, args.precision = pick_hardware(args.device, args.precision)
+        args.device = str(device)
+        out = claim_out(args)
+        model_args, tokenizer = read_params(args.checkpoint)
+        train_set, val_set = load_data(args, tokenizer)
+        lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
+        if lora:
+            with torch.device("meta"):                       # a wrong target or rank shows before the weights load
+                add_lora(Transformer(model_args), lora)
+        torch.manual_seed(args.seed)                         # before the first weight is drawn
+        model, wrapped = load_model(args, lora, device)
+    for name in RUN_FILES:
+        (out / name).unlink(missing_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    describe(args, model, wrapped, train_set, val_set, device)
+    collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
+    train(args, model, train_set, val_set, collate, device, out)
+    if lora:
+        save_adapter(model, out / "adapter.pt")
+        print(f"saved     {out / 'adapter.pt'}; now: python generate.py --adapter {out / 'adapter.pt'}")
+    else:                                                    # autocast rounded the weights to this at every use
+        save_checkpoint(model.to(DTYPES[args.precision]), tokenizer, out)
+        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
+    peak = peak_memory_mb(device)
+    print(f"total     {time.perf_counter() - began:.1f} s" + (f", peak memory {peak:,.0f} MiB" if peak else ""))
+
+
+if __name__ == "__main__":
+    main()
