@@ -13,12 +13,19 @@ import torch
 
 from llama.alpaca import encode_prompt
 from llama.checkpoint import CONTEXT, load_checkpoint
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown
 from llama.sampling import generate, stream
 from lora import load_adapter, merge_lora, read_adapter
 
 DEMO = Path(__file__).parent / "llama" / "demo"
-INSTRUCTIONS = [{"instruction": "What is the opposite of hot?"}]
+INSTRUCTIONS = [                                      # the demo's adapter was trained on none of these
+    {"instruction": "What is the opposite of slow?"},
+    {"instruction": "Name the colour of grass."},
+    {"instruction": "Which group does an apple belong to?"},
+    {"instruction": "Give the past of the verb think."},
+    {"instruction": "Name the place.", "input": "Leo found a green book in the kitchen."},
+    {"instruction": "How does Lily feel?", "input": "Lily played in the sun."},
+]
 
 
 def parse_args(argv=None):
@@ -54,7 +61,7 @@ def load(args, device):
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which were not kept")
     layers = args.layers or (base.get("layers") if args.adapter else None)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, CONTEXT)
-    said = f"base {folder}, {model.args.n_layers} layers, {args.precision} on {device}"
+    said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision} on {device}"
     if args.adapter:
         load_adapter(model, args.adapter)
         config = model.lora_config

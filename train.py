@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown
 from llama.loss import answer_loss
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -57,11 +57,12 @@ def parse_args(argv=None):
          help="on the adapter's input (default: 0.05)")
     flag("--targets", metavar="NAMES", type=lambda text: tuple(text.split(",")), default=("wq", "wv"),
          help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
-    flag("--lr", metavar="F", type=number(float, 0, open_low=True), help="peak learning rate (default: 3e-4, full: 1e-5)")
+    flag("--lr", metavar="F", type=number(float, 0, open_low=True), 
+         help="peak learning rate (default: 3e-4; full: 1e-5; over the demo's base, which is tiny: 5e-3)")
     flag("--weight-decay", metavar="F", type=number(float, 0), default=0.0, help="AdamW's (default: 0)")
     flag("--warmup-steps", metavar="N", type=number(int, 0), help="optimizer steps (default: 3 %% of all)")
     flag("--schedule", choices=("cosine", "constant"), default="cosine", help="after warm-up (default: cosine, to 0)")
-    flag("--epochs", metavar="N", type=number(int, 1), default=3, help="passes over the data (default: 3)")
+    flag("--epochs", metavar="N", type=number(int, 1), help="passes over the data (default: 3; over the demo's base: 4)")
     flag("--max-steps", metavar="N", type=number(int, 1), help="optimizer steps, if fewer than the epochs have")
     flag("--clip-grad-norm", metavar="F", type=number(float, 0), default=1.0, help="0: never clip (default: 1.0)")
 
@@ -80,8 +81,10 @@ def parse_args(argv=None):
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.data is None and args.val_data is None and args.val_fraction is None:
         args.val_data = str(DEMO / "held_out.json")
+    demo = args.checkpoint is None
+    args.lr = args.lr or (1e-5 if args.method == "full" else 5e-3 if demo else 3e-4)
+    args.epochs = args.epochs or (4 if demo else 3)
     args.checkpoint, args.data = args.checkpoint or str(DEMO), args.data or str(DEMO / "train.json")
-    args.lr = args.lr or (1e-5 if args.method == "full" else 3e-4)
     return args
 
 
@@ -233,9 +236,9 @@ def describe(args, model, wrapped, train_set, val_set, device):
     """The few lines that say what is about to be trained, and on what."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"base      {args.checkpoint}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
+    print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
           f"{args.precision} on {device}")
-    print(f"data      {args.data}: {len(train_set)} examples, {train_set.cut} cut at {args.max_seq_len} tokens, "
+    print(f"data      {shown(args.data)}: {len(train_set)} examples, {train_set.cut} cut at {args.max_seq_len} tokens, "
           f"{train_set.dropped} dropped; {len(val_set or [])} held out")
     adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")

@@ -2,6 +2,7 @@
 import argparse
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,12 @@ def pick_hardware(device, precision):
     if precision is None and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return device, precision or "fp32"
+
+
+def shown(path):
+    """The path as a person here would write it: from the current folder, if it is inside."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextmanager

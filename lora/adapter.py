@@ -77,7 +77,7 @@ def add_lora(model, config):
             raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
     for path, layer in layers.items():
-        model.set_submodule(path, layer)
+        model.set_submodule(path, layer.train(layer.base.training))      # else eval() before would leave dropout on
     model.lora_config = config
     return found
 

@@ -20,6 +20,9 @@ EXAMPLES = [{"instruction": f"Say {word} {'again ' * (i % 3)}please.", "input": 
             for i, word in enumerate("blue cold one two three green happy sad yes no sky grass".split())]
 
 
+torch.set_num_threads(1)                                    # for tensors this small, threads only wait for each other
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with pytest -m slow")
 

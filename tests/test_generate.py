@@ -92,7 +92,7 @@ def test_base_adapter_and_merged(trained, base, tokenizer):
     adapted, alone, merged = trained(*asked), trained(*asked, "--adapter", "none", "--checkpoint", str(base)), trained(*asked, "--merge")
     assert adapted.out == merged.out != alone.out
     assert adapted.out == "\n### Say blue please.\nblue \n"                  # learnt, and stops by itself
-    assert f"base {base}, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all" in adapted.err
+    assert "base base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all" in adapted.err
     assert "merged: 100.0 % of the update survives in fp32" in merged.err
     assert "; adapter" not in alone.err
 

@@ -100,6 +100,14 @@ def test_dropout_acts_on_the_adapters_input_alone():
     assert len(layer.eval()(x).unique(dim=0)) == 1
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_joins_in_the_models_mode(training):
+    """A model in eval mode stays so as a whole: else the new layers would drop out while generating."""
+    model = tiny().train(training)
+    add_lora(model, LoRAConfig(r=4, dropout=0.5, targets="all"))
+    assert all(module.training == training for module in model.modules())
+
+
 def test_gqa_widths():
     model = tiny(n_kv_heads=2)
     add_lora(model, LoRAConfig(r=4, targets=("wq", "wk", "wv")))

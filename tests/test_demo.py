@@ -1,0 +1,107 @@
+"""The embedded default: what `python train.py` and `python generate.py` promise on a fresh clone, without a network.
+
+    pytest -s tests/test_demo.py        prints the accuracy on held-out examples, base against base + adapter
+"""
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+import generate as command
+from llama import load_checkpoint
+from llama.alpaca import encode_prompt, read_examples
+from llama.sampling import generate
+from lora import load_adapter, lora_disabled
+
+from .conftest import ROOT
+
+DEMO = ROOT / "llama" / "demo"
+
+
+def python(folder, *command):
+    return subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, printed lines, rows of metrics, seconds) of `python train.py` with no argument."""
+    folder, began = tmp_path_factory.mktemp("demo"), time.perf_counter()
+    printed = python(folder, ROOT / "train.py")
+    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    return folder, printed, rows, time.perf_counter() - began
+
+
+def fifths(rows):
+    """Mean loss over the last fifth of the steps by that over the first."""
+    n = max(1, len(rows) // 5)
+    return sum(row["loss"] for row in rows[-n:]) / sum(row["loss"] for row in rows[:n])
+
+
+def answers(model, tokenizer, examples):
+    return [tokenizer.decode(generate(model, encode_prompt(example, tokenizer), 16, tokenizer.eos_id)).strip()
+            for example in examples]
+
+
+def test_it_learns_in_under_a_minute_and_says_where_the_adapter_is(trained):
+    folder, printed, rows, seconds = trained
+    held_out = [row["val_loss"] for row in rows if "val_loss" in row]
+    before = float(printed.split("before    held-out loss ")[1].split()[0])
+    assert seconds < 60
+    assert fifths(rows) < 0.7 and held_out[-1] < 0.7 * before
+    assert "saved     out/adapter.pt" in printed and (folder / "out/adapter.pt").is_file()
+
+
+def test_the_adapter_answers_what_the_base_does_not(trained):
+    """The base knows its small world as prose and writes prose whatever it is asked; instruction tuning makes it
+    answer, also about words and sentences that it was never asked about.  Right means right to the letter."""
+    model, tokenizer = load_checkpoint(DEMO)
+    load_adapter(model.eval(), trained[0] / "out/adapter.pt")
+    examples = read_examples(DEMO / "held_out.json")
+    with lora_disabled(model):
+        base = answers(model, tokenizer, examples)
+    adapted = answers(model, tokenizer, examples)
+    right = [sum(answer == example["output"] for answer, example in zip(said, examples)) for said in (base, adapted)]
+    print(f"\nheld-out answers exactly right: base {right[0]} of {len(examples)}, base + adapter {right[1]} of {len(examples)}")
+    assert right[0] <= 0.05 * len(examples) and right[1] >= 0.7 * len(examples)
+
+
+def test_generate_shows_it(trained):
+    with_adapter, base = (python(trained[0], ROOT / "generate.py", *flags) for flags in ((), ("--adapter", "none")))
+    assert with_adapter != base and with_adapter.count("###") == base.count("###") >= 4
+    assert with_adapter == python(trained[0], ROOT / "generate.py", "--merge")
+
+
+def test_one_layer_is_enough_to_debug_with(tmp_path):
+    printed = python(tmp_path, ROOT / "train.py", "--layers", "1")
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert fifths(rows) < 0.9 and "saved     out/adapter.pt" in printed
+    assert python(tmp_path, ROOT / "generate.py")
+
+
+def test_held_out_examples_are_not_among_the_training_examples():
+    """Nor is a question that differs by its wording alone: what is held out is a word or a sentence."""
+    training, held_out = ({(e["instruction"], e.get("input", "")) for e in read_examples(DEMO / name)}
+                          for name in ("train.json", "held_out.json"))
+    assert not training & held_out and 400 <= len(training) <= 1000 and 100 <= len(held_out) <= 300
+    assert all((e["instruction"], e.get("input", "")) in held_out for e in command.INSTRUCTIONS)
+
+
+@pytest.mark.slow
+def test_the_documented_commands_make_the_demo_again(tmp_path):
+    """The same data and tokenizer to the byte; a tenth of the base's training is enough to see it learn."""
+    subprocess.run([sys.executable, "-m", "llama.demo.make", tmp_path / "world"], cwd=ROOT, check=True)
+    for name in ("train.json", "held_out.json", "tokenizer.model", "params.json"):
+        assert (tmp_path / "world" / name).read_bytes() == (DEMO / name).read_bytes(), name
+    flags = (DEMO / "make.py").read_text().split("python train.py ")[1].split("\n\n")[0].replace("\\\\", "").split()
+    python(tmp_path, ROOT / "train.py", *flags, "--max-steps", "300")
+    rows = [json.loads(line) for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    model, tokenizer = load_checkpoint(tmp_path / "base")
+    assert len(list(generate(model, encode_prompt(command.INSTRUCTIONS[0], tokenizer), 16, tokenizer.eos_id))) > 3
+
+
+def test_making_the_demo_wants_a_folder():
+    done = subprocess.run([sys.executable, "-m", "llama.demo.make"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "usage: python -m llama.demo.make DIR\n"

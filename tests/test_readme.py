@@ -1,0 +1,62 @@
+"""README.md: its commands parse, its line counts and symbols are true, its two commands are what CI runs."""
+import re
+import shlex
+
+import pytest
+
+import generate
+import train
+
+from .conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).replace("\\\n", " ")
+
+
+def commands(program):
+    return [line.split(program, 1)[1].split("#")[0].split("&&")[0].split(" | ")[0] for line in BLOCKS.splitlines()
+            if re.match(rf"(pip install \S+ \S+ && )?(python|torchrun [^|]*?) ?{program}", line)]
+
+
+@pytest.mark.parametrize("program, parse", [("train.py", train.parse_args), ("generate.py", generate.parse_args)])
+def test_every_command_parses(program, parse):
+    assert len(commands(program)) >= 2
+    for command in commands(program):
+        parse(shlex.split(command))
+
+
+def test_ci_runs_the_two_commands_of_the_first_screen():
+    ci = (ROOT / ".ci/run").read_text()
+    for command in ("pip install -r requirements.txt && python train.py --layers 1", "pip install -r requirements.txt && pytest"):
+        assert command in README[:3500] and command in ci
+
+
+def test_line_counts():
+    counted = re.findall(r"^\| `([\w/.]+\.py)` \| (\d+) \|", README, re.M)
+    assert len(counted) >= 8
+    assert {path: int(n) for path, n in counted} == {path: len((ROOT / path).read_text().splitlines()) for path, _ in counted}
+
+
+def test_symbols_are_where_the_readme_says():
+    named = re.findall(r"`([\w/]+\.py):(\w+)`", README)
+    assert len(named) >= 8
+    for path, symbol in named:
+        assert re.search(rf"^ *(def|class) {symbol}\b|^{symbol}\b", (ROOT / path).read_text(), re.M), (path, symbol)
+
+
+def test_requirements_are_four_and_pinned():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in lines] == ["torch", "sentencepiece", "numpy", "pytest"] and all("==" in l for l in lines)
+
+
+def test_no_framework_in_what_is_shipped():
+    ours = [*ROOT.glob("*.py"), *ROOT.glob("llama/**/*.py"), *ROOT.glob("lora/**/*.py")]
+    for path in ours:
+        assert not re.search(r"^\s*(import|from) (transformers|peft|accelerate|lightning|datasets)\b", path.read_text(), re.M), path
+
+
+def test_the_library_snippet_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama").symlink_to(ROOT / "llama")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
+    assert capsys.readouterr().out == "1.0\n"
