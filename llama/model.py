@@ -33,9 +33,14 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
+        most = dict(dim=2 ** 20, n_layers=2 ** 12, n_heads=2 ** 12, n_kv_heads=2 ** 12, vocab_size=2 ** 24,
+                    multiple_of=2 ** 20, max_seq_len=2 ** 30)
+        for name, high in most.items():
+            if not 1 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 to {high}")
+        for name, high in dict(norm_eps=1, rope_theta=1e12, ffn_dim_multiplier=64).items():
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be above 0 and at most {high:g}")
         if self.dim % self.n_heads or self.dim // self.n_heads % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even head width (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:

@@ -91,9 +91,11 @@ def test_first_layers_and_dtype(base, dtype):
         assert torch.equal(weight, whole.get_parameter(name).to(dtype))
 
 
-def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer):
-    """One of 24 layers of a 192 MiB file, in a fresh process: the peak grows by what is kept, not by the file."""
+@pytest.mark.parametrize("shards", [1, 4])
+def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer, shards):
+    """One of 24 layers of 260 MiB, in a fresh process: the peak grows by what is kept, not by the files."""
     save_checkpoint(tiny(dim=512, n_heads=8, n_layers=24, multiple_of=64), tokenizer, tmp_path)
+    split(tmp_path, shards)
     code = f"""
 import resource, torch
 from llama import load_checkpoint
@@ -106,8 +108,59 @@ print(peak() - before, kept)
 """
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     grown, kept = map(float, out.split())
-    file = (tmp_path / "consolidated.00.pth").stat().st_size / 2 ** 20
+    file = sum(path.stat().st_size for path in tmp_path.glob("*.pth")) / 2 ** 20
     assert file > 190 and kept < 15 and grown < 40, (file, kept, grown)
+
+
+def split(folder, n):
+    """Cut consolidated.00.pth into n shards as Meta does for n GPUs."""
+    by_rows, by_columns = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2", "tok_embeddings")
+    state, shards = stored(folder), [{"rope.freqs": torch.ones(4)} for _ in range(n)]
+    for name, tensor in state.items():
+        kind = name.split(".")[-2]
+        dim = 0 if kind in by_rows else 1 if kind in by_columns else None
+        for i, shard in enumerate(shards):
+            shard[name] = tensor if dim is None else tensor.chunk(n, dim)[i].clone()
+    for i, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+
+
+@pytest.mark.parametrize("n, shape", [(2, dict(n_heads=8, n_kv_heads=2)), (8, dict(n_heads=8, n_kv_heads=8)), (8, dict(n_heads=16, n_kv_heads=8)),
+                                      (2, dict(n_heads=8, tie_embeddings=True))])
+def test_shards_are_joined_to_the_bit(tmp_path, tokenizer, n, shape):
+    save_checkpoint(tiny(dim=64, **shape), tokenizer, tmp_path)
+    whole, _ = load_checkpoint(tmp_path)
+    split(tmp_path, n)
+    model, _ = load_checkpoint(tmp_path)
+    for (name, one), other in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert model.origin == whole.origin
+    assert torch.equal(load_checkpoint(tmp_path, layers=1, dtype=torch.bfloat16)[0].layers[0].attention.wo.weight,
+                       whole.layers[0].attention.wo.weight.bfloat16())
+
+
+def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
+    save_checkpoint(tiny(dim=64, n_heads=8), tokenizer, tmp_path)
+    split(tmp_path, 4)
+    with pytest.raises(ValueError, match="holds a checkpoint in several files; write to another folder"):
+        save_checkpoint(tiny(), tokenizer, tmp_path)
+    (tmp_path / "consolidated.100.pth").touch()
+    (tmp_path / "consolidated.00.pth.bak").touch()
+    load_checkpoint(tmp_path)                                             # other names are no shards
+    other = torch.load(tmp_path / "consolidated.03.pth", weights_only=True)
+    torch.save({**other, "norm.weight": other["norm.weight"] + 1}, tmp_path / "consolidated.03.pth")
+    with pytest.raises(ValueError, match="the shards differ where they should be alike"):
+        load_checkpoint(tmp_path)
+    torch.save(other, tmp_path / "consolidated.03.pth")
+    (tmp_path / "consolidated.02.pth").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="no consolidated.02.pth in"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "consolidated.03.pth").rename(tmp_path / "consolidated.02.pth")
+    with pytest.raises(ValueError, match=r"of another shape: layers.0.attention.wk.weight \(16, 64\) \+ .* for \(64, 64\)"):
+        load_checkpoint(tmp_path)
+    torch.save({"norm.weight": torch.ones(64)}, tmp_path / "consolidated.03.pth")
+    with pytest.raises(ValueError, match="do not hold the same tensors: layers.0.attention.wk.weight, .* and "):
+        load_checkpoint(tmp_path)
 
 
 def test_random_weights_need_no_weights_file_and_follow_the_seed(base):
@@ -141,6 +194,8 @@ def without(key):
     (without("layers.1.ffn_norm.weight"), {}, "missing: layers.1.ffn_norm.weight"),
     (without("tok_embeddings.weight"), {}, "missing: tok_embeddings.weight"),
     (lambda state: state.update(bias=torch.zeros(1)), {}, "unexpected: bias"),
+    (lambda state: state.update({"norm.weight": torch.zeros(32, dtype=torch.int64)}), {}, "not hold a dict of floating-point tensors"),
+    (lambda state: state.update(iteration=7), {}, "not hold a dict of floating-point tensors"),
     (None, dict(n_layers=1), "unexpected: layers.1.attention.wk.weight, layers.1"),
     (None, dict(n_layers=3), "missing: layers.2.attention.wk.weight"),
     (None, dict(n_kv_heads=4), r"of another shape: layers.0.attention.wk.weight \(16, 32\) for \(32, 32\)"),

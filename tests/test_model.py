@@ -124,7 +124,11 @@ def test_random_weights_start_at_uniform_guessing():
     (dict(dim=30), "dim 30 must be n_heads 4 times an even head width"),
     (dict(dim=36), "dim 36 must be n_heads 4 times an even head width"),
     (dict(n_kv_heads=3), "must be a multiple of n_kv_heads 3"),
-    (dict(n_layers=0), "n_layers is 0, must be at least 1"),
+    (dict(n_layers=0), "n_layers is 0, must be 1 to 4096"),
+    (dict(dim=10 ** 12), "dim is 1000000000000, must be 1 to"),
+    (dict(norm_eps=0.0), "norm_eps is 0.0, must be above 0 and at most 1"),
+    (dict(rope_theta=float("nan")), "rope_theta is nan"),
+    (dict(ffn_dim_multiplier=float("inf")), "ffn_dim_multiplier is inf"),
 ])
 def test_sizes_that_do_not_fit_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
