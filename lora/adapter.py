@@ -1,6 +1,5 @@
 """Adapters as a whole: put them into a model, switch them off, merge them, save and load them."""
 import os
-import pickle
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,24 +61,42 @@ def add_lora(model, config):
     if lora_layers(model):
         raise ValueError("the model has an adapter already; load_adapter swaps it")
     kinds = METHODS[config.method]
-    wrappable = {path: module for path, module in model.named_modules() if type(module) in kinds}
+    wrappable = {path: module for path, module in model.named_modules() if path and type(module) in kinds}
     names = {path.rpartition(".")[2] for path in wrappable}
-    targets = names if config.targets == ("all",) else set(config.targets)
+    targets = names if names and config.targets == ("all",) else set(config.targets)
     if missing := targets - names:
-        raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names))}")
-    found = [path for path in wrappable if path.rpartition(".")[2] in targets]
+        raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names)) or 'none'}")
     settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init)
     layers = {}
-    for path in found:
-        try:
-            layers[path] = kinds[type(wrappable[path])](wrappable[path], **settings)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    with unchanged_on_error(model):
+        for path, base in wrappable.items():
+            if path.rpartition(".")[2] in targets:
+                try:
+                    layers[path] = kinds[type(base)](base, **settings)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
     for path, layer in layers.items():
         model.set_submodule(path, layer.train(layer.base.training))      # else eval() before would leave dropout on
     model.lora_config = config
-    return found
+    return list(layers)
+
+
+@contextmanager
+def unchanged_on_error(model):
+    """Where the block raises ValueError the model gets its layers, its config and its trainable parameters back."""
+    held, config = lora_layers(model), getattr(model, "lora_config", None)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield held
+    except ValueError:
+        remove_lora(model)
+        for path, layer in held.items():
+            model.set_submodule(path, layer)
+        model.lora_config = config
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def remove_lora(model):
@@ -124,6 +141,8 @@ def merge_lora(model):
     layers = lora_layers(model).values()
     if not layers or any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged already" if layers else "the model has no adapter to merge")
+    if not all(layer.enabled for layer in layers):
+        raise ValueError("the adapter is disabled; merge it outside of lora_disabled")
     kept, whole = (sum(column) for column in zip(*[layer.merge() for layer in layers]))
     return kept / whole if whole else 1.0
 
@@ -168,10 +187,10 @@ def read_adapter(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         config, base, tensors = LoRAConfig(**content["config"]), dict(content["base"]), dict(content["tensors"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not an adapter file: {reason}") from error
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    except Exception as error:                       # a broken pickle raises whatever it happens to hit
+        raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error
+    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+               and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in tensors.items()):
         raise ValueError(f"{path} is not an adapter file: it holds something else among its tensors")
     return {"config": config, "base": base, "tensors": tensors}
 
@@ -186,12 +205,10 @@ def load_adapter(model, path):
     trained_on, here = saved["base"], getattr(model, "origin", {})
     if trained_on.get("fingerprint") != here.get("fingerprint"):
         raise ValueError(f"{path} was trained on another base: {_name(trained_on)}, this one is {_name(here)}")
-    held = lora_layers(model)
-    if any(layer.merged for layer in held.values()):
-        raise ValueError("an adapter is merged into the weights; unmerge it first")
-    config = getattr(model, "lora_config", None)
-    try:
-        if not held or config != saved["config"]:
+    with unchanged_on_error(model) as held:
+        if any(layer.merged for layer in held.values()):
+            raise ValueError("an adapter is merged into the weights; unmerge it first")
+        if not held or model.lora_config != saved["config"]:
             remove_lora(model)
             add_lora(model, saved["config"])
         expected, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -201,12 +218,6 @@ def load_adapter(model, path):
                 return ", ".join(f"{name} {shape}" for name, shape in one.items() if other.get(name) != shape) or "none"
             raise ValueError(f"{path} does not fit; the model expects {listed(expected, found)}; "
                              f"the file has {listed(found, expected)}")
-    except ValueError:
-        remove_lora(model)
-        for name, layer in held.items():
-            model.set_submodule(name, layer)
-        model.lora_config = config
-        raise
     model.load_state_dict(saved["tensors"], strict=False)        # the base's weights are not in this file
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 class LoRALayer(nn.Module):
     """What every adapter layer shares: the base, the scale alpha / r, the switch, merge and unmerge.
 
-    A subclass makes lora_A and lora_B and has `forward` and `delta`.  They are fp32 (fp64 over an fp64 base)
+    A subclass fills lora_A and lora_B and has `forward` and `delta()`, the update in the base weight's shape.  They
+    are fp32 (fp64 over an fp64 base)
     whatever the base is: in 16 bit the optimizer's small steps would round away.
     Raises ValueError unless 1 <= r <= the base's smaller side.
     """
@@ -30,9 +31,10 @@ class LoRALayer(nn.Module):
     def scale(self):
         return self.alpha / self.r
 
-    def delta(self):
-        """The update as a matrix of the base weight's shape, in the dtype of lora_A."""
-        raise NotImplementedError
+    def product(self):
+        """(alpha / r) B A in at least fp32, also where the whole model was cast to less."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
 
     @torch.no_grad()
     def merge(self):
@@ -56,7 +58,10 @@ class LoRALayer(nn.Module):
         """Give the base its own weight back: the very tensor, so bit for bit, as no subtraction would."""
         if not self.merged:
             raise ValueError("the adapter is not merged")
-        self.base.weight, = self.own
+        (own,), merged = self.own, self.base.weight
+        if (own.device, own.dtype) != (merged.device, merged.dtype):      # the model was moved or cast meanwhile
+            own = nn.Parameter(own.to(merged), requires_grad=False)
+        self.base.weight = own
         del self.own
         self.merged = False
 
@@ -85,7 +90,7 @@ class LoRALinear(LoRALayer):
         return y + self.scale * F.linear(F.linear(self.dropout(x), A), B)
 
     def delta(self):
-        return self.scale * (self.lora_B @ self.lora_A)                    # (d_out, d_in)
+        return self.product()                                             # (d_out, d_in)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -104,7 +109,8 @@ class LoRAEmbedding(LoRALayer):
         y = self.base(tokens)
         if self.merged or not self.enabled:
             return y
-        return y + (self.scale * F.linear(F.embedding(tokens, self.lora_A.T), self.lora_B)).to(y.dtype)
+        looked_up = F.embedding(tokens, self.lora_A.T, self.base.padding_idx)     # (..., r)
+        return y + (self.scale * F.linear(looked_up, self.lora_B)).to(y.dtype)
 
     def delta(self):
-        return self.scale * (self.lora_B @ self.lora_A).T                  # (V, D)
+        return self.product().T                                           # (V, D)

@@ -217,6 +217,41 @@ def test_calls_out_of_order_are_errors():
             call(tiny())
 
 
+def test_a_merge_is_made_in_fp32_where_the_adapter_itself_is_in_less():
+    layer = LoRALinear(nn.Linear(64, 64, bias=False), r=4, alpha=4).bfloat16()
+    nn.init.normal_(layer.lora_B)
+    exact = (layer.lora_B.double() @ layer.lora_A.double())
+    assert (layer.delta() - exact).abs().max() < 1e-5 * exact.abs().max()
+    own = layer.base.weight.double()
+    layer.merge()
+    assert torch.equal(layer.base.weight, (own.float() + layer.delta()).bfloat16())
+
+
+def test_unmerging_follows_a_model_that_was_cast_meanwhile():
+    model = adapted("wq")
+    merge_lora(model)
+    model.bfloat16()
+    unmerge_lora(model)
+    assert torch.equal(model.layers[0].attention.wq.base.weight, tiny(n_kv_heads=2).layers[0].attention.wq.weight.bfloat16())
+    model(TOKENS)
+
+
+def test_disabled_blocks_nest_and_take_no_merge():
+    model = adapted("wq")
+    with lora_disabled(model):
+        with lora_disabled(model):
+            pass
+        assert torch.equal(model(TOKENS), tiny(n_kv_heads=2)(TOKENS))
+        with pytest.raises(ValueError, match="merge it outside of lora_disabled"):
+            merge_lora(model)
+
+
+def test_a_padding_row_stays_as_it_is():
+    layer = LoRAEmbedding(nn.Embedding(11, 5, padding_idx=3), r=2, alpha=2)
+    layer(torch.tensor([3, 4])).sum().backward()
+    assert layer.lora_A.grad[:, 3].eq(0).all() and layer.lora_A.grad[:, 4].ne(0).any()
+
+
 def test_targets_are_whole_names():
     model = NotALlama()
     for targets, found in ((("0",), ["body.0"]), ("my_wq", ["my_wq"]), ("all", ["words", "body.0", "body.2", "my_wq"])):
@@ -234,7 +269,12 @@ def test_what_cannot_be_added_leaves_the_model_alone(config, message):
     model = NotALlama()
     with pytest.raises(ValueError, match=message):
         add_lora(model, LoRAConfig(**config))
-    assert not lora_layers(model)
+    assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_bare_layer_has_no_place_to_be_swapped_in():
+    with pytest.raises(ValueError, match="there is none"):
+        add_lora(nn.Linear(3, 3), LoRAConfig(r=1, targets="all"))
 
 
 @pytest.mark.parametrize("wrong", [dict(method="none"), dict(r=0), dict(r=2.5), dict(r=True), dict(alpha=0), dict(alpha="32"),
@@ -297,13 +337,14 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_changes(tmp_path):
     content["tensors"]["layers.1.attention.wq.lora_B"] = torch.zeros(3, 3)
     torch.save(content, path)
     for model in (adapted("wq"), adapted("w1"), tiny(n_kv_heads=2)):
-        before, layers = model(TOKENS), lora_layers(model)
+        before, layers, trainable = model(TOKENS), lora_layers(model), [p.requires_grad for p in model.parameters()]
         with pytest.raises(ValueError) as caught:
             load_adapter(model, path)
         message = str(caught.value)
         assert "expects layers.0.attention.wq.lora_A (4, 32), layers.1.attention.wq.lora_B (32, 4);" in message
         assert "file has layers.1.attention.wq.lora_B (3, 3), layers.9.attention.wq.lora_A (4, 32)" in message
         assert torch.equal(model(TOKENS), before) and lora_layers(model) == layers
+        assert [p.requires_grad for p in model.parameters()] == trainable
 
 
 def test_a_merged_model_takes_no_adapter(tmp_path):
