@@ -3,22 +3,25 @@
     python generate.py                             what `python train.py` just made, on a few built-in instructions
     python generate.py --adapter none              the base alone, on the same
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
+    python generate.py --interactive               type instructions; `:adapter FILE` or `:adapter none` switches
+    python generate.py --data questions.json > answers.jsonl
 """
 import argparse
+import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
-from llama.alpaca import encode_prompt
+from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import CONTEXT, load_checkpoint
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown
-from llama.sampling import generate, stream
-from lora import load_adapter, merge_lora, read_adapter
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown, text, utf8
+from llama.sampling import beam_search, generate, stream
+from lora import load_adapter, lora_disabled, merge_lora, read_adapter, unmerge_lora
 
 DEMO = Path(__file__).parent / "llama" / "demo"
-INSTRUCTIONS = [                                      # the demo's adapter was trained on none of these
+BATCH = 8                                            # prompts at a time for --data
+INSTRUCTIONS = [                                     # the demo's adapter was trained on none of these
     {"instruction": "What is the opposite of slow?"},
     {"instruction": "Name the colour of grass."},
     {"instruction": "Which group does an apple belong to?"},
@@ -30,36 +33,53 @@ INSTRUCTIONS = [                                      # the demo's adapter was t
 
 def parse_args(argv=None):
     parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flag = parser.add_argument
-    flag("--adapter", metavar="FILE", help="none: the base alone (default: out/adapter.pt if it is there)")
-    flag("--checkpoint", metavar="DIR", help="base model (default: the adapter's, else the demo's)")
+    flag = parser.add_argument_group("who answers").add_argument
+    flag("--adapter", metavar="FILE", type=text, help="none: the base alone (default: out/adapter.pt if it is there)")
+    flag("--checkpoint", metavar="DIR", type=text, help="base model (default: the adapter's, else the demo's)")
     flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: the adapter's, else all)")
     flag("--merge", action="store_true", help="merge the adapter into the weights first")
-    flag("--instruction", metavar="TEXT", help="what to do (default: a few built-in instructions)")
-    flag("--input", metavar="TEXT", default="", help="what to do it with")
+    group = parser.add_argument_group("what is asked (default: a few built-in instructions)")
+    flag = group.add_mutually_exclusive_group().add_argument
+    flag("--instruction", metavar="TEXT", type=text, help="what to do")
+    flag("--data", metavar="FILE", type=text, help="answer a .json or .jsonl file of examples: JSON lines on stdout")
+    flag("--interactive", action="store_true", help="answer what is typed, a line an instruction")
+    group.add_argument("--input", metavar="TEXT", type=utf8, default="", help="what to do it with")
+    flag = parser.add_argument_group("how").add_argument
     flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="tokens an answer (default: 128)")
     flag("--temperature", metavar="F", type=number(float, 0), default=0.0, help="0: always the likeliest token (default: 0)")
-    flag("--seed", metavar="N", type=number(int, 0, 2 ** 63 - 1), default=0, help="of what --temperature draws (default: 0)")
-    add_hardware_flags(parser)
+    flag("--top-k", metavar="N", type=number(int, 0), default=0, help="draw from the N likeliest; 0: from all (default: 0)")
+    flag("--top-p", metavar="F", type=number(float, 0, 1, open_low=True), default=1.0,
+         help="draw from the likeliest that together reach this probability (default: 1)")
+    flag("--seed", metavar="N", type=number(int, 0, 2 ** 63 - 1), default=0, help="of what is drawn (default: 0)")
+    flag("--beams", metavar="N", type=number(int, 1, 256), default=1, help="search with N beams (default: 1, greedy)")
+    flag("--no-repeat-ngram", metavar="N", type=number(int, 0), default=0,
+         help="never repeat N tokens in a row in an answer; 0: may (default: 0)")
+    add_hardware_flags(parser.add_argument_group("on what"))
     args = parser.parse_args(argv)
     if args.input and not args.instruction:
         parser.error("--input needs an --instruction")
+    if args.temperature == 0 and (args.top_k or args.top_p < 1):
+        parser.error("--top-k and --top-p choose what is drawn from; nothing is drawn without --temperature")
+    if args.beams > 1 and args.temperature > 0:
+        parser.error("--beams searches and --temperature draws; give one")
+    args.adapter_by_default = args.adapter is None
     if args.adapter is None and os.path.exists("out/adapter.pt"):
         args.adapter = "out/adapter.pt"
-    if args.adapter in (None, "none"):
+    if args.adapter == "none":
         args.adapter = None
-        if args.merge:
-            parser.error("--merge needs an adapter")
+    if args.merge and not args.adapter:
+        parser.error("--merge needs an adapter")
     return args
 
 
 def load(args, device):
     """(model, tokenizer, a line about them): the base that flags or adapter file name, the adapter, merged if asked."""
     base = read_adapter(args.adapter)["base"] if args.adapter else {}
-    folder = args.checkpoint or base.get("folder") or str(DEMO)
+    folder, layers = args.checkpoint or base.get("folder", str(DEMO)), args.layers or base.get("layers")
+    if not isinstance(folder, str) or not isinstance(layers, int | None):
+        raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} and {layers!r}")
     if base.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which were not kept")
-    layers = args.layers or (base.get("layers") if args.adapter else None)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, CONTEXT)
     said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision} on {device}"
     if args.adapter:
@@ -71,24 +91,100 @@ def load(args, device):
     return model.eval(), tokenizer, said
 
 
+def answer(model, tokenizer, example, args):
+    """Iterate over the ids of one answer."""
+    prompt = encode_prompt(example, tokenizer)
+    if args.beams > 1:
+        return beam_search(model, prompt, args.max_new_tokens, tokenizer.eos_id, args.beams, args.no_repeat_ngram)
+    return (token for _, token in generate(model, [prompt], args.max_new_tokens, tokenizer.eos_id, args.temperature,
+                                           args.top_k, args.top_p, args.no_repeat_ngram, args.seed))
+
+
+def show(model, tokenizer, example, args):
+    for text in stream(tokenizer, answer(model, tokenizer, example, args)):
+        print(text, end="", flush=True)
+    print()
+
+
+def answer_file(model, tokenizer, examples, args):
+    """One JSON line an example on stdout, in their order; progress on stderr."""
+    for start in range(0, len(examples), BATCH):
+        some = examples[start:start + BATCH]
+        if args.beams > 1:
+            ids = [answer(model, tokenizer, example, args) for example in some]
+        else:
+            ids = [[] for _ in some]
+            for i, token in generate(model, [encode_prompt(example, tokenizer) for example in some], args.max_new_tokens,
+                                     tokenizer.eos_id, args.temperature, args.top_k, args.top_p, args.no_repeat_ngram, args.seed):
+                ids[i].append(token)
+        for example, answered in zip(some, ids):
+            print(json.dumps({**example, "answer": tokenizer.decode(answered)}, ensure_ascii=False), flush=True)
+        print(f"{start + len(some)}/{len(examples)} answered", file=sys.stderr, flush=True)
+
+
+def interact(model, tokenizer, args):
+    """Read instructions from stdin until it ends.  An adapter is switched on the base that is loaded already."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")      # a stray byte is no reason to end
+    adapter = args.adapter
+    while True:
+        print("\n### ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return print()
+        words = line.split(maxsplit=1)
+        try:
+            if line.startswith(":") and (words[0] != ":adapter" or len(words) < 2):
+                print("type an instruction, or :adapter FILE, or :adapter none", file=sys.stderr, flush=True)
+            elif line.startswith(":"):
+                name = words[1].strip()
+                if args.merge:
+                    unmerge_lora(model)
+                    args.merge = False
+                if name != "none":
+                    load_adapter(model, name)
+                adapter = None if name == "none" else name
+            elif words:
+                with nullcontext() if adapter else lora_disabled(model):
+                    show(model, tokenizer, {"instruction": line.strip()}, args)
+        except (ValueError, OSError) as error:
+            print(f"generate.py: {error}", file=sys.stderr, flush=True)
+
+
 def main(argv=None):
-    args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")     # whatever the terminal's or the file's own would be
     with bad_input_ends_in_one_line("generate.py"):
+        args = parse_args(argv)
         device, args.precision = pick_hardware(args.device, args.precision)
-        model, tokenizer, said = load(args, device)
-        examples = [{"instruction": args.instruction, "input": args.input}] if args.instruction else INSTRUCTIONS
-        generator = torch.Generator().manual_seed(args.seed)
-        answers = [generate(model, encode_prompt(example, tokenizer), args.max_new_tokens, tokenizer.eos_id,
-                            args.temperature, generator) for example in examples]
-    print(said, file=sys.stderr)
-    for example, ids in zip(examples, answers):
-        print(f"\n### {example['instruction']}")
-        if example.get("input"):
-            print(f"# {example['input']}")
-        for text in stream(tokenizer, ids):
-            print(text, end="", flush=True)
-        print()
+        examples = read_examples(args.data, required=("instruction",)) if args.data else INSTRUCTIONS
+        if args.instruction:
+            examples = [{"instruction": args.instruction, "input": args.input}]
+        try:
+            model, tokenizer, said = load(args, device)
+        except (ValueError, OSError) as error:
+            hint = "; it was taken because it is there, --adapter none leaves it out" if args.adapter_by_default and args.adapter else ""
+            raise ValueError(f"{error}{hint}") from error
+        for example in examples:                     # a prompt that is too long shows before the first is answered
+            generate(model, [encode_prompt(example, tokenizer)], 1, tokenizer.eos_id)
+        print(said, file=sys.stderr, flush=True)
+        if args.interactive:
+            interact(model, tokenizer, args)
+        elif args.data:
+            answer_file(model, tokenizer, examples, args)
+        else:
+            for example in examples:
+                print(f"\n### {example['instruction']}")
+                if example.get("input"):
+                    print(f"# {example['input']}")
+                show(model, tokenizer, example, args)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                        # the way to leave --interactive, or a text that goes on
+        sys.exit(130)
+    except BrokenPipeError:                          # `| head` has read enough; Python must not flush into it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

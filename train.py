@@ -2,7 +2,8 @@
 
     python train.py                 the demo: a base of a million parameters, under a minute on a laptop's CPU
     python train.py --layers 1      the same with its first block alone, for debugging
-    python train.py --checkpoint llama-2-7b --data alpaca_data.json --max-seq-len 512 --checkpointing --out out/7b
+    python train.py --checkpoint llama-2-7b --data alpaca_data.json --checkpointing --out out/7b
+    torchrun --standalone --nproc_per_node=2 train.py        any of these on two GPUs, or two processes on a CPU
 
 Read from `main` on.  Every option is decided before the loop, which never asks which one was chosen.
 """
@@ -10,17 +11,22 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, write_whole
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, shown, text
 from llama.loss import answer_loss
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -28,7 +34,7 @@ from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import METHODS
 
 DEMO = Path(__file__).parent / "llama" / "demo"
-RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what a run leaves in --out
+RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what runs leave in --out
 
 
 def parse_args(argv=None):
@@ -36,16 +42,16 @@ def parse_args(argv=None):
 
     what = parser.add_argument_group("what")
     flag = what.add_argument
-    flag("--checkpoint", metavar="DIR", help="base model, a folder in Meta's layout (default: the demo's)")
+    flag("--checkpoint", metavar="DIR", type=text, help="base model, a folder in Meta's layout (default: the demo's)")
     flag("--init", choices=("checkpoint", "random"), default="checkpoint",
          help="random: take only sizes and tokenizer from --checkpoint (default: checkpoint)")
     flag("--layers", metavar="N", type=number(int, 1), help="keep the first N blocks (default: all)")
-    flag("--data", metavar="FILE", help="examples, .json or .jsonl (default: the demo's)")
+    flag("--data", metavar="FILE", type=text, help="examples, .json or .jsonl (default: the demo's)")
     flag("--max-seq-len", metavar="N", type=number(int, 2), default=512, help="tokens a row; the tail is cut (default: 512)")
-    flag("--val-data", metavar="FILE", help="held-out examples (default: the demo's with the demo's data, else none)")
+    flag("--val-data", metavar="FILE", type=text, help="held-out examples (default: the demo's with the demo's data, else none)")
     flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),
          help="hold this share of --data out instead")
-    flag("--out", metavar="DIR", help="where the run goes; one that holds a run is refused (default: out, replaced)")
+    flag("--out", metavar="DIR", type=text, help="where the run goes; one that holds a run is refused (default: out, replaced)")
     flag("--seed", metavar="N", type=number(int, 0), default=0, help="of weights, order and dropout (default: 0)")
 
     flag = parser.add_argument_group("how it learns").add_argument
@@ -55,7 +61,7 @@ def parse_args(argv=None):
          help="the update is scaled by alpha / r (default: 32)")
     flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True), default=0.05,
          help="on the adapter's input (default: 0.05)")
-    flag("--targets", metavar="NAMES", type=lambda text: tuple(text.split(",")), default=("wq", "wv"),
+    flag("--targets", metavar="NAMES", type=lambda names: tuple(names.split(",")), default=("wq", "wv"),
          help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
     flag("--lr", metavar="F", type=number(float, 0, open_low=True), 
          help="peak learning rate (default: 3e-4; full: 1e-5; over the demo's base, which is tiny: 5e-3)")
@@ -77,7 +83,7 @@ def parse_args(argv=None):
     flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
 
     args = parser.parse_args(argv)
-    if args.val_data and args.val_fraction:
+    if args.val_data is not None and args.val_fraction is not None:
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.data is None and args.val_data is None and args.val_fraction is None:
         args.val_data = str(DEMO / "held_out.json")
@@ -88,18 +94,33 @@ def parse_args(argv=None):
     return args
 
 
+def setup_distributed():
+    """(rank, world size, rank on this machine) as torchrun tells them; one process is rank 0 of 1."""
+    if not dist.is_torchelastic_launched():
+        return 0, 1, 0
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+
+
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def claim_out(args):
     """The folder of --out, made if need be.  Raises ValueError or OSError if a run must not or cannot go there."""
     out = Path(args.out or "out")
     if out.resolve() == Path(args.checkpoint).resolve():
         raise ValueError(f"{out} is the base's own folder and a run replaces what is there; name another with --out")
-    if any((out / name).exists() for name in RUN_FILES) and (args.out or not (out / "args.json").exists()):
+    taken = any((out / name).exists() for name in RUN_FILES) or any(out.glob("consolidated.[0-9][0-9].pth"))
+    if taken and (args.out or not (out / "args.json").exists()):
         raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
+    if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
+        raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / "args.json.tmp"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
     return out
@@ -141,15 +162,19 @@ def lr_factor(step, steps, warmup, schedule):
 
 @torch.no_grad()
 def evaluate(model, batches, device, autocast):
-    """Mean loss in nats per answer token over all batches: one sum by one count, whatever their size."""
+    """Mean loss in nats per answer token over the batches of all ranks: one sum by one count, whatever their size.
+
+    `model` is the bare one, not DDP's: the ranks may have different numbers of batches, and none waits for another.
+    """
     model.eval()
-    total, count = 0.0, 0
+    total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
         with autocast:
             loss, n = answer_loss(model, to_device(batch, device))
-        total, count = total + loss.item(), count + n
+        total += torch.tensor([loss.item(), n])
     model.train()
-    return total / count
+    total = sum_over_ranks(total)
+    return (total[0] / total[1]).item()
 
 
 def to_device(batch, device):
@@ -180,54 +205,60 @@ def progress(row, steps, seconds):
     return " | ".join(columns)
 
 
-def train(args, model, train_set, val_set, collate, device, out):
-    """The loop.  Writes metrics.jsonl, one row an optimizer step."""
+def train(args, model, train_set, val_set, collate, device, out, rank, world_size):
+    """The loop.  Rank 0 writes metrics.jsonl, one row an optimizer step."""
+    # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
+    parallel = DistributedDataParallel(model) if world_size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    steps_per_epoch = math.ceil(math.ceil(len(train_set) / args.batch_size) / args.accumulation_steps)
+    in_a_step = args.batch_size * args.accumulation_steps * world_size
+    steps_per_epoch = math.ceil(len(train_set) / in_a_step)
     steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, steps, warmup, args.schedule))
     autocast = torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     order = itertools.chain.from_iterable(
-        windows(train_set, collate, args.batch_size, args.accumulation_steps, args.seed, epoch) for epoch in itertools.count())
-    print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches = "
-          f"{args.batch_size * args.accumulation_steps} examples a step; {steps} steps, {steps / steps_per_epoch:.3g} epochs")
+        windows(train_set, collate, args.batch_size, args.accumulation_steps, args.seed, epoch, rank, world_size)
+        for epoch in itertools.count())
+    print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
+          f"{in_a_step} examples a step; {steps} steps, {steps / steps_per_epoch:.3g} epochs")
 
     def held_out_loss():
-        return evaluate(model, in_order(val_set, collate, args.batch_size), device, autocast)
+        return evaluate(model, in_order(val_set, collate, args.batch_size, rank, world_size), device, autocast)
     if val_set:
         print(f"before    held-out loss {held_out_loss():.4f}", flush=True)
     model.train()
-    metrics = open(out / "metrics.jsonl", "w")
+    metrics = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "w")
     began = step_began = time.perf_counter()
     for step, window in enumerate(itertools.islice(order, steps), 1):
-        n_answer = sum(batch.n_answer for batch in window)               # over the whole step: see llama/loss.py
         loss = torch.zeros((), device=device)
-        for batch in window:
-            with autocast:
-                micro_loss = answer_loss(model, to_device(batch, device))[0] / n_answer
-            scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+        for i, batch in enumerate(window.batches, 1):
+            # DDP talks once a step, on the last micro-batch; it takes note in forward, so forward is inside too.
+            with parallel.no_sync() if world_size > 1 and i < len(window.batches) else nullcontext():
+                with autocast:                                           # DDP averages over ranks: world_size undoes it
+                    micro_loss = answer_loss(parallel, to_device(batch, device))[0] * world_size / window.n_answer
+                scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach() / world_size
         scaler.unscale_(optimizer)                                       # first, so that clipping sees true gradients
         grad_norm = clip_grad_norm_(trainable, args.clip_grad_norm or math.inf)
         loss_scale, lr = scaler.get_scale(), schedule.get_last_lr()[0]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if scaler.get_scale() >= loss_scale:                             # a smaller scale means the step was skipped,
+        if not (skipped := scaler.get_scale() < loss_scale):             # by an overflow in fp16, which lowers the scale
             schedule.step()                                              # and then the schedule waits too
-        row = dict(step=step, epoch=step / steps_per_epoch, loss=loss.item(), lr=lr, grad_norm=grad_norm.item(),
-                   tokens=sum(batch.n_tokens for batch in window), answer_tokens=n_answer)
+        row = dict(step=step, epoch=step / steps_per_epoch, loss=sum_over_ranks(loss).item(), lr=lr,
+                   grad_norm=grad_norm.item(), tokens=window.n_tokens, answer_tokens=window.n_answer)
         row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
         row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale)
         if val_set and (step % steps_per_epoch == 0 or step == steps):
             row["val_loss"] = held_out_loss()
-        metrics.write(json.dumps(row) + "\n")
+        metrics.write(json.dumps({key: value if value is None or math.isfinite(value) else None    # JSON has no NaN
+                                  for key, value in row.items()}) + "\n")
         metrics.flush()
-        if step % args.log_every == 0 or step in (1, steps) or "val_loss" in row:
-            print(progress(row, steps, time.perf_counter() - began), flush=True)
+        if step % args.log_every == 0 or step in (1, steps) or "val_loss" in row or skipped:
+            print(progress(row, steps, time.perf_counter() - began) + " | overflow, step skipped" * skipped, flush=True)
         step_began = time.perf_counter()                                 # collating the next window is part of its step
     metrics.close()
 
@@ -239,18 +270,50 @@ def describe(args, model, wrapped, train_set, val_set, device):
     print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
           f"{args.precision} on {device}")
     print(f"data      {shown(args.data)}: {len(train_set)} examples, {train_set.cut} cut at {args.max_seq_len} tokens, "
-          f"{train_set.dropped} dropped; {len(val_set or [])} held out")
+          f"{train_set.dropped} dropped")
+    if val_set:
+        print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped")
     adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
 
 
+def begin(args, out):
+    """Write args.json.  Raises ValueError where another run has begun in a named --out since it was looked at."""
+    if args.out:
+        try:
+            open(out / "args.json", "x").close()
+        except FileExistsError:
+            raise ValueError(f"another run has just begun in {out}; name another folder with --out") from None
+    write_whole(out / "args.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode() + b"\n"))
+
+
+def save(args, model, tokenizer, lora, out):
+    """The adapter or, for --method full, the model in fp32, as it was trained: in bf16 most small steps would be lost."""
+    if lora:
+        save_adapter(model, out / "adapter.pt")
+        replaced = PARAMS, WEIGHTS, TOKENIZER                # what another kind of run left: gone only now
+        now = f"now: python generate.py --adapter {out / 'adapter.pt'}"
+        if args.init == "random":
+            now = "over random weights, which are not kept: a run to measure, not to generate with"
+        print(f"saved     {out / 'adapter.pt'}; {now}")
+    else:
+        save_checkpoint(model, tokenizer, out)
+        replaced = "adapter.pt",
+        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
+    for name in replaced:
+        (out / name).unlink(missing_ok=True)
+
+
 def main(argv=None):
     began = time.perf_counter()
-    args = parse_args(argv)
-    with bad_input_ends_in_one_line("train.py"):
-        device, args.precision = pick_hardware(args.device, args.precision)
+    rank, world_size, local_rank = setup_distributed()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")                   # one rank speaks for all
+    with bad_input_ends_in_one_line("train.py") as alike:    # on whichever rank it is
+        args = parse_args(argv)
+        device, args.precision = pick_hardware(args.device, args.precision, local_rank)
         args.device = str(device)
-        out = claim_out(args)
+        out = claim_out(args) if rank == 0 else Path(args.out or "out")
         model_args, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
         lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
@@ -259,20 +322,22 @@ def main(argv=None):
                 add_lora(Transformer(model_args), lora)
         torch.manual_seed(args.seed)                         # before the first weight is drawn
         model, wrapped = load_model(args, lora, device)
-    for name in RUN_FILES:
-        (out / name).unlink(missing_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+        torch.manual_seed(args.seed + rank)                  # each rank drops other elements
+        paths = ("checkpoint", "data", "val_data", "out", "device")       # these may differ from machine to machine
+        alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin["fingerprint"],
+                  *([len(tokens) for tokens, _ in part.rows] for part in (train_set, val_set) if part)]
+    with bad_input_ends_in_one_line("train.py"):             # only now that all ranks are well is a file touched
+        if rank == 0:
+            begin(args, out)
     describe(args, model, wrapped, train_set, val_set, device)
     collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
-    train(args, model, train_set, val_set, collate, device, out)
-    if lora:
-        save_adapter(model, out / "adapter.pt")
-        print(f"saved     {out / 'adapter.pt'}; now: python generate.py --adapter {out / 'adapter.pt'}")
-    else:                                                    # autocast rounded the weights to this at every use
-        save_checkpoint(model.to(DTYPES[args.precision]), tokenizer, out)
-        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
+    train(args, model, train_set, val_set, collate, device, out, rank, world_size)
+    if rank == 0:
+        save(args, model, tokenizer, lora, out)
     peak = peak_memory_mb(device)
     print(f"total     {time.perf_counter() - began:.1f} s" + (f", peak memory {peak:,.0f} MiB" if peak else ""))
+    if world_size > 1:
+        leave(0)
 
 
 if __name__ == "__main__":

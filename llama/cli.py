@@ -1,22 +1,24 @@
 """What the command lines share: arguments that check themselves, one-line errors, device and precision."""
 import argparse
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit 2, and which takes no abbreviated flags."""
+    """argparse that raises ValueError, and takes no abbreviated flags."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+        raise ValueError(f"{message}; --help lists the flags")
 
 
 def number(kind, low, high=2 ** 53, open_low=False, open_high=False):
@@ -33,22 +35,45 @@ def number(kind, low, high=2 ** 53, open_low=False, open_high=False):
     return parse
 
 
+def utf8(value):
+    """A type for argparse: text whose every character is one (bytes that are no UTF-8 come in as halves)."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8 text") from None
+    return value
+
+
+def text(value):
+    """A type for argparse: any text but none, as an unset variable of the shell would give."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("is empty")
+    return utf8(value)
+
+
 def add_hardware_flags(group):
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    group.add_argument("--device", type=text, help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     group.add_argument("--precision", choices=DTYPES,
                        help="compute dtype (default: bf16 where the hardware has it, fp16 on older CUDA, else fp32)")
 
 
-def pick_hardware(device, precision):
-    """(torch.device, "fp32" | "bf16" | "fp16") from the two flags.  Raises ValueError for a device that is not there."""
+def pick_hardware(device, precision, local_rank=0):
+    """(torch.device, "fp32" | "bf16" | "fp16") from the two flags; each rank of a machine takes a GPU of its own.
+
+    Raises ValueError for a device that is not there.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = f"cuda:{local_rank}" if device == "cuda" else device
+    if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {device} cannot be used here: there is cpu, cuda, cuda:N and mps")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     device = torch.device(device)
-    if precision is None and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        precision = precision or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     return device, precision or "fp32"
 
 
@@ -60,9 +85,37 @@ def shown(path):
 
 @contextmanager
 def bad_input_ends_in_one_line(program):
-    """Turn the ValueError or OSError that says what is wrong with an input into one line on stderr and exit 2."""
+    """Turn the ValueError or OSError that says what is wrong with an input into one line on stderr and exit 2.
+
+    Of several ranks each must pass here: an error on any ends all, and rank 0 alone prints it.  The block gets a
+    list; what it appends must be alike on all ranks.
+    """
+    error, alike = None, []
     try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        yield alike
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as caught:
+        error = f"{program}: {' '.join(str(caught).split())}"
+    said = [(error, alike)]
+    if dist.is_initialized():
+        said *= dist.get_world_size()
+        dist.all_gather_object(said, (error, alike))
+    error = next(filter(None, (error for error, _ in said)), None)
+    if not error and any(other != alike for _, other in said):
+        error = f"{program}: the ranks were not started alike: compare their flags, their data and their base"
+    if error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(error, file=sys.stderr)
+        leave(2)
+
+
+def leave(code):
+    """Exit.  A rank waits for the others, so that none is killed before it has printed or saved, and skips the
+    interpreter's own end: gloo's threads, if they are still letting go of a tensor, would abort it there."""
+    if dist.is_initialized():
+        dist.barrier()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

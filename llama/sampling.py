@@ -1,37 +1,125 @@
 """Logits to text.  Without a KV cache each token is one forward over the whole row: simple, and right."""
 import torch
 
+from .alpaca import pad_right
 
-def generate(model, prompt, max_new_tokens, eos_id, temperature=0.0, generator=None):
-    """Iterate over the ids that `model` puts after `prompt` (list of ids); eos ends it and is not among them.
 
-    temperature 0 takes the likeliest token; above it, softmax(logits / temperature) is drawn from with
-    `generator` (a torch.Generator on the CPU).  Ends at model.args.max_seq_len as well.
-    Raises ValueError, at once, when the prompt leaves no room for an answer.
+def next_logits(model, rows, pad_id=0):
+    """rows: lists of ids, of any lengths -> fp32 logits (len(rows), V) of what follows each, on the CPU.
+
+    Padding stands on the right, where the causal mask hides it, so a row gets what it would get alone.
+    Raises ValueError where weights have gone wrong and a logit is not a number.
     """
+    device = next(model.parameters()).device
+    tokens = pad_right(rows, pad_id).to(device)
+    last = torch.zeros_like(tokens, dtype=torch.bool)
+    last[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
+    logits = model(tokens, rows=last).float().cpu()
+    if logits.isnan().any():
+        raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
+    return logits
+
+
+def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """Probabilities (V,) from logits (V,): softmax(logits / temperature) over what the filters leave.
+
+    top_k keeps the k likeliest tokens (0: all); top_p then the fewest likeliest whose probabilities reach p
+    together (nucleus sampling, Holtzman et al. 2020), never none.
+    """
+    logits = (logits - logits.max()) / temperature                   # the largest is 0: no overflow
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    if top_k:
+        probabilities[top_k:] = 0.0
+        probabilities /= probabilities.sum()
+    before = probabilities.cumsum(-1) - probabilities                # what is likelier than each, together
+    before[0] = -1.0
+    kept = torch.where(before < top_p, probabilities, 0.0)
+    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
+
+
+def repeats(ids, n):
+    """The tokens that would end an n-gram which `ids` (the answer so far) holds already."""
+    if n == 0 or len(ids) < n - 1:
+        return []
+    start = ids[len(ids) - n + 1:]
+    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == start]
+
+
+def room(model, prompts, max_new_tokens):
+    """How many tokens may follow each prompt.  Raises ValueError for a prompt that leaves no room."""
     limit = model.args.max_seq_len
-    if len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens and the model takes {limit}")
-    return _next_tokens(model, list(prompt), min(max_new_tokens, limit - len(prompt)), eos_id, temperature, generator)
+    if longest := max((len(prompt) for prompt in prompts if len(prompt) >= limit), default=0):
+        raise ValueError(f"the prompt has {longest} tokens and the model takes {limit}")
+    return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
+
+
+def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0):
+    """Iterate over (i, id): the next token of prompts[i] (lists of ids), a round at a time, until eos (not given).
+
+    temperature 0 takes the likeliest token; above it, one is drawn from `filtered` with a generator for each
+    prompt, seeded alike, so that a prompt gets the same text alone and in any batch.  no_repeat_ngram n never
+    lets the answer repeat n tokens in a row.  Ends at model.args.max_seq_len as well.
+    Raises ValueError, at once, when a prompt leaves no room for an answer.
+    """
+    left = room(model, prompts, max_new_tokens)
+
+    def choose(logits, answer, generator):
+        logits[repeats(answer, no_repeat_ngram)] = -torch.inf
+        if logits.isneginf().all():
+            return eos_id                                            # nothing may follow
+        if temperature == 0:
+            return logits.argmax().item()
+        return torch.multinomial(filtered(logits, temperature, top_k, top_p), 1, generator=generator).item()
+
+    def rounds():
+        answers = [[] for _ in prompts]
+        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        going = list(range(len(prompts)))
+        while going:
+            with torch.inference_mode():
+                logits = next_logits(model, [prompts[i] + answers[i] for i in going])
+                chosen = [choose(row, answers[i], generators[i]) for i, row in zip(going, logits)]
+            for i, token in zip(going, chosen):
+                if token != eos_id:
+                    answers[i].append(token)
+                    yield i, token
+            going = [i for i, token in zip(going, chosen) if token != eos_id and len(answers[i]) < left[i]]
+    return rounds()
 
 
 @torch.inference_mode()
-def _next_tokens(model, ids, max_new_tokens, eos_id, temperature, generator):
-    device = next(model.parameters()).device
-    for _ in range(max_new_tokens):
-        tokens = torch.tensor([ids], device=device)
-        last = torch.zeros_like(tokens, dtype=torch.bool)
-        last[:, -1] = True
-        logits = model(tokens, rows=last)[0].float()                       # (V,): only the last position's
-        if temperature > 0:
-            # On the CPU, so that a seed gives one text on every device.
-            token = torch.multinomial((logits / temperature).softmax(-1).cpu(), 1, generator=generator).item()
-        else:
-            token = logits.argmax().item()
-        if token == eos_id:
-            return
-        ids.append(token)
-        yield token
+def beam_search(model, prompt, max_new_tokens, eos_id, beams, no_repeat_ngram=0):
+    """The best answer found (list of ids, no eos): highest mean log p of its tokens, eos counted where it ends it.
+
+    `beams` unfinished answers are kept, those with the highest log p; a step extends each by every token.  It ends
+    when as many are finished and none unfinished has a better mean so far than the best of them.
+    """
+    left, = room(model, [prompt], max_new_tokens)
+    alive, done = [(0.0, [])], []
+    while alive:
+        logits = next_logits(model, [prompt + answer for _, answer in alive])
+        for row, (_, answer) in zip(logits, alive):
+            row[repeats(answer, no_repeat_ngram)] = -torch.inf
+        scores = logits.log_softmax(-1).nan_to_num(nan=-torch.inf) + torch.tensor([[score] for score, _ in alive])
+        best, flat = scores.flatten().topk(min(2 * beams, scores.numel()))       # twice: half may be eos
+        extended = []
+        for score, index in zip(best.tolist(), flat.tolist()):
+            if score == -torch.inf:
+                break                                                # nothing may follow
+            answer, token = alive[index // logits.shape[1]][1], index % logits.shape[1]
+            if token == eos_id:
+                done.append((score / (len(answer) + 1), answer))
+            else:
+                extended.append((score, [*answer, token]))
+        if not extended and not done:
+            return alive[0][1]
+        alive = extended[:beams]
+        if alive and len(alive[0][1]) == left:
+            done += [(score / left, answer) for score, answer in alive]
+            break
+        if len(done) >= beams and max(done)[0] >= max((score / len(answer) for score, answer in alive), default=0):
+            break
+    return max(done, key=lambda pair: pair[0])[1]
 
 
 def stream(tokenizer, ids):

@@ -1,11 +1,15 @@
 """Bad input to the command lines: one clear line (what, where), exit code 2, no traceback, nothing written over."""
+import io
 import json
+import random
 
 import pytest
 import torch
 
 import generate
 import train
+from llama import load_checkpoint
+from lora import read_adapter
 
 
 @pytest.fixture
@@ -15,7 +19,8 @@ def refused(monkeypatch, tmp_path, capsys):
     def refused(main, *flags):
         with pytest.raises(SystemExit) as caught:
             main(list(flags))
-        error = capsys.readouterr().err
+        output, error = capsys.readouterr()
+        assert "the pickle ran" not in output
         assert caught.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
         return error
     return refused
@@ -65,6 +70,13 @@ def refused(monkeypatch, tmp_path, capsys):
     (["--out", "examples.json/deeper"], "cannot write to --out examples.json/deeper"),
     (["--out", "/proc/none"], "cannot write to --out /proc/none"),
     (["--log-every", "0"], "--log-every: 0 is out of range"),
+    (["--checkpoint", ""], "argument --checkpoint: is empty"),
+    (["--data", ""], "argument --data: is empty"),
+    (["--val-data", " "], "argument --val-data: is empty"),
+    (["--out", ""], "argument --out: is empty"),
+    (["--device", "meta"], "--device meta cannot be used here"),
+    (["--device", "hpu"], "--device hpu cannot be used here"),
+    (["--data", "\udcff.json"], "argument --data: is not UTF-8 text"),
     (["--lay", "1"], "unrecognized arguments: --lay 1"),
     (["--checkpoint"], "argument --checkpoint: expected one argument"),
 ])
@@ -103,6 +115,23 @@ def test_data_that_is_wrong(refused, base, tmp_path, content, message):
     (["--max-new-tokens", "0"], "--max-new-tokens: 0 is out of range"),
     (["--seed", "9" * 30], "is out of range"),
     (["--instruction", "a " * 5000, "--adapter", "none"], "tokens and the model takes 4096"),
+    (["--adapter", ""], "argument --adapter: is empty"),
+    (["--instruction", ""], "argument --instruction: is empty"),
+    (["--instruction", "\udcff"], "argument --instruction: is not UTF-8 text"),
+    (["--instruction", "a", "--input", "\udcff"], "argument --input: is not UTF-8 text"),
+    (["--beams", "100000"], "--beams: 100000 is out of range, must be at least 1 and at most 256"),
+    (["--data", "nowhere.json"], "no data file at nowhere.json"),
+    (["--data", "other"], "no data file at other"),
+    (["--data", "examples.json", "--interactive"], "argument --interactive: not allowed with argument --data"),
+    (["--data", "examples.json", "--instruction", "a"], "argument --instruction: not allowed with argument --data"),
+    (["--top-k", "3"], "nothing is drawn without --temperature"),
+    (["--top-p", "0.5"], "nothing is drawn without --temperature"),
+    (["--top-k", "-1", "--temperature", "1"], "--top-k: -1 is out of range"),
+    (["--top-p", "0", "--temperature", "1"], "--top-p: 0 is out of range, must be above 0 and at most 1"),
+    (["--top-p", "1.1", "--temperature", "1"], "--top-p: 1.1 is out of range"),
+    (["--beams", "0"], "--beams: 0 is out of range"),
+    (["--beams", "2", "--temperature", "1"], "--beams searches and --temperature draws; give one"),
+    (["--no-repeat-ngram", "-1"], "--no-repeat-ngram: -1 is out of range"),
 ])
 def test_generate(refused, base, data, tmp_path, flags, message):
     common = ["--checkpoint", str(base), "--data", str(data), "--layers", "1", "--max-steps", "1", "--accumulation-steps", "1"]
@@ -117,9 +146,106 @@ def test_generate(refused, base, data, tmp_path, flags, message):
     assert message in refused(generate.main, *flags)
 
 
+def test_a_folder_where_a_file_of_the_run_belongs(refused, base, data, tmp_path):
+    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
+    train.main(flags)
+    (tmp_path / "out/adapter.pt").unlink()
+    (tmp_path / "out/adapter.pt").mkdir()
+    before = (tmp_path / "out/metrics.jsonl").read_bytes()
+    assert "out/adapter.pt is a folder, where a file of the run belongs" in refused(train.main, *flags)
+    assert (tmp_path / "out/metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bytes_changed_at_random_in_checkpoints_and_adapters(base, data, tmp_path, monkeypatch):
+    """200 files with a few bytes changed or the end cut off: each loads or is a ValueError, whatever the pickle hits."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "run", "--r", "1", "--targets", "wv"])
+    draw = random.Random(0)
+    for path, load in ((base / "consolidated.00.pth", lambda: load_checkpoint(base, layers=1)),
+                       (tmp_path / "run/adapter.pt", lambda: read_adapter("run/adapter.pt"))):
+        whole = path.read_bytes()
+        pickled = whole.index(b"data.pkl")
+        for _ in range(100):
+            broken = bytearray(whole if draw.random() < 0.8 else whole[:draw.randrange(len(whole))])
+            for _ in range(draw.randint(1, 4)):
+                broken[min(len(broken) - 1, pickled + draw.randrange(2000))] = draw.randrange(256)
+            path.write_bytes(broken)
+            try:
+                load()
+            except ValueError:
+                pass
+        path.write_bytes(whole)
+
+
+def test_an_adapter_file_that_names_its_base_by_nonsense(refused, base, data, tmp_path):
+    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "run"])
+    content = torch.load("run/adapter.pt", weights_only=True)
+    for wrong in (dict(folder=5), dict(layers="x"), dict(layers=[1])):
+        torch.save({**content, "base": {**content["base"], **wrong}}, "run/adapter.pt")
+        assert "is not an adapter file: it names its base by" in refused(generate.main, "--adapter", "run/adapter.pt")
+
+
 def test_a_base_that_has_moved_is_named(refused, base, data, tmp_path):
     train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "run"])
     base.rename(tmp_path / "moved")
     assert f"no checkpoint folder at {base}" in refused(generate.main, "--adapter", "run/adapter.pt", "--instruction", "a")
     assert json.loads((tmp_path / "run/args.json").read_text())["checkpoint"] == str(base)
     generate.main(["--adapter", "run/adapter.pt", "--instruction", "a", "--checkpoint", "moved", "--max-new-tokens", "1"])
+
+
+class Attack:
+    def __reduce__(self):
+        return print, ("the pickle ran",)
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("params.json", b"", "params.json is not JSON"),
+    ("params.json", b"\xff\xfe", "params.json is not JSON"),
+    ("params.json", b"[" * 100_000, "params.json is not JSON"),
+    ("params.json", b"null", "params.json holds a NoneType"),
+    ("params.json", b"{}", "params.json lacks ['dim', 'n_heads', 'n_layers']"),
+    ("params.json", dict(dim="32"), "params.json: dim is '32', not a number of the right kind"),
+    ("params.json", dict(dim=32.0), "params.json: dim is 32.0, not a number of the right kind"),
+    ("params.json", dict(n_layers=None), "params.json: n_layers is None"),
+    ("params.json", dict(n_layers=10 ** 9), "params.json: n_layers is 1000000000, must be 1 to"),
+    ("params.json", dict(n_layers=-1), "params.json: n_layers is -1"),
+    ("params.json", dict(dim=10 ** 30), "params.json: dim is 1000"),
+    ("params.json", dict(vocab_size=0), "params.json: vocab_size 0 is less than the tokenizer's 400"),
+    ("params.json", dict(norm_eps=-1), "params.json: norm_eps is -1"),
+    ("params.json", dict(rope_theta=float("nan")), "params.json: rope_theta is nan"),
+    ("params.json", dict(ffn_dim_multiplier=float("inf")), "params.json: ffn_dim_multiplier is inf"),
+    ("params.json", dict(rope_scaling={"factor": 2}), "has 'rope_scaling', which this model does not know"),
+    ("params.json", dict(n_kv_heads=4), "of another shape: layers.0.attention.wk.weight"),
+    ("params.json", "folder", "no params.json in"),
+    ("tokenizer.model", b"", "tokenizer.model is empty"),
+    ("tokenizer.model", b"{}", "tokenizer.model is not a sentencepiece model"),
+    ("tokenizer.model", "folder", "no tokenizer at"),
+    ("consolidated.00.pth", b"", "consolidated.00.pth is not a checkpoint of tensors"),
+    ("consolidated.00.pth", b"PK\x03\x04", "consolidated.00.pth is not a checkpoint of tensors"),
+    ("consolidated.00.pth", b"\x80\x04N.", "consolidated.00.pth is not a checkpoint of tensors"),
+    ("consolidated.00.pth", saved([torch.ones(2)]), "does not hold a dict of floating-point tensors"),
+    ("consolidated.00.pth", saved({"model": {"norm.weight": torch.ones(2)}}), "does not hold a dict of floating-point tensors"),
+    ("consolidated.00.pth", saved({7: torch.ones(2)}), "does not hold a dict of floating-point tensors"),
+    ("consolidated.00.pth", saved({"norm.weight": torch.ones(32).to_sparse()}), "does not hold a dict of floating-point tensors"),
+    ("consolidated.00.pth", saved({"norm.weight": torch.ones(32, device="meta")}), "does not hold a dict of floating-point tensors"),
+    ("consolidated.00.pth", saved({"a": Attack()}), "consolidated.00.pth is not a checkpoint of tensors"),
+    ("consolidated.00.pth", saved({"norm.weight": torch.ones(32)}), "missing: layers.0.attention.wk.weight"),
+    ("consolidated.00.pth", "folder", "consolidated.00.pth is not a checkpoint of tensors"),
+    ("consolidated.02.pth", saved({"norm.weight": torch.ones(32)}), "no consolidated.01.pth in"),
+])
+def test_a_checkpoint_that_is_wrong(refused, base, data, tmp_path, name, content, message, capsys):
+    path = base / name
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content}).encode()
+    path.unlink(missing_ok=True)
+    path.mkdir() if content == "folder" else path.write_bytes(content)
+    assert message in refused(train.main, "--checkpoint", str(base), "--data", str(data))
+    assert message in refused(generate.main, "--checkpoint", str(base), "--adapter", "none")
+    assert not (tmp_path / "out" / "args.json").exists()

@@ -3,6 +3,7 @@
     pytest -s tests/test_demo.py        prints the accuracy on held-out examples, base against base + adapter
 """
 import json
+import os
 import subprocess
 import sys
 import time
@@ -40,8 +41,10 @@ def fifths(rows):
 
 
 def answers(model, tokenizer, examples):
-    return [tokenizer.decode(generate(model, encode_prompt(example, tokenizer), 16, tokenizer.eos_id)).strip()
-            for example in examples]
+    ids = [[] for _ in examples]
+    for i, token in generate(model, [encode_prompt(example, tokenizer) for example in examples], 16, tokenizer.eos_id):
+        ids[i].append(token)
+    return [tokenizer.decode(answer).strip() for answer in ids]
 
 
 def test_it_learns_in_under_a_minute_and_says_where_the_adapter_is(trained):
@@ -98,8 +101,11 @@ def test_the_documented_commands_make_the_demo_again(tmp_path):
     python(tmp_path, ROOT / "train.py", *flags, "--max-steps", "300")
     rows = [json.loads(line) for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    code = (DEMO / "make.py").read_text().split('python -c "')[1].split('"\n')[0]
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "demo/consolidated.00.pth").stat().st_size == (DEMO / "consolidated.00.pth").stat().st_size
     model, tokenizer = load_checkpoint(tmp_path / "base")
-    assert len(list(generate(model, encode_prompt(command.INSTRUCTIONS[0], tokenizer), 16, tokenizer.eos_id))) > 3
+    assert len(answers(model.eval(), tokenizer, command.INSTRUCTIONS[:1])[0]) > 3
 
 
 def test_making_the_demo_wants_a_folder():

@@ -1,13 +1,16 @@
 """llama/sampling.py and generate.py: the right tokens, whole characters, base and adapter and merged."""
+import io
+import json
+
 import pytest
 import torch
 
 import generate as command
 import train
 from llama import load_checkpoint
-from llama.sampling import generate, stream
+from llama.sampling import beam_search, filtered, generate, repeats, stream
 
-from .conftest import tiny
+from .conftest import EXAMPLES, tiny
 
 
 class Scripted(torch.nn.Module):
@@ -24,38 +27,150 @@ class Scripted(torch.nn.Module):
         return torch.nn.functional.one_hot(torch.tensor([self.script[tokens.shape[1]]]), 50).float()
 
 
+def one(model, prompt, *args, **settings):
+    """The answer to one prompt as a list of ids."""
+    return [token for _, token in generate(model, [prompt], *args, **settings)]
+
+
 def test_greedy_follows_the_likeliest_token_and_stops_at_eos():
     model = Scripted({3: 7, 4: 8, 5: 2, 6: 9})
-    assert list(generate(model, [1, 5, 6], 10, eos_id=2)) == [7, 8]
+    assert one(model, [1, 5, 6], 10, eos_id=2) == [7, 8]
     assert model.rows == [[False] * n + [True] for n in (2, 3, 4)]           # logits at the last position only
-    assert list(generate(model, [1, 5, 6], 1, eos_id=2)) == [7]
+    assert one(model, [1, 5, 6], 1, eos_id=2) == [7]
 
 
 def test_greedy_equals_taking_the_argmax_of_all_logits():
     model, ids = tiny(n_kv_heads=2), [1, 5, 9]
     for _ in range(12):
         ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert list(generate(model, [1, 5, 9], 12, eos_id=-1)) == ids[3:]
+    assert one(model, [1, 5, 9], 12, eos_id=-1) == ids[3:]
 
 
 def test_the_context_ends_it():
     model = Scripted({n: 7 for n in range(64)}, max_seq_len=6)
-    assert list(generate(model, [1, 5, 6], 10, eos_id=2)) == [7, 7, 7]
+    assert one(model, [1, 5, 6], 10, eos_id=2) == [7, 7, 7]
     with pytest.raises(ValueError, match="the prompt has 6 tokens and the model takes 6"):
-        list(generate(model, [1] * 6, 10, eos_id=2))
+        generate(model, [[1, 5], [1] * 6], 10, eos_id=2)
 
 
-def test_temperature_draws_from_the_softmax():
-    class Three(Scripted):
+LOGITS = torch.tensor([0.1, 0.2, 0.4, 0.3]).log()
+
+
+@pytest.mark.parametrize("settings, expected", [
+    (dict(), [0.1, 0.2, 0.4, 0.3]),
+    (dict(temperature=0.5), [0.01 / 0.3, 0.04 / 0.3, 0.16 / 0.3, 0.09 / 0.3]),         # p^(1/T), normed
+    (dict(top_k=1), [0, 0, 1, 0]),
+    (dict(top_k=2), [0, 0, 4 / 7, 3 / 7]),
+    (dict(top_k=9), [0.1, 0.2, 0.4, 0.3]),
+    (dict(top_p=0.39), [0, 0, 1, 0]),                                                  # never none
+    (dict(top_p=0.6), [0, 0, 4 / 7, 3 / 7]),                                           # 0.4 is short of 0.6, with 0.3 past it
+    (dict(top_p=0.75), [0, 2 / 9, 4 / 9, 3 / 9]),
+    (dict(top_k=3, top_p=0.7), [0, 0, 4 / 7, 3 / 7]),                                  # of 4/9, 3/9, 2/9 two reach 0.7
+    (dict(top_p=1e-9), [0, 0, 1, 0]),
+    (dict(temperature=1e-40), [0, 0, 1, 0]),
+    (dict(top_p=1e-320), [0, 0, 1, 0]),
+    (dict(temperature=1e30), [0.25] * 4),
+])
+def test_filters_by_hand(settings, expected):
+    assert torch.allclose(filtered(LOGITS, **settings), torch.tensor(expected, dtype=torch.float), atol=1e-6)
+
+
+def test_filters_at_a_border_and_at_a_tie():
+    half = torch.tensor([0.5, 0.25, 0.25]).log()
+    assert filtered(half, top_p=0.5).tolist() == [1, 0, 0]                             # reached exactly: no more is needed
+    assert filtered(torch.zeros(4), top_k=1).tolist() == [1, 0, 0, 0]                  # k tokens, not all that tie
+
+
+def test_what_is_drawn_follows_the_filtered_probabilities():
+    class Four(Scripted):
         def forward(self, tokens, rows):
-            return torch.tensor([[0.0, 1.0, 2.0]])
-    generator = torch.Generator().manual_seed(0)
-    for temperature in (0.5, 1.0, 2.0):
-        drawn = [next(generate(Three({}), [1], 1, -1, temperature, generator)) for _ in range(4000)]
-        expected = (torch.tensor([0.0, 1.0, 2.0]) / temperature).softmax(-1)
-        assert torch.allclose(torch.bincount(torch.tensor(drawn), minlength=3) / 4000, expected, atol=0.03)
-    again = [list(generate(tiny(), [1, 5], 8, -1, 1.0, torch.Generator().manual_seed(s))) for s in (3, 3, 4)]
-    assert again[0] == again[1] != again[2]
+            return LOGITS[None].clone()
+    for settings in (dict(temperature=1.0), dict(temperature=2.0), dict(temperature=1.0, top_k=2), dict(temperature=1.0, top_p=0.75)):
+        drawn = torch.tensor([one(Four({}), [1], 1, -1, seed=seed, **settings)[0] for seed in range(3000)])
+        assert torch.allclose(torch.bincount(drawn, minlength=4) / 3000, filtered(LOGITS, **settings), atol=0.04)
+
+
+def test_a_seed_repeats_what_is_drawn():
+    texts = [one(tiny(), [1, 5], 8, -1, temperature=1.0, seed=seed) for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 3, 20, 30], [1, 8]]
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, seed=3), dict(temperature=1.0, top_k=5), dict(no_repeat_ngram=2)])
+def test_several_prompts_in_a_batch_give_what_each_gives_alone(settings):
+    """Of different lengths, and ending at different times."""
+    model = tiny(n_kv_heads=2)
+    eos = one(model, PROMPTS[0], 3, -1)[2]                                    # some token that comes up early
+    together = [[] for _ in PROMPTS]
+    for i, token in generate(model, PROMPTS, 10, eos, **settings):
+        together[i].append(token)
+    assert together == [one(model, prompt, 10, eos, **settings) for prompt in PROMPTS]
+    if not settings:
+        assert len({len(answer) for answer in together}) > 1
+
+
+def test_no_ngram_comes_twice():
+    assert repeats([1, 2, 3, 1, 2], 3) == [3] and repeats([1, 2, 3, 1, 2], 2) == [3] and repeats([1, 2], 1) == [1, 2]
+    assert repeats([1, 2, 1, 3, 1], 2) == [2, 3] and repeats([1, 2, 3], 0) == repeats([], 2) == repeats([1], 3) == []
+    model = tiny()
+    free = one(model, [1, 5], 40, -1)
+    for n in (1, 2, 3):
+        for answer in (one(model, [1, 5], 40, -1, no_repeat_ngram=n), beam_search(model, [1, 5], 40, -1, 2, n)):
+            grams = [tuple(answer[i:i + n]) for i in range(len(answer) - n + 1)]
+            assert len(answer) == 40 and len(grams) == len(set(grams))
+    assert len({tuple(free[i:i + 3]) for i in range(38)}) < 38                # greedy alone does repeat itself
+
+
+def exhaustive(model, prompt, length, eos):
+    """Every answer of up to `length` tokens, scored one by one: mean log p of its tokens, eos included."""
+    best = (-float("inf"), None)
+    unfinished = [(0.0, [])]
+    for n in range(length):
+        longer = []
+        for score, answer in unfinished:
+            log_p = model(torch.tensor([prompt + answer]))[0, -1].log_softmax(-1).tolist()
+            best = max(best, ((score + log_p[eos]) / (n + 1), answer))
+            longer += [(score + p, [*answer, token]) for token, p in enumerate(log_p) if token != eos]
+        unfinished = longer
+    return max(best, *((score / length, answer) for score, answer in unfinished))[1]
+
+
+class Table(Scripted):
+    """Probabilities by the answer so far: of eos (id 0), a (1) and b (2)."""
+
+    def forward(self, tokens, rows):
+        answers = [tuple(row[:last.nonzero().item() + 1][1:].tolist()) for row, last in zip(tokens, rows)]
+        return torch.tensor([self.script.get(answer, [0.8, 0.1, 0.1]) for answer in answers]).log()
+
+
+@pytest.mark.parametrize("beams, script, best", [
+    (2, {(): [0.5, 0.5, 0.0], (1,): [0.6, 0.2, 0.2]}, [1]),                  # (log .5 + log .6) / 2 beats log .5: eos counts
+    (2, {(): [0.4, 0.35, 0.25], (1,): [0.1, 0.5, 0.4], (2,): [0.99, 0.01, 0.0]}, [2]),       # eos takes no beam's place
+    (1, {(): [0.3, 0.6, 0.1], (1,): [0.9, 0.05, 0.05]}, [1]),                # one is finished, a better one still goes on
+])
+def test_beam_search_by_hand(beams, script, best):
+    assert beam_search(Table(script), [3], 8, 0, beams) == best
+
+
+def test_an_answer_ends_where_every_token_is_banned():
+    model = tiny(vocab_size=5)
+    for settings in (dict(), dict(temperature=1.0)):
+        answer = one(model, [1], 20, -1, no_repeat_ngram=1, **settings)
+        assert len(answer) == len(set(answer)) == 5
+    answer = beam_search(model, [1], 20, -1, 3, no_repeat_ngram=1)
+    assert len(answer) == len(set(answer)) == 5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_search_finds_what_exhaustive_search_finds(seed):
+    model = tiny(vocab_size=5, dim=8, n_heads=2, n_layers=1)
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.7)
+    assert beam_search(model, [1, 3], 4, 2, beams=4 ** 4) == exhaustive(model, [1, 3], 4, 2)
+    assert beam_search(model, [1, 3], 6, -1, beams=1) == one(model, [1, 3], 6, -1)         # one beam is greedy
 
 
 @pytest.mark.parametrize("text", ["blue green", "two  spaces\n\nand lines ", "ünï 🦙🦙 多", " leading", "a\ufffdb", "ends in \ufffd", ""])
@@ -104,14 +219,77 @@ def test_the_adapter_file_names_its_base_and_layers(base, data, tmp_path, monkey
     assert "1 layers" in capsys.readouterr().err
 
 
+def test_the_adapter_answers_without_dropout(base, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--dropout", "0.5"])
+    model, *_ = command.load(command.parse_args(["--precision", "fp32"]), torch.device("cpu"))
+    assert not any(module.training for module in model.modules())
+
+
+def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
+    content = torch.load("out/adapter.pt", weights_only=True)
+    content["tensors"]["layers.0.attention.wq.lora_B"].fill_(float("nan"))
+    torch.save(content, "out/adapter.pt")
+    for flags in ([], ["--temperature", "1"], ["--beams", "2"], ["--data", "examples.json"]):
+        with pytest.raises(SystemExit, match="2"):
+            trained(*flags)
+        assert "generate.py: the model's logits are not numbers" in capsys.readouterr().err
+
+
+def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, base, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        trained("--layers", "1")
+    assert "it was taken because it is there, --adapter none leaves it out" in capsys.readouterr().err
+
+
 def test_input_goes_into_the_prompt(trained):
     with_input = trained("--instruction", "Say cold again please.", "--input", "quietly")
     assert with_input.out.startswith("\n### Say cold again please.\n# quietly\ncold")
 
 
-def test_a_seed_repeats_a_drawn_text(trained):
-    texts = [trained("--instruction", "Say", "--temperature", "3", "--seed", seed).out for seed in ("1", "1", "2")]
-    assert texts[0] == texts[1] != texts[2]
+def test_flags_reach_the_sampler(trained):
+    def asked(*flags):
+        return trained("--instruction", "Say", *flags).out
+    hot = ("--temperature", "3", "--seed")
+    assert asked(*hot, "1") == asked(*hot, "1") != asked(*hot, "2")
+    assert asked(*hot, "1", "--top-k", "1") == asked(*hot, "1", "--top-p", "1e-9") == asked()
+    assert asked("--beams", "3") and asked("--no-repeat-ngram", "1")
+
+
+def test_a_file_is_answered_to_json_lines(trained, tmp_path):
+    """Twelve questions in batches, one without an output; each answered as it is alone; progress on stderr."""
+    questions = [{key: value for key, value in example.items() if key != "output"} for example in EXAMPLES[:-1]] + EXAMPLES[-1:]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    said = trained("--data", "questions.jsonl")
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [{k: v for k, v in row.items() if k != "answer"} for row in rows] == questions
+    assert sum(row["answer"] != "" and example["output"].startswith(row["answer"]) for row, example in zip(rows, EXAMPLES)) >= 10
+    assert said.err.splitlines()[1:] == ["8/12 answered", "12/12 answered"]
+    for row in rows[::5]:
+        alone = trained("--instruction", row["instruction"], "--input", row["input"]) if row["input"] \
+            else trained("--instruction", row["instruction"])
+        assert alone.out.endswith(f"\n{row['answer']}\n")
+    beams = trained("--data", "questions.jsonl", "--beams", "2").out
+    assert len(beams.splitlines()) == 12
+
+
+def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, base, data, monkeypatch):
+    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "other", "--targets", "w2", "--lr", "1"])
+    typed = ["Say blue please.\n", ":adapter none\n", "Say blue please.\n", "\n", ":adapter other/adapter.pt\n", "Say blue please.\n",
+             ":adapter nowhere.pt\n", ":adapter\n", ":quit\n", "Say blue please.\n", ":adapter out/adapter.pt\n", "Say blue please.\n"]
+    loads = []
+    monkeypatch.setattr(command, "load_checkpoint", lambda *args: loads.append(args) or load_checkpoint(*args))
+    for flags in ((), ("--merge",)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(typed)))
+        said = trained("--interactive", *flags)
+        first, bare, other, still_other, again = (part.strip() for part in said.out.split("###")[1:] if part.strip())
+        assert first == again == "blue" and other == still_other and len({first, bare, other}) == 3
+        assert "generate.py: no adapter file at nowhere.pt" in said.err
+        assert said.err.count("type an instruction, or :adapter FILE, or :adapter none") == 2
+        asked = ("--instruction", "Say blue please.", "--adapter")
+        assert trained(*asked, "none", "--checkpoint", str(base)).out.endswith(f"\n{bare}\n")
+        assert trained(*asked, "other/adapter.pt").out.endswith(f"\n{other}\n")
+    assert len(loads) == 6                                                    # two sessions, four plain calls
 
 
 def test_several_dtypes_answer(trained):
@@ -122,6 +300,6 @@ def test_several_dtypes_answer(trained):
 def test_generation_leaves_the_model_as_it_was(base):
     model, tokenizer = load_checkpoint(base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    list(generate(model.eval(), [1, 2, 3], 5, -1))
+    one(model.eval(), [1, 2, 3], 5, -1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(p.requires_grad and not p.is_inference() for p in model.parameters())

@@ -14,7 +14,7 @@ BLOCKS = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)).repla
 
 
 def commands(program):
-    return [line.split(program, 1)[1].split("#")[0].split("&&")[0].split(" | ")[0] for line in BLOCKS.splitlines()
+    return [line.split(program, 1)[1].split("#")[0].split("&&")[0].split(" > ")[0] for line in BLOCKS.splitlines()
             if re.match(rf"(pip install \S+ \S+ && )?(python|torchrun [^|]*?) ?{program}", line)]
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import generate
 import train
 from llama import load_checkpoint
 from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples
@@ -138,6 +139,133 @@ def test_gradients_are_clipped_after_unscaling(run):
     assert scaled[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.02)
 
 
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, monkeypatch):
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def looking(self, *args, **settings):
+        seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm().item())
+        return step(self, *args, **settings)
+    monkeypatch.setattr(torch.optim.AdamW, "step", looking)
+    rows = run("clipped", "--clip-grad-norm", "0.01", "--max-steps", "2")
+    assert seen == pytest.approx([0.01, 0.01], rel=1e-3) and all(row["grad_norm"] > 0.02 for row in rows)
+    run("never", "--clip-grad-norm", "0", "--max-steps", "2")
+    run("hardly", "--clip-grad-norm", "1e9", "--max-steps", "2")
+    assert (tmp_path / "never/adapter.pt").read_bytes() == (tmp_path / "hardly/adapter.pt").read_bytes()
+
+
+def test_weight_decay_reaches_the_optimizer(run, tmp_path):
+    run("plain", "--max-steps", "2"), run("decayed", "--max-steps", "2", "--weight-decay", "50")
+    plain, decayed = (sum(t.norm() for name, t in adapter(tmp_path / out).items() if name.endswith("_A")) for out in ("plain", "decayed"))
+    assert decayed < 0.8 * plain
+
+
+def test_schedule_and_warmup_flags(run):
+    def rates(*flags):
+        return [row["lr"] for row in run("rates" + "".join(flags), *flags, "--batch-size", "1", "--accumulation-steps", "1",
+                                         "--epochs", "5", "--val-fraction", "0.17")]        # 50 steps
+    assert rates("--schedule", "constant", "--warmup-steps", "0") == [1e-2] * 50
+    assert rates("--schedule", "constant", "--warmup-steps", "3")[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
+    default = rates()
+    assert default[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and default[-1] < 1e-4        # 3 % of 50 steps is 2
+
+
+def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(run, data, monkeypatch):
+    modes, honest = [], train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda model, batch: modes.append((model.training, torch.is_grad_enabled())) or honest(model, batch))
+    run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2", "--epochs", "2")
+    assert modes == ([(False, False)] * 2 + [(True, True)] * 2) * 2 + [(False, False)] * 2
+
+
+def test_each_epoch_has_an_order_of_its_own(run, monkeypatch):
+    seen, honest = [], train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda model, batch: seen.append(batch.tokens.tolist()) or honest(model, batch))
+    run("out", "--batch-size", "1", "--epochs", "2")
+    assert sorted(seen[:12]) == sorted(seen[12:]) and seen[:12] != seen[12:]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_flags_reach_autocast_and_checkpointing(run, monkeypatch, precision):
+    seen, honest = [], train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda model, batch: seen.append((
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), model.checkpointing)) or honest(model, batch))
+    dtype = {"fp32": False, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    run("plain", "--precision", precision, "--max-steps", "1", "--batch-size", "12")
+    run("checkpointing", "--precision", precision, "--max-steps", "1", "--batch-size", "12", "--checkpointing")
+    assert seen == [(dtype, False), (dtype, True)]
+
+
+def test_the_plans_defaults():
+    args = train.parse_args(["--checkpoint", "somewhere"])
+    assert (args.r, args.alpha, args.dropout, args.targets, args.max_seq_len) == (16, 32, 0.05, ("wq", "wv"), 512)
+    assert (args.accumulation_steps, args.lr, args.clip_grad_norm, args.weight_decay, args.epochs) == (8, 3e-4, 1.0, 0, 3)
+    assert train.parse_args(["--checkpoint", "somewhere", "--method", "full"]).lr == 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_full_model_is_saved_as_it_was_measured(run, data, tmp_path, capsys, precision):
+    """In fp32 whatever it computed in: at 1e-5 a step, bf16 would keep a third of the update."""
+    rows = run("full", "--method", "full", "--val-data", str(data), "--precision", precision, "--max-steps", "3", "--lr", "1e-5")
+    capsys.readouterr()
+    run("next", "--checkpoint", "full", "--method", "full", "--val-data", str(data), "--precision", precision, "--max-steps", "1")
+    before = float(capsys.readouterr().out.split("before    held-out loss ")[1].split()[0])
+    assert before == pytest.approx(rows[-1]["val_loss"], abs=5e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "full"], ["--init", "random"]])
+def test_what_is_printed_next_runs(run, capsys, flags):
+    run("named", *flags, "--max-steps", "1")
+    said = capsys.readouterr().out.split("saved     ")[1].splitlines()[0]
+    if "--init" in flags:
+        assert said.endswith("over random weights, which are not kept: a run to measure, not to generate with")
+    else:
+        generate.main([*said.split("python generate.py ")[1].split(), "--max-new-tokens", "1", "--instruction", "Say"])
+
+
+def test_the_last_adapter_stays_until_the_next_is_complete(run, base, data, tmp_path, monkeypatch):
+    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "2"]
+    train.main(flags)
+    before = (tmp_path / "out/adapter.pt").read_bytes()
+    honest, calls = train.answer_loss, []
+
+    def interrupted(model, batch):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return honest(model, batch)
+    monkeypatch.setattr(train, "answer_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--method", "full"])
+    assert (tmp_path / "out/adapter.pt").read_bytes() == before
+    monkeypatch.setattr(train, "answer_loss", honest)
+    train.main([*flags, "--method", "full"])
+    assert not (tmp_path / "out/adapter.pt").exists() and (tmp_path / "out/params.json").exists()
+    train.main(flags)
+    assert (tmp_path / "out/adapter.pt").read_bytes() == before and not (tmp_path / "out/params.json").exists()
+
+
+def test_two_runs_into_one_named_folder(run, tmp_path, monkeypatch, capsys):
+    """The second comes while the first still loads its model: one of them must go."""
+    honest = train.load_model
+
+    def meanwhile(*args):
+        monkeypatch.setattr(train, "load_model", honest)
+        run("shared", "--max-steps", "1")
+        return honest(*args)
+    monkeypatch.setattr(train, "load_model", meanwhile)
+    with pytest.raises(SystemExit, match="2"):
+        run("shared", "--max-steps", "2")
+    assert "another run has just begun in shared" in capsys.readouterr().err
+    assert len((tmp_path / "shared/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_metrics_stay_json_when_numbers_do_not(run, tmp_path):
+    run("out", "--lr", "1e15", "--max-steps", "3", "--clip-grad-norm", "0")
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1, 2, 3]
+    assert json.loads(lines[-1])["loss"] is None
+
+
 def test_learning_rate_at_its_corners():
     def at(step, schedule="cosine"):
         return train.lr_factor(step, steps=100, warmup=10, schedule=schedule)
@@ -160,7 +288,7 @@ def test_held_out_loss_is_a_sum_by_a_count(run, base, tokenizer, data):
 def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
     rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1", "--max-steps", "8")
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
-    assert "9 examples, 0 cut at 512 tokens, 0 dropped; 3 held out" in capsys.readouterr().out
+    assert "9 examples, 0 cut at 512 tokens, 0 dropped\nheld out  examples.json: 3 examples, 0 cut, 0 dropped" in capsys.readouterr().out
 
 
 def test_held_out_examples_are_not_trained_on(base, data):
