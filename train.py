@@ -78,7 +78,7 @@ def parse_args(argv=None):
     flag("--accumulation-steps", metavar="N", type=number(int, 1), default=8,
          help="micro-batches an optimizer step (default: 8)")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="recompute blocks in backward instead of keeping them: less memory, a third more time (default: no)")
+         help="recompute blocks in backward instead of keeping them: less memory, up to half more time (default: no)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
 

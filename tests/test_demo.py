@@ -97,7 +97,7 @@ def test_the_documented_commands_make_the_demo_again(tmp_path):
     subprocess.run([sys.executable, "-m", "llama.demo.make", tmp_path / "world"], cwd=ROOT, check=True)
     for name in ("train.json", "held_out.json", "tokenizer.model", "params.json"):
         assert (tmp_path / "world" / name).read_bytes() == (DEMO / name).read_bytes(), name
-    flags = (DEMO / "make.py").read_text().split("python train.py ")[1].split("\n\n")[0].replace("\\\\", "").split()
+    flags = (DEMO / "make.py").read_text().split("python train.py ")[1].split("\n    python -c")[0].replace("\\\\", "").split()
     python(tmp_path, ROOT / "train.py", *flags, "--max-steps", "300")
     rows = [json.loads(line) for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
