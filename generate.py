@@ -16,7 +16,7 @@ from pathlib import Path
 from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import CONTEXT, load_checkpoint
 from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown, text, utf8
-from llama.sampling import beam_search, generate, stream
+from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_lora, read_adapter, unmerge_lora
 
 DEMO = Path(__file__).parent / "llama" / "demo"
@@ -101,8 +101,8 @@ def answer(model, tokenizer, example, args):
 
 
 def show(model, tokenizer, example, args):
-    for text in stream(tokenizer, answer(model, tokenizer, example, args)):
-        print(text, end="", flush=True)
+    for piece in stream(tokenizer, answer(model, tokenizer, example, args)):
+        print(piece, end="", flush=True)
     print()
 
 
@@ -132,21 +132,25 @@ def interact(model, tokenizer, args):
         line = sys.stdin.readline()
         if not line:
             return print()
+        line = line.strip()
         words = line.split(maxsplit=1)
         try:
             if line.startswith(":") and (words[0] != ":adapter" or len(words) < 2):
                 print("type an instruction, or :adapter FILE, or :adapter none", file=sys.stderr, flush=True)
             elif line.startswith(":"):
-                name = words[1].strip()
+                name = words[1]
+                if name != "none":
+                    read_adapter(name)               # a file that is none changes nothing
                 if args.merge:
                     unmerge_lora(model)
                     args.merge = False
                 if name != "none":
                     load_adapter(model, name)
                 adapter = None if name == "none" else name
+                print(f"adapter {name}", file=sys.stderr, flush=True)
             elif words:
                 with nullcontext() if adapter else lora_disabled(model):
-                    show(model, tokenizer, {"instruction": line.strip()}, args)
+                    show(model, tokenizer, {"instruction": line}, args)
         except (ValueError, OSError) as error:
             print(f"generate.py: {error}", file=sys.stderr, flush=True)
 
@@ -163,10 +167,11 @@ def main(argv=None):
         try:
             model, tokenizer, said = load(args, device)
         except (ValueError, OSError) as error:
-            hint = "; it was taken because it is there, --adapter none leaves it out" if args.adapter_by_default and args.adapter else ""
+            hint = f"; {args.adapter} was taken because it is there, --adapter none leaves it out"
+            hint *= args.adapter_by_default and args.adapter is not None
             raise ValueError(f"{error}{hint}") from error
-        for example in examples:                     # a prompt that is too long shows before the first is answered
-            generate(model, [encode_prompt(example, tokenizer)], 1, tokenizer.eos_id)
+        # A prompt that is too long shows before the first is answered.
+        room(model, [encode_prompt(example, tokenizer) for example in examples], args.max_new_tokens)
         print(said, file=sys.stderr, flush=True)
         if args.interactive:
             interact(model, tokenizer, args)

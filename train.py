@@ -3,7 +3,7 @@
     python train.py                 the demo: a base of a million parameters, under a minute on a laptop's CPU
     python train.py --layers 1      the same with its first block alone, for debugging
     python train.py --checkpoint llama-2-7b --data alpaca_data.json --checkpointing --out out/7b
-    torchrun --standalone --nproc_per_node=2 train.py        any of these on two GPUs, or two processes on a CPU
+    torchrun --standalone --nproc_per_node=2 -- train.py     any of these on two GPUs, or in two processes on a CPU
 
 Read from `main` on.  Every option is decided before the loop, which never asks which one was chosen.
 """
@@ -29,7 +29,6 @@ from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_p
 from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, shown, text
 from llama.loss import answer_loss
 from llama.model import Transformer
-from llama.tokenizer import Tokenizer
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import METHODS
 
@@ -63,7 +62,7 @@ def parse_args(argv=None):
          help="on the adapter's input (default: 0.05)")
     flag("--targets", metavar="NAMES", type=lambda names: tuple(names.split(",")), default=("wq", "wv"),
          help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
-    flag("--lr", metavar="F", type=number(float, 0, open_low=True), 
+    flag("--lr", metavar="F", type=number(float, 0, open_low=True),
          help="peak learning rate (default: 3e-4; full: 1e-5; over the demo's base, which is tiny: 5e-3)")
     flag("--weight-decay", metavar="F", type=number(float, 0), default=0.0, help="AdamW's (default: 0)")
     flag("--warmup-steps", metavar="N", type=number(int, 0), help="optimizer steps (default: 3 %% of all)")
@@ -114,7 +113,8 @@ def claim_out(args):
     if out.resolve() == Path(args.checkpoint).resolve():
         raise ValueError(f"{out} is the base's own folder and a run replaces what is there; name another with --out")
     taken = any((out / name).exists() for name in RUN_FILES) or any(out.glob("consolidated.[0-9][0-9].pth"))
-    if taken and (args.out or not (out / "args.json").exists()):
+    ours = (out / "args.json").exists() and not (out / "consolidated.01.pth").exists()     # a run writes one file
+    if taken and (args.out or not ours):
         raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
     if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
         raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
@@ -341,4 +341,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("train.py: interrupted, and nothing was saved", file=sys.stderr)
+        sys.exit(130)

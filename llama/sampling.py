@@ -100,7 +100,7 @@ def beam_search(model, prompt, max_new_tokens, eos_id, beams, no_repeat_ngram=0)
         logits = next_logits(model, [prompt + answer for _, answer in alive])
         for row, (_, answer) in zip(logits, alive):
             row[repeats(answer, no_repeat_ngram)] = -torch.inf
-        scores = logits.log_softmax(-1).nan_to_num(nan=-torch.inf) + torch.tensor([[score] for score, _ in alive])
+        scores = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf) + torch.tensor([[score] for score, _ in alive])
         best, flat = scores.flatten().topk(min(2 * beams, scores.numel()))       # twice: half may be eos
         extended = []
         for score, index in zip(best.tolist(), flat.tolist()):

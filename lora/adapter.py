@@ -63,7 +63,7 @@ def add_lora(model, config):
     kinds = METHODS[config.method]
     wrappable = {path: module for path, module in model.named_modules() if path and type(module) in kinds}
     names = {path.rpartition(".")[2] for path in wrappable}
-    targets = names if names and config.targets == ("all",) else set(config.targets)
+    targets = names if names and "all" in config.targets else set(config.targets)
     if missing := targets - names:
         raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names)) or 'none'}")
     settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init)

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 class LoRALayer(nn.Module):
     """What every adapter layer shares: the base, the scale alpha / r, the switch, merge and unmerge.
 
-    A subclass fills lora_A and lora_B and has `forward` and `delta()`, the update in the base weight's shape.  They
-    are fp32 (fp64 over an fp64 base)
-    whatever the base is: in 16 bit the optimizer's small steps would round away.
+    A subclass fills lora_A and lora_B and has `forward` and `delta()`, the update in the base weight's shape.  The
+    two are fp32 (fp64 over an fp64 base) whatever the base is: in 16 bit the optimizer's small steps would round away.
     Raises ValueError unless 1 <= r <= the base's smaller side.
     """
 

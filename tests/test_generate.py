@@ -148,6 +148,7 @@ class Table(Scripted):
 @pytest.mark.parametrize("beams, script, best", [
     (2, {(): [0.5, 0.5, 0.0], (1,): [0.6, 0.2, 0.2]}, [1]),                  # (log .5 + log .6) / 2 beats log .5: eos counts
     (2, {(): [0.4, 0.35, 0.25], (1,): [0.1, 0.5, 0.4], (2,): [0.99, 0.01, 0.0]}, [2]),       # eos takes no beam's place
+    (3, {(): [0.0, 0.6, 0.4], (1,): [0.0, 0.0, 0.0], (2,): [0.0, 0.0, 0.0]}, [1]),           # a dead end is no answer's rival
     (1, {(): [0.3, 0.6, 0.1], (1,): [0.9, 0.05, 0.05]}, [1]),                # one is finished, a better one still goes on
 ])
 def test_beam_search_by_hand(beams, script, best):
@@ -159,8 +160,15 @@ def test_an_answer_ends_where_every_token_is_banned():
     for settings in (dict(), dict(temperature=1.0)):
         answer = one(model, [1], 20, -1, no_repeat_ngram=1, **settings)
         assert len(answer) == len(set(answer)) == 5
-    answer = beam_search(model, [1], 20, -1, 3, no_repeat_ngram=1)
-    assert len(answer) == len(set(answer)) == 5
+    for beams in (1, 2, 3):
+        answer = beam_search(model, [1], 20, -1, beams, no_repeat_ngram=1)
+        assert len(answer) == len(set(answer)) == 5
+    never = torch.tensor([-torch.inf, 0.0, 0.0, 0.0])                         # eos, id 0, can't be said
+
+    class Mute(Scripted):
+        def forward(self, tokens, rows):
+            return never.repeat(len(tokens), 1)
+    assert [sorted(beam_search(Mute({}), [9], 20, 0, beams, no_repeat_ngram=1)) for beams in (1, 2, 3)] == [[1, 2, 3]] * 3
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -239,7 +247,7 @@ def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
 def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, base, capsys):
     with pytest.raises(SystemExit, match="2"):
         trained("--layers", "1")
-    assert "it was taken because it is there, --adapter none leaves it out" in capsys.readouterr().err
+    assert "; out/adapter.pt was taken because it is there, --adapter none leaves it out" in capsys.readouterr().err
 
 
 def test_input_goes_into_the_prompt(trained):
@@ -275,7 +283,7 @@ def test_a_file_is_answered_to_json_lines(trained, tmp_path):
 
 def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, base, data, monkeypatch):
     train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "other", "--targets", "w2", "--lr", "1"])
-    typed = ["Say blue please.\n", ":adapter none\n", "Say blue please.\n", "\n", ":adapter other/adapter.pt\n", "Say blue please.\n",
+    typed = ["Say blue please.\n", " :adapter none\n", "Say blue please.\n", "\n", ":adapter other/adapter.pt\n", "Say blue please.\n",
              ":adapter nowhere.pt\n", ":adapter\n", ":quit\n", "Say blue please.\n", ":adapter out/adapter.pt\n", "Say blue please.\n"]
     loads = []
     monkeypatch.setattr(command, "load_checkpoint", lambda *args: loads.append(args) or load_checkpoint(*args))
@@ -285,6 +293,7 @@ def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, ba
         first, bare, other, still_other, again = (part.strip() for part in said.out.split("###")[1:] if part.strip())
         assert first == again == "blue" and other == still_other and len({first, bare, other}) == 3
         assert "generate.py: no adapter file at nowhere.pt" in said.err
+        assert said.err.count("\nadapter ") == 3
         assert said.err.count("type an instruction, or :adapter FILE, or :adapter none") == 2
         asked = ("--instruction", "Say blue please.", "--adapter")
         assert trained(*asked, "none", "--checkpoint", str(base)).out.endswith(f"\n{bare}\n")

@@ -254,7 +254,8 @@ def test_a_padding_row_stays_as_it_is():
 
 def test_targets_are_whole_names():
     model = NotALlama()
-    for targets, found in ((("0",), ["body.0"]), ("my_wq", ["my_wq"]), ("all", ["words", "body.0", "body.2", "my_wq"])):
+    for targets, found in ((("0",), ["body.0"]), ("my_wq", ["my_wq"]), ("all", ["words", "body.0", "body.2", "my_wq"]),
+                           (("0", "all"), ["words", "body.0", "body.2", "my_wq"])):
         other = copy.deepcopy(model)
         assert add_lora(other, LoRAConfig(r=2, targets=targets)) == found
         assert torch.equal(other(torch.arange(11)), model(torch.arange(11)))

@@ -329,6 +329,10 @@ def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeyp
         with pytest.raises(SystemExit, match="2"):
             train.main([*flags, "--data", str(data), "--max-steps", "1"])
         assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    for name in ("args.json", "consolidated.01.pth"):                     # several files are no run's, whatever stands beside
+        (tmp_path / "out" / name).touch()
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--data", str(data), "--max-steps", "1", "--method", "full"])
 
 
 def test_bad_input_leaves_the_last_run_in_the_default_out(run, base, data, tmp_path):
