@@ -70,16 +70,21 @@ def test_the_adapter_answers_what_the_base_does_not(trained):
     assert right[0] <= 0.05 * len(examples) and right[1] >= 0.7 * len(examples)
 
 
-def test_generate_shows_it(trained):
-    with_adapter, base = (python(trained[0], ROOT / "generate.py", *flags) for flags in ((), ("--adapter", "none")))
+def test_generate_shows_it(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained[0])
+
+    def said(*flags):
+        command.main(list(flags))
+        return capsys.readouterr().out
+    with_adapter, base = said(), said("--adapter", "none")
     assert with_adapter != base and with_adapter.count("###") == base.count("###") >= 4
-    assert with_adapter == python(trained[0], ROOT / "generate.py", "--merge")
+    assert with_adapter == said("--merge") == python(trained[0], ROOT / "generate.py")
 
 
 def test_one_layer_is_enough_to_debug_with(tmp_path):
     printed = python(tmp_path, ROOT / "train.py", "--layers", "1")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert fifths(rows) < 0.9 and "saved     out/adapter.pt" in printed
+    assert fifths(rows) < 0.7 and "saved     out/adapter.pt" in printed
     assert python(tmp_path, ROOT / "generate.py")
 
 

@@ -94,9 +94,7 @@ train.DataCollatorForSupervisedDataset.__call__ = seen
 
 
 def test_bad_input_on_one_rank_ends_all_with_one_line(flags, launcher, tmp_path):
-    script = launcher("argv += [['--seed', '1'], ['--data', 'nowhere.json'], ['--lr', '0.5']][rank + int(argv.pop())]")
-    for command in ([script, *flags, "0"], [script, *flags, "1"], [ROOT / "train.py", *flags, "--targets", "wz"],
-                    [ROOT / "train.py", *flags, "--r", "0"]):
+    for command in ([launcher("if rank == 1: argv += ['--data', 'nowhere.json']"), *flags], [ROOT / "train.py", *flags, "--r", "0"]):
         began = time.perf_counter()
         done = torchrun(tmp_path, *command)
         assert done.returncode != 0 and time.perf_counter() - began < 60
