@@ -26,9 +26,9 @@ from torch.nn.utils import clip_grad_norm_
 
 from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, write_whole
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, shown, text
+from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, text
 from llama.loss import answer_loss
-from llama.model import Transformer
+from llama.preflight import check_data, check_gradients, describe, largest_batch
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import METHODS
 
@@ -52,6 +52,7 @@ def parse_args(argv=None):
          help="hold this share of --data out instead")
     flag("--out", metavar="DIR", type=text, help="where the run goes; one that holds a run is refused (default: out, replaced)")
     flag("--seed", metavar="N", type=number(int, 0), default=0, help="of weights, order and dropout (default: 0)")
+    flag("--dry-run", action="store_true", help="check everything that can be checked without the weights, then stop")
 
     flag = parser.add_argument_group("how it learns").add_argument
     flag("--method", choices=("full", *METHODS), default="lora", help="what is trained (default: lora)")
@@ -118,6 +119,8 @@ def claim_out(args):
         raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
     if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
         raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
+    if args.dry_run:
+        return out
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -141,14 +144,20 @@ def load_data(args, tokenizer):
             held_out and SupervisedDataset(held_out, tokenizer, args.max_seq_len, args.val_data or args.data))
 
 
-def load_model(args, lora, device):
+def load_model(args, lora, device, init):
     """(model, wrapped paths): the base with an adapter or, for --method full, trainable as a whole."""
     # What is frozen is held in the compute dtype: held in fp32, autocast would make a 16-bit copy at each use
     # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
     dtype = DTYPES[args.precision] if lora else torch.float32
-    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, args.init)
+    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init)
     model.checkpointing = args.checkpointing
     return model, add_lora(model, lora) if lora else []
+
+
+def count_steps(args, examples, world_size):
+    """(optimizer steps of the run, of an epoch): a smaller window at an epoch's end is a step like any other."""
+    per_epoch = math.ceil(examples / (args.batch_size * args.accumulation_steps * world_size))
+    return min(args.epochs * per_epoch, args.max_steps or math.inf), per_epoch
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -158,6 +167,12 @@ def lr_factor(step, steps, warmup, schedule):
     if schedule == "constant":
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def mixed_precision(args, device):
+    """Autocast, where fp32 weights meet 16-bit activations.  A frozen base is in 16 bit already and adapters come down to
+    it by themselves; autocast would only, on CUDA, hand every norm's result on in fp32, to be cast and kept once a use."""
+    return torch.autocast(device.type, DTYPES[args.precision], enabled=args.method == "full" and args.precision != "fp32")
 
 
 @torch.no_grad()
@@ -211,18 +226,14 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    in_a_step = args.batch_size * args.accumulation_steps * world_size
-    steps_per_epoch = math.ceil(len(train_set) / in_a_step)
-    steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    steps, steps_per_epoch = count_steps(args, len(train_set), world_size)
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, steps, warmup, args.schedule))
-    autocast = torch.autocast(device.type, DTYPES[args.precision], enabled=args.precision != "fp32")
+    autocast = mixed_precision(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     order = itertools.chain.from_iterable(
         windows(train_set, collate, args.batch_size, args.accumulation_steps, args.seed, epoch, rank, world_size)
         for epoch in itertools.count())
-    print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
-          f"{in_a_step} examples a step; {steps} steps, {steps / steps_per_epoch:.3g} epochs")
 
     def held_out_loss():
         return evaluate(model, in_order(val_set, collate, args.batch_size, rank, world_size), device, autocast)
@@ -263,20 +274,6 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     metrics.close()
 
 
-def describe(args, model, wrapped, train_set, val_set, device):
-    """The few lines that say what is about to be trained, and on what."""
-    total = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
-          f"{args.precision} on {device}")
-    print(f"data      {shown(args.data)}: {len(train_set)} examples, {train_set.cut} cut at {args.max_seq_len} tokens, "
-          f"{train_set.dropped} dropped")
-    if val_set:
-        print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped")
-    adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
-    print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
-
-
 def begin(args, out):
     """Write args.json.  Raises ValueError where another run has begun in a named --out since it was looked at."""
     if args.out:
@@ -314,23 +311,33 @@ def main(argv=None):
         device, args.precision = pick_hardware(args.device, args.precision, local_rank)
         args.device = str(device)
         out = claim_out(args) if rank == 0 else Path(args.out or "out")
-        model_args, tokenizer = read_params(args.checkpoint)
+        _, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
+        stops = check_data(train_set, tokenizer.eos_id, args.max_seq_len, args.data)
+        collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
+        batch = largest_batch(train_set, collate, args.batch_size)
         lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
-        if lora:
-            with torch.device("meta"):                       # a wrong target or rank shows before the weights load
-                add_lora(Transformer(model_args), lora)
-        torch.manual_seed(args.seed)                         # before the first weight is drawn
-        model, wrapped = load_model(args, lora, device)
-        torch.manual_seed(args.seed + rank)                  # each rank drops other elements
+        # Sizes without memory: a wrong target or rank, and what it will take, show before the weights load.
+        model, wrapped = load_model(args, lora, torch.device("meta"), "random")
+        steps = count_steps(args, len(train_set), world_size)
+        describe(args, model, wrapped, train_set, val_set, stops, batch, *steps, device, world_size)
+        if args.dry_run:
+            check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta")).sum())
+        else:
+            torch.manual_seed(args.seed)                     # before the first weight is drawn
+            model, wrapped = load_model(args, lora, device, args.init)
+            with mixed_precision(args, device):
+                check_gradients(model, wrapped, lambda: answer_loss(model, to_device(batch, device))[0])
+            torch.manual_seed(args.seed + rank)              # each rank drops other elements
         paths = ("checkpoint", "data", "val_data", "out", "device")       # these may differ from machine to machine
-        alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin["fingerprint"],
+        alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin.get("fingerprint"),
                   *([len(tokens) for tokens, _ in part.rows] for part in (train_set, val_set) if part)]
+    if args.dry_run:
+        print("dry run   nothing was trained, nothing was written")
+        return leave(0) if world_size > 1 else None
     with bad_input_ends_in_one_line("train.py"):             # only now that all ranks are well is a file touched
         if rank == 0:
             begin(args, out)
-    describe(args, model, wrapped, train_set, val_set, device)
-    collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
     train(args, model, train_set, val_set, collate, device, out, rank, world_size)
     if rank == 0:
         save(args, model, tokenizer, lora, out)

@@ -153,6 +153,7 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=C
 
     layers: the first so many blocks only, the others are never read.  dtype: of the weights, the file's own
     by default.  init="random" needs params.json and tokenizer.model only and draws weights from torch's seed.
+    device="meta" then gives sizes without memory.
     A checkpoint without an output matrix ties it to the embedding.  model.origin says where the weights come
     from; adapter files carry it.  Raises FileNotFoundError or ValueError for whatever does not fit.
     """
@@ -183,7 +184,7 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=C
         stored = [parts[0] if len(parts) == 1 else join(parts, model.get_parameter(name).shape, None, "cpu")
                   for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[name]]]
     model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init,
-                    "fingerprint": fingerprint(args, *stored)}
+                    "fingerprint": None if stored[0].is_meta else fingerprint(args, *stored)}
     return model, tokenizer
 
 

@@ -81,7 +81,10 @@ def seen(self, batch):
         if labels[-1] != -100:
             print(*tokens, file=seen_file, flush=True)
     return collate(self, batch)
-train.DataCollatorForSupervisedDataset.__call__ = seen
+def began(*args):                                        # from here on: the pre-flight's batch is none of the run's
+    train.DataCollatorForSupervisedDataset.__call__ = seen
+    return loop(*args)
+loop, train.train = train.train, began
 """)
     for accumulation, steps in ((4, 13), (2, 26)):
         done = torchrun(tmp_path, script, *flags, "--data", "many.json", "--batch-size", "2", "--accumulation-steps", str(accumulation),
@@ -116,7 +119,7 @@ def planted(model, batch):
     loss, n = honest(model, batch)
     open(f"seed{rank}", "w").write(str(torch.initial_seed()))
     return loss * (float("inf") if rank == 1 and len(calls) == 2 else 1), n
-train.answer_loss = planted
+train.answer_loss, train.check_gradients = planted, lambda *_: None
 """)
     (tmp_path / "one.json").write_text(json.dumps(EXAMPLES[:1]))
     done = torchrun(tmp_path, script, *flags, "--method", "full", "--precision", "fp16", "--val-data", "one.json",

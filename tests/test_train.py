@@ -28,6 +28,16 @@ def run(base, data, tmp_path, monkeypatch):
     return run
 
 
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(see) has see(model, batch) called before each loss of the run, the pre-flight's left out."""
+    def watch(see):
+        honest = train.answer_loss
+        monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+        monkeypatch.setattr(train, "answer_loss", lambda model, batch: see(model, batch) or honest(model, batch))
+    return watch
+
+
 def adapter(folder):
     return torch.load(folder / "adapter.pt", weights_only=True)["tensors"]
 
@@ -105,7 +115,7 @@ def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32
                           (["--precision", "bf16", "--method", "full"], set())):
         args = train.parse_args(["--checkpoint", str(base), *flags])
         lora = None if args.method == "full" else train.LoRAConfig(r=2)
-        model, _ = train.load_model(args, lora, torch.device("cpu"))
+        model, _ = train.load_model(args, lora, torch.device("cpu"), "checkpoint")
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -125,6 +135,7 @@ def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, tmp_p
             weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
         return loss * (math.inf if len(calls) == 5 else 1), n
     monkeypatch.setattr(train, "answer_loss", planted)
+    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
     rows = run("planted", *flags)
     assert [row["loss_scale"] for row in rows] == [65536.0, 65536.0, 32768.0, 32768.0]
     assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
@@ -170,29 +181,29 @@ def test_schedule_and_warmup_flags(run):
     assert default[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and default[-1] < 1e-4        # 3 % of 50 steps is 2
 
 
-def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(run, data, monkeypatch):
-    modes, honest = [], train.answer_loss
-    monkeypatch.setattr(train, "answer_loss", lambda model, batch: modes.append((model.training, torch.is_grad_enabled())) or honest(model, batch))
+def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(run, data, watch):
+    modes = []
+    watch(lambda model, batch: modes.append((model.training, torch.is_grad_enabled())))
     run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2", "--epochs", "2")
     assert modes == ([(False, False)] * 2 + [(True, True)] * 2) * 2 + [(False, False)] * 2
 
 
-def test_each_epoch_has_an_order_of_its_own(run, monkeypatch):
-    seen, honest = [], train.answer_loss
-    monkeypatch.setattr(train, "answer_loss", lambda model, batch: seen.append(batch.tokens.tolist()) or honest(model, batch))
+def test_each_epoch_has_an_order_of_its_own(run, watch):
+    seen = []
+    watch(lambda model, batch: seen.append(batch.tokens.tolist()))
     run("out", "--batch-size", "1", "--epochs", "2")
     assert sorted(seen[:12]) == sorted(seen[12:]) and seen[:12] != seen[12:]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_flags_reach_autocast_and_checkpointing(run, monkeypatch, precision):
-    seen, honest = [], train.answer_loss
-    monkeypatch.setattr(train, "answer_loss", lambda model, batch: seen.append((
-        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), model.checkpointing)) or honest(model, batch))
+def test_the_flags_reach_autocast_and_checkpointing(run, watch, precision):
+    """Autocast is on where fp32 weights are trained in 16 bit; beside a base that is 16 bit already it has nothing to do."""
+    seen = []
+    watch(lambda model, batch: seen.append((torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), model.checkpointing)))
     dtype = {"fp32": False, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    run("plain", "--precision", precision, "--max-steps", "1", "--batch-size", "12")
-    run("checkpointing", "--precision", precision, "--max-steps", "1", "--batch-size", "12", "--checkpointing")
-    assert seen == [(dtype, False), (dtype, True)]
+    for out, *flags in ("plain", ), ("checkpointing", "--checkpointing"), ("full", "--method", "full"):
+        run(out, "--precision", precision, "--max-steps", "1", "--batch-size", "12", *flags)
+    assert seen == [(False, False), (False, True), (dtype, False)]
 
 
 def test_the_plans_defaults():
@@ -288,7 +299,7 @@ def test_held_out_loss_is_a_sum_by_a_count(run, base, tokenizer, data):
 def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
     rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1", "--max-steps", "8")
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
-    assert "9 examples, 0 cut at 512 tokens, 0 dropped\nheld out  examples.json: 3 examples, 0 cut, 0 dropped" in capsys.readouterr().out
+    assert " 9 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 9 end in eos\nheld out  examples.json: 3 examples, 0 cut, 0 dropped" in capsys.readouterr().out
 
 
 def test_held_out_examples_are_not_trained_on(base, data):

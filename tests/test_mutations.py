@@ -1,0 +1,98 @@
+"""Each trap of test_traps.py is put back into a copy of our code, and its test must fail:  pytest -m slow tests/test_mutations.py"""
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from .conftest import ROOT
+
+STEP = "* world_size / window.n_answer"
+MUTATIONS = {                                           # trap: (file, ours, theirs)
+    "mean_of_means": ("train.py", STEP, "* world_size / max(1, batch.n_answer) / len(window.batches)"),
+    "divided_twice": ("train.py", STEP, STEP + " / len(window.batches)"),
+    "not_divided": ("train.py", STEP, "* world_size / max(1, batch.n_answer)"),
+    "leftover_window": ("llama/alpaca.py", "range(0, len(order), in_a_step)", "range(0, len(order) - in_a_step + 1, in_a_step)"),
+    "schedule_counts_windows": ("train.py", "math.ceil(examples /", "math.floor(examples /"),
+    "no_answer_in_the_batch": ("llama/loss.py", 'reduction="sum")', 'reduction="mean") * batch.n_answer'),
+    "loss_without_a_graph": ("llama/loss.py", "    logits = model(batch.tokens, rows=rows)",
+                             "    if not rows.any():\n        return torch.zeros(()), 0\n    logits = model(batch.tokens, rows=rows)"),
+    "validation_by_batches": ("train.py", "torch.tensor([loss.item(), n])", "torch.tensor([loss.item() / n, 1])"),
+    "shift_by_one": ("llama/loss.py", "batch.labels.roll(-1, dims=1)", "batch.labels.clone()"),
+    "prompt_is_no_target": ("llama/alpaca.py", "([IGNORE] * len(prompt) + answer)", "(prompt + answer)"),
+    "eos_is_a_target": ("llama/alpaca.py", "pad_right(labels, IGNORE),",
+                        "pad_right(labels, IGNORE).masked_fill(pad_right(tokens, self.pad_id) == self.pad_id, IGNORE),"),
+    "eos_as_text": ("llama/alpaca.py", 'tokenizer.encode(example["output"], eos=True)', 'tokenizer.encode(example["output"] + "</s>")'),
+    "eos_after_a_cut": ("llama/alpaca.py", "return (prompt + answer)[:max_seq_len],", "return (prompt + answer)[:max_seq_len - 1] + answer[-1:],"),
+    "prompt_boundary": ("llama/alpaca.py", 'answer = tokenizer.encode(example["output"], eos=True)',
+                        'whole = tokenizer.encode(format_prompt(example) + example["output"], bos=True, eos=True)\n'
+                        '    prompt, answer = whole[:len(prompt)], whole[len(prompt):]'),
+    "answer_cut_away": ("llama/alpaca.py", "[row for row in rows if row[1][-1] != IGNORE]", "rows"),
+    "double_bos": ("llama/alpaca.py", "return tokenizer.encode(format_prompt(example), bos=True)",
+                   "return [tokenizer.bos_id] + tokenizer.encode(format_prompt(example), bos=True)"),
+    "token_by_token_decoding": ("llama/sampling.py", "    seen, given = [], \"\"\n", "    yield from (tokenizer.decode([i]) for i in ids)\n    return\n"),
+    "pad_id_of_minus_one": ("llama/tokenizer.py", "self.pad_id = self.eos_id", "self.pad_id = self.sp.pad_id()"),
+    "order_without_coverage": ("llama/alpaca.py", ".permutation(len(dataset))", ".integers(0, len(dataset), len(dataset))"),
+    "each_epoch_in_the_same_order": ("llama/alpaca.py", "default_rng((seed, epoch))", "default_rng(seed)"),
+    "template_at_inference": ("generate.py", "    prompt = encode_prompt(example, tokenizer)\n",
+                              '    prompt = encode_prompt(example, tokenizer) + tokenizer.encode("\\n")\n'),
+    "alpha_over_r": ("lora/layers.py", "self.alpha / self.r", "self.alpha"),
+    "alpha_and_r_lost": ("lora/adapter.py", 'LoRAConfig(**content["config"])', 'LoRAConfig(r=content["config"]["r"])'),
+    "merge_in_16_bit": ("lora/layers.py", "(own.to(delta.dtype) + delta).to(own.dtype)", "own + delta.to(own.dtype)"),
+    "merge_drift": ("lora/layers.py", "        self.base.weight = own\n", "        self.base.weight = nn.Parameter(merged - self.delta().to(merged.dtype), False)\n"),
+    "double_merge": ("lora/layers.py", "        if self.merged:\n", "        if False:\n"),
+    "adapter_silently_not_loaded": ("lora/adapter.py", "if expected != found:", "if False:"),
+    "adapter_file_that_holds_the_base": ("lora/adapter.py", "model.state_dict().items() if is_lora(name)}", "model.state_dict().items()}"),
+    "misspelt_target": ("lora/adapter.py", "if missing := targets - names:", "if not targets & names:"),
+    "dropout_on_the_base_path": ("lora/layers.py", "        y = self.base(x)\n", "        x = self.dropout(x)\n        y = self.base(x)\n"),
+    "gqa_adapter_width": ("lora/layers.py", "base.in_features, base.out_features,", "base.in_features, base.in_features,"),
+    "tied_embeddings": ("lora/layers.py", "self.base.weight = nn.Parameter(merged, requires_grad=False)", "self.base.weight.data.copy_(merged)"),
+    "adapter_in_16_bit": ("lora/layers.py", "dtype=torch.promote_types(base.weight.dtype, torch.float32))", "dtype=base.weight.dtype)"),
+    "adapter_before_the_seed": ("train.py", "            torch.manual_seed(args.seed)  ", "            pass  "),
+    "reentrant_checkpointing": ("llama/model.py", "use_reentrant=False", "use_reentrant=True"),
+    "copies_of_frozen_weights": ("train.py", "DTYPES[args.precision] if lora else torch.float32", "torch.float32"),
+    "norms_under_autocast": ("train.py", 'enabled=args.method == "full" and args.precision', "enabled=args.precision"),
+    "unscaling_fp16_gradients": ("lora/layers.py", "dtype=torch.promote_types(base.weight.dtype, torch.float32))", "dtype=base.weight.dtype)"),
+    "clip_before_unscale": ("train.py", "        scaler.unscale_(optimizer)", "        pass"),
+    "schedule_on_skipped_steps": ("train.py", "        if not (skipped := scaler.get_scale() < loss_scale):",
+                                  "        skipped = scaler.get_scale() < loss_scale\n        if True:"),
+    "rope_tables_in_16_bit": ("llama/model.py", "layer(h, rope)", "layer(h, torch.view_as_complex(torch.view_as_real(rope).to(h.dtype).float()))"),
+    "norm_overflow_in_fp16": ("llama/model.py", "return F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
+                              "return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight"),
+    "stream_promoted_to_fp32": ("llama/model.py", "return F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
+                                "return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)"),
+    "logits_of_all_positions": ("llama/loss.py", "model(batch.tokens, rows=rows)", "model(batch.tokens)[rows]"),
+    "optimizer_given_frozen_weights": ("train.py", "[p for p in model.parameters() if p.requires_grad]", "list(model.parameters())"),
+    "stale_key_and_strictness": ("llama/checkpoint.py", "        check_keys(pieces, model, folder)", "        pass"),
+    "shards_along_the_wrong_side": ("llama/checkpoint.py", "    for dim in range(len(shape)):", "    for dim in (0,):"),
+    "a_pickle_in_a_file[checkpoint]": ("llama/checkpoint.py", "mmap=True, weights_only=True", "mmap=True, weights_only=False"),
+    "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
+    "mean_of_rank_means": ("llama/alpaca.py", "sum(count_answer(labels) for _, labels in step))", "world_size * sum(count_answer(labels) for _, labels in mine))"),
+    "no_sync_placement": ("train.py", "if world_size > 1 and i < len(window.batches) else nullcontext()", "if world_size > 1 and i > 1 else nullcontext()"),
+    "freeze_after_wrapping": ("train.py", "    parallel = DistributedDataParallel(model) if world_size > 1 else model\n",
+                              "    frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]\n"
+                              "    parallel = DistributedDataParallel(model) if world_size > 1 else model\n"
+                              "    [p.requires_grad_(False) for p in frozen]\n"),
+    "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, in_order", "return evaluate(parallel, in_order"),
+}
+TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)
+
+
+def test_every_trap_has_its_mutation():
+    assert sorted({trap.partition("[")[0] for trap in MUTATIONS}) == sorted(TRAPS)
+    for path, ours, _ in MUTATIONS.values():
+        assert ours in (ROOT / path).read_text(), (path, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trap", MUTATIONS)
+def test_the_trap_put_back_is_caught(trap, tmp_path):
+    path, ours, theirs = MUTATIONS[trap]
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache"))
+    (copy / path).write_text((copy / path).read_text().replace(ours, theirs))
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_traps.py::test_{trap}"],
+                          cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 1, done.stdout[-2000:]                     # 1: a test failed; 2 and more: pytest itself did

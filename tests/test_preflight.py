@@ -1,0 +1,166 @@
+"""llama/preflight.py: what cannot learn is stopped before step 1, and the estimate is what a step then allocates."""
+import json
+import shutil
+
+import pytest
+import torch
+
+import train
+from llama import ModelArgs, Transformer
+from llama.alpaca import IGNORE, Batch
+from llama.loss import answer_loss
+from llama.preflight import MIB, check_gradients, estimate_memory
+from lora import LoRAConfig, add_lora
+
+from .conftest import EXAMPLES, ROOT, tiny
+from .memory import LiveBytes, saved_bytes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def built(precision, lora, checkpointing=False, device="cpu", **sizes):
+    """(model, wrapped) as train.py holds them: frozen in the compute dtype, trained in fp32."""
+    with torch.device(device):
+        model = Transformer(ModelArgs(**{**dict(dim=128, n_layers=3, n_heads=4, vocab_size=1280, multiple_of=32), **sizes}))
+    model.checkpointing = checkpointing
+    return model, add_lora(model.to(DTYPES[precision]), LoRAConfig(r=8, **lora)) if lora else []
+
+
+def batch_of(B, T, answer):
+    tokens = torch.arange(B * T).view(B, T) % 1280
+    labels = tokens.clone()
+    labels[:, :T - answer] = IGNORE
+    return Batch(tokens, labels, B * answer)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("lora", [dict(dropout=0), dict(dropout=0.1), dict(dropout=0, targets="all"), None],
+                         ids=["lora", "dropout", "all", "full"])
+@pytest.mark.parametrize("sizes, batch", [({}, (4, 64, 24)), (dict(n_layers=1, n_kv_heads=1), (4, 200, 20)), ({}, (2, 32, 31))],
+                         ids=["both", "block", "head"])
+def test_the_estimate_is_what_two_steps_allocate(precision, checkpointing, lora, sizes, batch):
+    batch, cpu = batch_of(*batch), torch.device("cpu")
+    sketch, wrapped = built(precision, lora, checkpointing, "meta", **sizes)
+    kinds, _ = estimate_memory(sketch, wrapped, batch, precision, cpu)
+    model, _ = built(precision, lora, checkpointing, **sizes)
+    model.init_weights()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    with LiveBytes([list(model.parameters()), *batch[:2]]) as memory:
+        for _ in range(2):
+            for _ in range(2):
+                with torch.autocast("cpu", DTYPES[precision], enabled=not lora and precision != "fp32"):
+                    loss = answer_loss(model, batch)[0]
+                loss.backward()
+            optimizer.step()
+            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            optimizer.zero_grad(set_to_none=True)
+    assert kinds["gradients"] == gradients
+    assert kinds["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim() > 0)
+    if lora:
+        assert kinds["weights"] == sum(p.nbytes for p in model.parameters())
+    assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_activations_are_what_autograd_keeps(precision):
+    batch = batch_of(2, 48, 40)
+    for lora in dict(dropout=0), dict(dropout=0, targets=("wo", "w1", "w2")):
+        model, wrapped = built(precision, lora, n_layers=6)
+        model.init_weights()
+        kinds, where = estimate_memory(model, wrapped, batch, precision, torch.device("cpu"))
+        _, kept = saved_bytes(model, lambda: answer_loss(model, batch)[0])
+        assert where == "at the logits"
+        assert kinds["activations"] + kinds["logits"] / 3 == pytest.approx(kept, rel=0.05)      # log-softmax is kept too
+
+
+def test_ranks_hold_their_gradients_twice():
+    model, wrapped = built("fp32", dict(dropout=0))
+    one, two = (estimate_memory(model, wrapped, batch_of(1, 8, 4), "fp32", torch.device("cpu"), n)[0] for n in (1, 2))
+    assert two["gradients"] == 2 * one["gradients"] and two["optimizer"] == one["optimizer"]
+
+
+def test_llama_2_7b_by_arithmetic():
+    """6.74 G weights in bf16 and 8.39 M adapter parameters in fp32 with a gradient and two moments each."""
+    with torch.device("meta"):
+        model = Transformer(ModelArgs()).bfloat16()
+        wrapped = add_lora(model, LoRAConfig())
+    kinds, _ = estimate_memory(model, wrapped, batch_of(1, 512, 200), "bf16", torch.device("cuda"))
+    assert kinds["weights"] == 2 * 6_738_415_616 + 4 * 8_388_608
+    assert kinds["gradients"] == 4 * 8_388_608 and kinds["optimizer"] == 8 * 8_388_608
+    dropped = 2 * 2 * 2 * 4096                                           # two targets; a copy and a mask, 2 bytes each
+    norms, attention, swiglu = 2 * 2 * 4096, 4 * 2 * 4096 + 4 * 32, 3 * 2 * 11008
+    assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped) and kinds["logits"] == 12 * 200 * 32000
+
+
+@pytest.fixture
+def no_weights(base, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    next(base.glob("consolidated*")).unlink()
+    return ["--checkpoint", str(base), "--data", str(data), "--dry-run"]
+
+
+def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, capsys):
+    before = sorted(tmp_path.rglob("*"))
+    train.main([*no_weights, "--r", "4", "--batch-size", "3", "--accumulation-steps", "2", "--out", "not/yet"])
+    said, error = capsys.readouterr()
+    assert "12 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 12 end in eos" in said
+    assert "4 layers wrapped" in said and "a gradient reaches each of 4 adapters" in said
+    assert "3 examples x 2 micro-batches x 1 ranks = 6 examples a step; 6 steps, 3 epochs" in said
+    assert "MiB of tensors" in said and said.endswith("nothing was trained, nothing was written\n") and error == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--layers", "3"], "has 2 layers, so layers must be 1 to 2, not 3"),
+    (["--targets", "wq,wx"], "no layer named wx to adapt"),
+    (["--r", "17"], "layers.0.attention.wv: r is 17, must be 1 to 16"),
+    (["--max-seq-len", "100"], "no answer ends within 100 tokens, so eos is never a target"),
+    (["--max-seq-len", "20"], "none of 12 examples has an answer token within 20 tokens")])
+def test_a_dry_run_finds_what_a_run_would_stumble_over(no_weights, capsys, flags, says):
+    if "100" in flags:                                                   # answers that are cut, none whole
+        path = no_weights[3]
+        open(path, "w").write(json.dumps([{**EXAMPLES[0], "output": "blue " * 100}] * 2))
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*no_weights, *flags])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_what_is_printed_for_the_demo_is_what_its_step_takes(tmp_path, monkeypatch, capsys):
+    """The printed total against every tensor that train.py has alive, data and optimizer and all."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "llama/demo/train.json", "data.json")
+    with LiveBytes() as memory:
+        train.main(["--data", "data.json", "--val-data", "data.json", "--max-steps", "1", "--batch-size", "32", "--accumulation-steps", "2"])
+    printed = float(capsys.readouterr().out.split("memory    about ")[1].split()[0].replace(",", ""))
+    assert printed == pytest.approx(memory.peak / MIB, rel=0.1)
+
+
+def test_the_check_of_gradients_leaves_everything_as_it_was():
+    model = tiny()
+    wrapped = add_lora(model, LoRAConfig(r=2, dropout=0.5, targets="all"))
+    model.train()
+    held = {name: torch.full_like(p, 7) for name, p in model.named_parameters() if p.requires_grad}
+    for name, grad in held.items():
+        model.get_parameter(name).grad = grad
+    state, before = torch.get_rng_state(), {name: p.detach().clone() for name, p in model.named_parameters()}
+    batch = Batch(torch.arange(8).view(1, 8), torch.arange(8).view(1, 8), 7)
+    check_gradients(model, wrapped, lambda: answer_loss(model, batch)[0])
+    assert torch.equal(torch.get_rng_state(), state) and all(module.training for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is held.get(name) and torch.equal(parameter, before[name])
+        assert parameter.grad is None or (parameter.grad == 7).all()
+
+
+def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
+    model = tiny()
+    wrapped = add_lora(model, LoRAConfig(r=2))
+    tokens = torch.arange(8).view(1, 8)
+    honest = model.layers[1].forward
+    model.layers[1].forward = lambda h, rope: honest(h.detach(), rope)   # as a forgotten .detach() or no_grad would
+    with pytest.raises(ValueError, match=r"no gradient reaches the adapter of layers\.0\.attention\.wq, layers\.0\.attention\.wv$"):
+        check_gradients(model, wrapped, lambda: model(tokens).sum())
+    model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the loss is nan before the first step"):
+        check_gradients(model, wrapped, lambda: model(tokens).sum())
+    assert all(p.grad is None for p in model.parameters())
