@@ -44,6 +44,13 @@ def test_symbols_are_where_the_readme_says():
         assert re.search(rf"^ *(def|class) {symbol}\b|^{symbol}\b", (ROOT / path).read_text(), re.M), (path, symbol)
 
 
+def test_the_table_of_traps_is_what_the_tests_say():
+    """Each row is a test's docstring: its sentence, its link, its name."""
+    rows = re.findall(r"^\| (.+?) \| \[\S+\]\((\S+)\) \| `test_(\w+)` \|$", README, re.M)
+    docs = re.findall(r'^def test_(\w+)\(.*?\):\n    """(.*?)\n    (https://\S+)"""$', (ROOT / "tests/test_traps.py").read_text(), re.M | re.S)
+    assert rows == [(" ".join(sentence.split()), link, name) for name, sentence, link in docs] and len(rows) > 50
+
+
 def test_requirements_are_four_and_pinned():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in lines] == ["torch", "sentencepiece", "numpy", "pytest"] and all("==" in l for l in lines)
