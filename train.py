@@ -313,14 +313,13 @@ def main(argv=None):
         out = claim_out(args) if rank == 0 else Path(args.out or "out")
         _, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
-        stops = check_data(train_set, tokenizer.eos_id, args.max_seq_len, args.data)
+        check_data(train_set, args.max_seq_len, args.data)
         collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
         batch = largest_batch(train_set, collate, args.batch_size)
         lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
         # Sizes without memory: a wrong target or rank, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
-        steps = count_steps(args, len(train_set), world_size)
-        describe(args, model, wrapped, train_set, val_set, stops, batch, *steps, device, world_size)
+        describe(args, model, wrapped, train_set, val_set, batch, *count_steps(args, len(train_set), world_size), device, world_size)
         if args.dry_run:
             check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta")).sum())
         else:

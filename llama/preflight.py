@@ -1,19 +1,16 @@
 """Before step 1: say what is about to be trained, what memory it will take, and stop what cannot learn."""
 import torch
 
-from .alpaca import IGNORE
 from .cli import DTYPES, shown
 
 MIB = 2 ** 20
 
 
-def check_data(dataset, eos_id, max_seq_len, name):
-    """Return how many rows teach the model to stop: those whose last target is eos.  Raises ValueError if none does."""
-    stops = sum(labels[-1] == eos_id for _, labels in dataset.rows)
-    if not stops:
+def check_data(dataset, max_seq_len, name):
+    """Raise ValueError if eos is a target in no row: the model would not learn to stop."""
+    if dataset.cut == len(dataset):
         raise ValueError(f"{name}: no answer ends within {max_seq_len} tokens, so eos is never a target and the model "
                          "would not learn to stop; allow longer rows with --max-seq-len")
-    return stops
 
 
 def largest_batch(dataset, collate, batch_size):
@@ -75,8 +72,7 @@ def estimate_memory(model, wrapped, batch, precision, device, world_size=1):
     """
     args, width = model.args, DTYPES[precision].itemsize
     parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    full = not wrapped
+    trained, full = sum(p.numel() for p in parameters if p.requires_grad), not wrapped
     layers = [path.rpartition(".")[2] for path in wrapped if path.startswith("layers.0.")]
     dropout = any(getattr(m, "p", 0) for m in model.modules() if isinstance(m, torch.nn.Dropout))
     tokens, rows = batch.tokens.numel(), batch.n_answer
@@ -96,21 +92,21 @@ def estimate_memory(model, wrapped, batch, precision, device, world_size=1):
     return kinds, "in a block's backward pass" if in_block > at_head else "at the logits"
 
 
-def describe(args, model, wrapped, train_set, val_set, stops, batch, steps, steps_per_epoch, device, world_size):
+def describe(args, model, wrapped, train_set, val_set, batch, steps, per_epoch, device, world_size):
     """Print the few lines that say what is about to be trained, on what, and what it takes."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
           f"{args.precision} on {device}")
     print(f"data      {shown(args.data)}: {len(train_set)} examples, longest {max(len(tokens) for tokens, _ in train_set.rows)} "
-          f"tokens, {train_set.cut} cut at {args.max_seq_len}, {train_set.dropped} dropped; {stops} end in eos")
+          f"tokens, {train_set.cut} cut at {args.max_seq_len}, {train_set.dropped} dropped; {len(train_set) - train_set.cut} end in eos")
     if val_set:
         print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped")
     adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
           f"{args.batch_size * args.accumulation_steps * world_size} examples a step; {steps} steps, "
-          f"{steps / steps_per_epoch:.3g} epochs")
+          f"{steps / per_epoch:.3g} epochs")
     kinds, where = estimate_memory(model, wrapped, batch, args.precision, device, world_size)
     kinds = {"about": sum(kinds.values()), **kinds}
     about, *parts = (f"{kind} {size / MIB:,.{0 if size >= 100 * MIB else 1}f}" for kind, size in kinds.items())

@@ -1,4 +1,8 @@
-"""How many bytes of tensors are alive, counted as CUDA's allocator does, on any device."""
+"""How many bytes of tensors are alive, counted as CUDA's allocator does, on any device.
+
+    python -m tests.memory --max-steps 1 --out out/measured     train.py with these flags, then the peak it really had
+"""
+import sys
 import weakref
 
 import torch
@@ -47,3 +51,10 @@ def saved_bytes(model, loss):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()
     return value, sum(storage.nbytes() for storage in kept.values())
+
+
+if __name__ == "__main__":
+    import train
+    with LiveBytes() as memory:
+        train.main(sys.argv[1:])
+    print(f"measured  {memory.peak / 2 ** 20:,.1f} MiB of tensors at the peak")
