@@ -28,7 +28,7 @@ from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, write_whole
 from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, text
 from llama.loss import answer_loss
-from llama.preflight import check_data, check_gradients, describe, largest_batch
+from llama.preflight import check_data, check_gradients, describe, trying_batch
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import METHODS
 
@@ -119,11 +119,12 @@ def claim_out(args):
         raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
     if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
         raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
-    if args.dry_run:
-        return out
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        if not args.dry_run:
+            out.mkdir(parents=True, exist_ok=True)
+            there = out
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
     return out
@@ -315,11 +316,11 @@ def main(argv=None):
         train_set, val_set = load_data(args, tokenizer)
         check_data(train_set, args.max_seq_len, args.data)
         collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
-        batch = largest_batch(train_set, collate, args.batch_size)
+        batch = trying_batch(train_set, collate, args.batch_size)
         lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
         # Sizes without memory: a wrong target or rank, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
-        describe(args, model, wrapped, train_set, val_set, batch, *count_steps(args, len(train_set), world_size), device, world_size)
+        describe(args, model, wrapped, train_set, val_set, *count_steps(args, len(train_set), world_size), device, world_size)
         if args.dry_run:
             check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta")).sum())
         else:

@@ -1,6 +1,7 @@
 """The same models, layers and run built twice: here, and with transformers and PEFT (tests/requirements.txt).
 
-    python -m tests.record     writes tests/recorded.json, numbers of transformers and PEFT alone
+    python -m tests.record                      writes tests/recorded.json, numbers of transformers and PEFT alone
+    python -m tests.record META HF DATA.json    compares a real base, in Meta's and in Hugging Face's layout, on 20 prompts
 
 tests/test_peers.py compares the two sides; tests/test_recorded.py compares ours with the file and needs no peer.
 Weights and inputs come from a formula: a random generator may give other numbers in another release of torch.
@@ -12,6 +13,7 @@ import importlib.metadata
 import io
 import json
 import math
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -22,8 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from llama import ModelArgs, Tokenizer, Transformer, save_checkpoint
-from llama.alpaca import windows
+from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
+from llama.alpaca import encode_prompt, read_examples, windows
 from llama.sampling import generate
 from lora import LoRAEmbedding, LoRALinear, lora_state_dict
 
@@ -309,6 +311,21 @@ def numbers(tensor):
     return [float(f"{value:.8g}") for value in tensor.flatten().tolist()]
 
 
+@torch.no_grad()
+def compare(meta, hf, data):
+    from transformers import LlamaForCausalLM
+    model, tokenizer = load_checkpoint(meta, dtype=torch.float32)
+    peer = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    largest = alike = positions = 0
+    for example in read_examples(data)[:20]:
+        tokens = torch.tensor([encode_prompt(example, tokenizer)])
+        found, expected = model.eval()(tokens), peer.eval()(tokens).logits
+        largest = max(largest, ((found - expected).abs().max() / expected.abs().max()).item())
+        alike += (found.argmax(-1) == expected.argmax(-1)).sum().item()
+        positions += tokens.numel()
+    print(f"{meta}: largest difference {largest:.1e} of the largest logit; the likeliest token alike at {alike} of {positions} positions")
+
+
 def main():
     recorded = {"made by": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "peft")}}
     with torch.no_grad():
@@ -330,4 +347,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    compare(*sys.argv[1:]) if len(sys.argv) == 4 else main()

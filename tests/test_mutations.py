@@ -14,7 +14,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
     "mean_of_means": ("train.py", STEP, "* world_size / max(1, batch.n_answer) / len(window.batches)"),
     "divided_twice": ("train.py", STEP, STEP + " / len(window.batches)"),
     "not_divided": ("train.py", STEP, "* world_size / max(1, batch.n_answer)"),
-    "leftover_window": ("llama/alpaca.py", "range(0, len(order), in_a_step)", "range(0, len(order) - in_a_step + 1, in_a_step)"),
+    "leftover_window": ("train.py", STEP, "* world_size * len(window.batches) / window.n_answer / args.accumulation_steps"),
     "schedule_counts_windows": ("train.py", "math.ceil(examples /", "math.floor(examples /"),
     "no_answer_in_the_batch": ("llama/loss.py", 'reduction="sum")', 'reduction="mean") * batch.n_answer'),
     "loss_without_a_graph": ("llama/loss.py", "    logits = model(batch.tokens, rows=rows)",
@@ -96,3 +96,4 @@ def test_the_trap_put_back_is_caught(trap, tmp_path):
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_traps.py::test_{trap}"],
                           cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 1, done.stdout[-2000:]                     # 1: a test failed; 2 and more: pytest itself did
+    assert "NameError" not in done.stdout and "SyntaxError" not in done.stdout, done.stdout[-2000:]      # the trap, not a slip

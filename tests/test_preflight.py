@@ -1,6 +1,7 @@
 """llama/preflight.py: what cannot learn is stopped before step 1, and the estimate is what a step then allocates."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ import train
 from llama import ModelArgs, Transformer
 from llama.alpaca import IGNORE, Batch
 from llama.loss import answer_loss
-from llama.preflight import MIB, check_gradients, estimate_memory
+from llama.preflight import check_gradients, estimate_memory
 from lora import LoRAConfig, add_lora
+from lora.adapter import remove_lora
 
 from .conftest import EXAMPLES, ROOT, tiny
 from .memory import LiveBytes, saved_bytes
@@ -20,6 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def built(precision, lora, checkpointing=False, device="cpu", **sizes):
     """(model, wrapped) as train.py holds them: frozen in the compute dtype, trained in fp32."""
+    torch.manual_seed(0)
     with torch.device(device):
         model = Transformer(ModelArgs(**{**dict(dim=128, n_layers=3, n_heads=4, vocab_size=1280, multiple_of=32), **sizes}))
     model.checkpointing = checkpointing
@@ -33,33 +36,63 @@ def batch_of(B, T, answer):
     return Batch(tokens, labels, B * answer)
 
 
+def two_steps(model, batch, precision, lora, optimizer):
+    """Two optimizer steps of two micro-batches each; bytes of the gradients."""
+    device = batch.tokens.device.type
+    for _ in range(2):
+        for _ in range(2):
+            with torch.autocast(device, DTYPES[precision], enabled=not lora and precision != "fp32"):
+                loss = answer_loss(model, batch)[0]
+            loss.backward()
+            del loss
+        optimizer.step()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        optimizer.zero_grad(set_to_none=True)
+    return gradients
+
+
+def estimated(precision, lora, checkpointing, batch, device="cpu", **sizes):
+    sketch, wrapped = built(precision, lora, checkpointing, "meta", **sizes)
+    return estimate_memory(sketch, wrapped, batch.tokens.numel(), batch.n_answer, precision, torch.device(device))
+
+
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("lora", [dict(dropout=0), dict(dropout=0.1), dict(dropout=0, targets="all"), None],
-                         ids=["lora", "dropout", "all", "full"])
-@pytest.mark.parametrize("sizes, batch", [({}, (4, 64, 24)), (dict(n_layers=1, n_kv_heads=1), (4, 200, 20)), ({}, (2, 32, 31))],
-                         ids=["both", "block", "head"])
+@pytest.mark.parametrize("lora", [dict(dropout=0), dict(dropout=0.1), dict(dropout=0, targets="all"), dict(dropout=0, targets="output"), None],
+                         ids=["lora", "dropout", "all", "output", "full"])
+@pytest.mark.parametrize("sizes, batch", [({}, (4, 64, 24)), (dict(n_layers=1, n_kv_heads=1), (4, 200, 20)), ({}, (2, 32, 31)),
+                                          (dict(vocab_size=16000, n_layers=2), (1, 64, 8))], ids=["both", "block", "head", "words"])
 def test_the_estimate_is_what_two_steps_allocate(precision, checkpointing, lora, sizes, batch):
-    batch, cpu = batch_of(*batch), torch.device("cpu")
-    sketch, wrapped = built(precision, lora, checkpointing, "meta", **sizes)
-    kinds, _ = estimate_memory(sketch, wrapped, batch, precision, cpu)
+    batch = batch_of(*batch)
+    kinds, _ = estimated(precision, lora, checkpointing, batch, **sizes)
     model, _ = built(precision, lora, checkpointing, **sizes)
     model.init_weights()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
     with LiveBytes([list(model.parameters()), *batch[:2]]) as memory:
-        for _ in range(2):
-            for _ in range(2):
-                with torch.autocast("cpu", DTYPES[precision], enabled=not lora and precision != "fp32"):
-                    loss = answer_loss(model, batch)[0]
-                loss.backward()
-            optimizer.step()
-            gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-            optimizer.zero_grad(set_to_none=True)
-    assert kinds["gradients"] == gradients
+        gradients = two_steps(model, batch, precision, lora, optimizer)
+    assert kinds["gradients"] == gradients + max(p.nbytes for p in trained)
     assert kinds["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim() > 0)
     if lora:
         assert kinds["weights"] == sum(p.nbytes for p in model.parameters())
-    assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.1)
+    assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("lora", [dict(dropout=0.05), dict(dropout=0, targets="all"), None], ids=["dropout", "all", "full"])
+def test_the_estimate_is_what_cuda_allocates(checkpointing, lora):
+    """Within 15 % of the allocator's peak, at sizes where its blocks of 512 bytes and workspaces do not count."""
+    sizes, batch = dict(dim=1024, n_layers=8, n_heads=8, vocab_size=32000), batch_of(8, 512, 200)
+    kinds, _ = estimated("bf16", lora, checkpointing, batch, "cuda", **sizes)
+    model, _ = built("bf16", lora, checkpointing, "cuda", **sizes)
+    model.init_weights()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    two_steps(model, batch._replace(tokens=batch.tokens.cuda(), labels=batch.labels.cuda()), "bf16", lora, optimizer)
+    print(f"\nestimate {sum(kinds.values()) / 2 ** 20:,.0f} MiB, CUDA's peak {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB")
+    assert sum(kinds.values()) == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -68,7 +101,7 @@ def test_activations_are_what_autograd_keeps(precision):
     for lora in dict(dropout=0), dict(dropout=0, targets=("wo", "w1", "w2")):
         model, wrapped = built(precision, lora, n_layers=6)
         model.init_weights()
-        kinds, where = estimate_memory(model, wrapped, batch, precision, torch.device("cpu"))
+        kinds, where = estimate_memory(model, wrapped, batch.tokens.numel(), batch.n_answer, precision, torch.device("cpu"))
         _, kept = saved_bytes(model, lambda: answer_loss(model, batch)[0])
         assert where == "at the logits"
         assert kinds["activations"] + kinds["logits"] / 3 == pytest.approx(kept, rel=0.05)      # log-softmax is kept too
@@ -76,8 +109,9 @@ def test_activations_are_what_autograd_keeps(precision):
 
 def test_ranks_hold_their_gradients_twice():
     model, wrapped = built("fp32", dict(dropout=0))
-    one, two = (estimate_memory(model, wrapped, batch_of(1, 8, 4), "fp32", torch.device("cpu"), n)[0] for n in (1, 2))
-    assert two["gradients"] == 2 * one["gradients"] and two["optimizer"] == one["optimizer"]
+    one, two = (estimate_memory(model, wrapped, 8, 4, "fp32", torch.device("cpu"), n)[0] for n in (1, 2))
+    adapter = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert two["gradients"] - one["gradients"] == adapter and two["optimizer"] == one["optimizer"] == 2 * adapter
 
 
 def test_llama_2_7b_by_arithmetic():
@@ -85,10 +119,10 @@ def test_llama_2_7b_by_arithmetic():
     with torch.device("meta"):
         model = Transformer(ModelArgs()).bfloat16()
         wrapped = add_lora(model, LoRAConfig())
-    kinds, _ = estimate_memory(model, wrapped, batch_of(1, 512, 200), "bf16", torch.device("cuda"))
+    kinds, _ = estimate_memory(model, wrapped, 512, 200, "bf16", torch.device("cuda"))
     assert kinds["weights"] == 2 * 6_738_415_616 + 4 * 8_388_608
-    assert kinds["gradients"] == 4 * 8_388_608 and kinds["optimizer"] == 8 * 8_388_608
-    dropped = 2 * 2 * 2 * 4096                                           # two targets; a copy and a mask, 2 bytes each
+    assert kinds["gradients"] == 4 * (8_388_608 + 16 * 4096) and kinds["optimizer"] == 8 * 8_388_608
+    dropped = 2 * (2 + 1) * 4096                                         # two targets; a copy in bf16 and a mask of a byte
     norms, attention, swiglu = 2 * 2 * 4096, 4 * 2 * 4096 + 4 * 32, 3 * 2 * 11008
     assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped) and kinds["logits"] == 12 * 200 * 32000
 
@@ -119,8 +153,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, cap
     (["--max-seq-len", "20"], "none of 12 examples has an answer token within 20 tokens")])
 def test_a_dry_run_finds_what_a_run_would_stumble_over(no_weights, capsys, flags, says):
     if "100" in flags:                                                   # answers that are cut, none whole
-        path = no_weights[3]
-        open(path, "w").write(json.dumps([{**EXAMPLES[0], "output": "blue " * 100}] * 2))
+        Path(no_weights[3]).write_text(json.dumps([{**EXAMPLES[0], "output": "blue " * 100}] * 2))
     with pytest.raises(SystemExit) as stopped:
         train.main([*no_weights, *flags])
     assert stopped.value.code == 2 and says in capsys.readouterr().err
@@ -133,7 +166,18 @@ def test_what_is_printed_for_the_demo_is_what_its_step_takes(tmp_path, monkeypat
     with LiveBytes() as memory:
         train.main(["--data", "data.json", "--val-data", "data.json", "--max-steps", "1", "--batch-size", "32", "--accumulation-steps", "2"])
     printed = float(capsys.readouterr().out.split("memory    about ")[1].split()[0].replace(",", ""))
-    assert printed == pytest.approx(memory.peak / MIB, rel=0.1)
+    assert printed == pytest.approx(memory.peak / 2 ** 20, rel=0.1)
+
+
+def test_the_estimate_counts_long_answers_that_stand_in_shorter_rows(no_weights, capsys):
+    """The longest rows answer in a word, others at length: the head's part must not be taken from the former."""
+    long, telling = dict(EXAMPLES[0], input="blue " * 60, output="no"), dict(EXAMPLES[0], output="blue " * 60)
+    printed = []
+    for examples in [long] * 4, [telling] * 4, [long, telling] * 4:
+        Path(no_weights[3]).write_text(json.dumps(examples))
+        train.main([*no_weights, "--checkpointing"])
+        printed.append(float(capsys.readouterr().out.split("memory    about ")[1].split()[0]))
+    assert printed[2] >= max(printed[:2]) > 1.1 * min(printed[:2])
 
 
 def test_the_check_of_gradients_leaves_everything_as_it_was():
@@ -158,9 +202,17 @@ def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
     tokens = torch.arange(8).view(1, 8)
     honest = model.layers[1].forward
     model.layers[1].forward = lambda h, rope: honest(h.detach(), rope)   # as a forgotten .detach() or no_grad would
-    with pytest.raises(ValueError, match=r"no gradient reaches the adapter of layers\.0\.attention\.wq, layers\.0\.attention\.wv$"):
+    with pytest.raises(ValueError, match=r"no gradient reaches layers\.0\.attention\.wq, layers\.0\.attention\.wv$"):
         check_gradients(model, wrapped, lambda: model(tokens).sum())
-    model.norm.weight.fill_(torch.nan)
+    remove_lora(model)
+    model.requires_grad_(True)                                           # --method full
+    with pytest.raises(ValueError, match=r"no gradient reaches tok_embeddings\.weight, layers\.0\..* and others$"):
+        check_gradients(model, [], lambda: model(tokens).sum())
+    model.output.weight.data.zero_()
+    model.layers[1].forward = honest
+    with pytest.raises(ValueError, match="every gradient is zero before the first step"):
+        check_gradients(model, [], lambda: (model(tokens) * 0).sum())
+    model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="the loss is nan before the first step"):
-        check_gradients(model, wrapped, lambda: model(tokens).sum())
+        check_gradients(model, [], lambda: model(tokens).sum())
     assert all(p.grad is None for p in model.parameters())

@@ -1,6 +1,6 @@
 """The ways in which fine-tuning code goes silently wrong, each as a short test: what it is, where it bit others, and,
-where that is short, the wrong way failing beside ours.  README.md's table is made of these docstrings; tests/mutations.py
-puts each trap back into our code and sees its test fail (pytest -m slow)."""
+where that is short, the wrong way failing beside ours.  README.md's table is made of these docstrings;
+tests/test_mutations.py puts each trap back into our code and sees its test fail (pytest -m slow)."""
 import json
 import math
 import re
@@ -93,7 +93,7 @@ def test_leftover_window(run, first_gradient, tmp_path):
     """The smaller window at an epoch's end is dropped, divided by the full count, or leaks into the next epoch.
     https://github.com/tracel-ai/burn/issues/5695"""
     steps = run("--lr", "1e-30")                                         # no step moves anything: gradients can be compared
-    assert [row["epoch"] for row in steps] == [0.5, 1.0, 1.5, 2.0]
+    assert [row["epoch"] for row in steps] == [0.5, 1.0, 1.5, 2.0]              # 8 and 4 of 12, twice
     assert steps[1]["grad_norm"] == pytest.approx(first_gradient(lambda sums, counts: sums.sum() / counts.sum(), window=1), rel=1e-4)
     assert sum(row["answer_tokens"] for row in steps[:2]) == sum(row["answer_tokens"] for row in steps[2:])
 
@@ -282,7 +282,7 @@ def test_merge_in_16_bit():
 
 
 def test_merge_drift():
-    """Merged for each evaluation and unmerged by subtraction, the base walks away, in bf16 by most of its size.
+    """Merged for each evaluation and unmerged by subtraction, the base walks away: a library measured two thirds of its size in bf16.
     https://github.com/huggingface/trl/issues/6688"""
     model = adapted("wq").bfloat16()
     layer = model.layers[0].attention.wq
