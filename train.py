@@ -26,11 +26,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, write_whole
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, number, pick_hardware, text
+from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, named_values, number,
+                       pick_hardware, text)
 from llama.loss import answer_loss
 from llama.preflight import check_data, check_gradients, describe, trying_batch
-from lora import LoRAConfig, add_lora, save_adapter
+from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, method_options, save_adapter
 from lora.adapter import METHODS
+from lora.lora_plus import lora_plus_groups
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what runs leave in --out
@@ -59,10 +61,14 @@ def parse_args(argv=None):
     flag("--r", metavar="N", type=number(int, 1), default=16, help="rank (default: 16)")
     flag("--alpha", metavar="F", type=number(float, 0, open_low=True), default=32.0,
          help="the update is scaled by alpha / r (default: 32)")
-    flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True), default=0.05,
-         help="on the adapter's input (default: 0.05)")
+    flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True),
+         help="on the adapter's input (default: 0.05; 0 for delta-lora, which can have none)")
     flag("--targets", metavar="NAMES", type=lambda names: tuple(names.split(",")), default=("wq", "wv"),
          help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
+    flag("--method-options", metavar="NAME=VALUE,...", type=named_values, default={},
+         help="settings of the method's own, as its file in lora/ lists them")
+    flag("--lora-plus-ratio", metavar="F", type=number(float, 0, open_low=True), default=1.0,
+         help="LoRA+: learning rate of lora_B in units of lora_A's (default: 1)")
     flag("--lr", metavar="F", type=number(float, 0, open_low=True),
          help="peak learning rate (default: 3e-4; full: 1e-5; over the demo's base, which is tiny: 5e-3)")
     flag("--weight-decay", metavar="F", type=number(float, 0), default=0.0, help="AdamW's (default: 0)")
@@ -91,7 +97,17 @@ def parse_args(argv=None):
     args.lr = args.lr or (1e-5 if args.method == "full" else 5e-3 if demo else 3e-4)
     args.epochs = args.epochs or (4 if demo else 3)
     args.checkpoint, args.data = args.checkpoint or str(DEMO), args.data or str(DEMO / "train.json")
+    if lora := lora_config(args):
+        args.dropout, args.method_options = lora.dropout, lora.options
     return args
+
+
+def lora_config(args):
+    """The LoRAConfig that the flags ask for; None for --method full."""
+    if args.method == "full":
+        return None
+    options = {"seed": args.seed} if "seed" in method_options(args.method) else {}
+    return LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets, options=options | args.method_options)
 
 
 def setup_distributed():
@@ -226,7 +242,9 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
     parallel = DistributedDataParallel(model) if world_size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    groups = lora_plus_groups(model, args.lr, args.lora_plus_ratio)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    follow_optimizer(model, optimizer)
     steps, steps_per_epoch = count_steps(args, len(train_set), world_size)
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, steps, warmup, args.schedule))
@@ -241,9 +259,10 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     if val_set:
         print(f"before    held-out loss {held_out_loss():.4f}", flush=True)
     model.train()
-    metrics = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "w")
+    metrics, row = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "w"), {}
     began = step_began = time.perf_counter()
     for step, window in enumerate(itertools.islice(order, steps), 1):
+        noted = begin_step(model, step, row.get("loss"))                 # by the adapter's method, if it acts around a step
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(window.batches, 1):
             # DDP talks once a step, on the last micro-batch; it takes note in forward, so forward is inside too.
@@ -263,7 +282,7 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
         row = dict(step=step, epoch=step / steps_per_epoch, loss=sum_over_ranks(loss).item(), lr=lr,
                    grad_norm=grad_norm.item(), tokens=window.n_tokens, answer_tokens=window.n_answer)
         row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
-        row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale)
+        row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale, **noted)
         if val_set and (step % steps_per_epoch == 0 or step == steps):
             row["val_loss"] = held_out_loss()
         metrics.write(json.dumps({key: value if value is None or math.isfinite(value) else None    # JSON has no NaN
@@ -317,9 +336,10 @@ def main(argv=None):
         check_data(train_set, args.max_seq_len, args.data)
         collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
         batch = trying_batch(train_set, collate, args.batch_size)
-        lora = None if args.method == "full" else LoRAConfig(args.method, args.r, args.alpha, args.dropout, args.targets)
-        # Sizes without memory: a wrong target or rank, and what it will take, show before the weights load.
+        lora = lora_config(args)
+        # Sizes without memory: a wrong target, rank or ratio, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
+        lora_plus_groups(model, args.lr, args.lora_plus_ratio)
         describe(args, model, wrapped, train_set, val_set, *count_steps(args, len(train_set), world_size), device, world_size)
         if args.dry_run:
             check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta")).sum())

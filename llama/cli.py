@@ -1,5 +1,6 @@
 """What the command lines share: arguments that check themselves, one-line errors, device and precision."""
 import argparse
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -49,6 +50,20 @@ def text(value):
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return utf8(value)
+
+
+def named_values(text):
+    """A type for argparse: {name: value} from NAME=VALUE,NAME=VALUE; a value is a number, true, false, or a word."""
+    values = {}
+    for part in text.split(","):
+        name, given, value = part.partition("=")
+        if not given or not name or name in values:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE" if name not in values else f"{name} is given twice")
+        try:
+            values[name] = json.loads(value)
+        except ValueError:
+            values[name] = utf8(value)
+    return values
 
 
 def add_hardware_flags(group):

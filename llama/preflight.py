@@ -111,7 +111,8 @@ def describe(args, model, wrapped, train_set, val_set, steps, per_epoch, device,
           f"{args.max_seq_len}, {train_set.dropped} dropped; {len(train_set) - train_set.cut} end in eos")
     if val_set:
         print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped")
-    adapter = f"r {args.r}, alpha {args.alpha:g} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
+    own = "".join(f", {name} {value}" for name, value in args.method_options.items())
+    adapter = f"r {args.r}, alpha {args.alpha:g}{own} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
     print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
           f"{args.batch_size * args.accumulation_steps * world_size} examples a step; {steps} steps, "

@@ -1,15 +1,25 @@
 """Adapters as a whole: put them into a model, switch them off, merge them, save and load them."""
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from .layers import LoRAEmbedding, LoRALayer, LoRALinear
+from .layers import lora_layers
 
-METHODS = {"lora": {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}}      # method -> base layer -> adapter layer
+# method -> base layer -> adapter layer.  One line and one file a method: without both, all others are as they were.
+METHODS = {method: import_module(f".{file}", __package__).LAYERS for method, file in {
+    "lora": "layers",
+    "rslora": "rslora",
+    "lora-fa": "lora_fa",
+    "vera": "vera",
+    "delta-lora": "delta_lora",
+    "dora": "dora",
+    "dylora": "dylora",
+}.items()}
 
 
 @dataclass
@@ -17,19 +27,24 @@ class LoRAConfig:
     """What rebuilds an adapter's layers; in a file it is this as a plain dict.
 
     targets: last parts of module paths ("wq" is every ...wq), or "all" for each layer the method can wrap.
+    dropout: None for the method's default, which is 0.05 or, where it cannot have any, 0.
+    options: settings of the method's own, as its file in lora/ lists them; those not given get their defaults.
     Raises ValueError for values out of range.
     """
     method: str = "lora"
     r: int = 16
     alpha: float = 32
-    dropout: float = 0.05
+    dropout: float = None
     targets: tuple = ("wq", "wv")
     init: str = "kaiming"
+    options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; there is {', '.join(METHODS)}")
+        kind = METHODS[self.method][nn.Linear]
+        self.dropout = kind.default_dropout if self.dropout is None else self.dropout
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f"init is {self.init!r}, must be kaiming or gaussian")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -40,11 +55,18 @@ class LoRAConfig:
             raise ValueError(f"dropout is {self.dropout!r}, must be from 0 to below 1")
         if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
             raise ValueError(f"targets are {self.targets!r}, must be names of layers")
+        if not isinstance(self.options, dict):
+            raise ValueError(f"options are {self.options!r}, must be a dict")
+        try:
+            self.options = kind.settled(self.options)
+            kind.check(self)
+        except ValueError as error:
+            raise ValueError(f"{self.method}: {error}") from error
 
 
-def lora_layers(model):
-    """{path: layer} of the adapter layers in `model`."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+def method_options(method):
+    """{name: default} of the settings that are the method's own."""
+    return METHODS[method][nn.Linear].options
 
 
 def is_lora(name):
@@ -55,18 +77,22 @@ def is_lora(name):
 def add_lora(model, config):
     """Freeze `model`, wrap each layer that config.targets names, return the wrapped paths.
 
-    Raises ValueError, with the model as it was, for a target that matches nothing or nothing wrappable,
-    an r that a layer is too small for, or a model that has an adapter already.
+    Raises ValueError, with the model as it was, for a target that matches nothing or a layer the method has no
+    form for, an r that a layer is too small for, or a model that has an adapter already.
     """
     if lora_layers(model):
         raise ValueError("the model has an adapter already; load_adapter swaps it")
-    kinds = METHODS[config.method]
+    kinds, config = METHODS[config.method], replace(config)          # a copy: a method may note there what it settles
     wrappable = {path: module for path, module in model.named_modules() if path and type(module) in kinds}
     names = {path.rpartition(".")[2] for path in wrappable}
     targets = names if names and "all" in config.targets else set(config.targets)
+    others = set().union(*METHODS.values()) - kinds.keys()            # what some method wraps and this one does not
+    for path, module in model.named_modules():
+        if type(module) in others and path.rpartition(".")[2] in config.targets:
+            raise ValueError(f"{config.method} has no form for {path}, an nn.{type(module).__name__}")
     if missing := targets - names:
         raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names)) or 'none'}")
-    settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init)
+    settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init, **config.options)
     layers = {}
     with unchanged_on_error(model):
         for path, base in wrappable.items():
@@ -76,6 +102,7 @@ def add_lora(model, config):
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
+    METHODS[config.method][nn.Linear].connect(list(layers.values()), config)
     for path, layer in layers.items():
         model.set_submodule(path, layer.train(layer.base.training))      # else eval() before would leave dropout on
     model.lora_config = config
@@ -106,13 +133,36 @@ def remove_lora(model):
 
 
 def mark_only_lora_as_trainable(model):
-    """requires_grad for the adapter's parameters and for no other."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora(name))
+    """requires_grad for the parameters that the adapter's method trains and for no other."""
+    model.requires_grad_(False)
+    for layer in lora_layers(model).values():
+        for name, parameter in layer.named_parameters(recurse=False):
+            parameter.requires_grad_(name not in layer.frozen)
+
+
+def begin_step(model, step, loss=None):
+    """Tell the adapter's layers that optimizer step `step` (from 1) begins; return what they note for the log.
+
+    loss: the last step's, the same on all ranks.  Most methods have nothing to do here and note nothing.
+    """
+    noted = {}
+    for layer in lora_layers(model).values():
+        noted |= layer.begin_step(step, loss)
+    return noted
+
+
+def follow_optimizer(model, optimizer):
+    """From now on tell the adapter's layers after each step of `optimizer`: a method may have more to move."""
+    layers = list(lora_layers(model).values())
+
+    def after(*_):
+        for layer in layers:
+            layer.after_step()
+    optimizer.register_step_post_hook(after)
 
 
 def lora_state_dict(model):
-    """{name: tensor} of the adapter alone."""
+    """{name: tensor} of the adapter alone, with what of it is frozen."""
     return {name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}
 
 

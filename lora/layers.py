@@ -6,34 +6,79 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def lora_layers(model):
+    """{path: layer} of the adapter layers in `model`."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
 class LoRALayer(nn.Module):
-    """What every adapter layer shares: the base, the scale alpha / r, the switch, merge and unmerge.
+    """What every adapter layer shares: the base, factors and scale, the switch, merge and unmerge.
 
-    A subclass fills lora_A and lora_B and has `forward` and `delta()`, the update in the base weight's shape.  The
-    two are fp32 (fp64 over an fp64 base) whatever the base is: in 16 bit the optimizer's small steps would round away.
-    Raises ValueError unless 1 <= r <= the base's smaller side.
+    A subclass has `forward` and `delta()`, the update in the base weight's shape.  What more there is to a method
+    it says by overriding what stands first here, so that nothing outside of its file has to know it.
+    Raises ValueError for an r that the layer is too small for, or settings that the method does not have.
     """
+    options = {}                 # settings of the method's own and their defaults; an adapter's file carries them
+    default_dropout = 0.05
+    frozen = ()                  # names of parameters beside the base that are not trained
 
-    def __init__(self, base, d_in, d_out, r, alpha, dropout):
+    @classmethod
+    def check(cls, config):
+        """Raise ValueError for a LoRAConfig that the method cannot have."""
+
+    @classmethod
+    def connect(cls, layers, config):
+        """Called once when all `layers` of a model stand: for what they share.  `config` is what will be saved."""
+
+    def begin_step(self, step, loss):
+        """Called before optimizer step `step` (from 1) with the last one's loss over all ranks; returns what to log."""
+        return {}
+
+    def after_step(self):
+        """Called when the optimizer has stepped."""
+
+    def __init__(self, base, r, alpha, dropout, **options):
         super().__init__()
-        if not 1 <= r <= min(d_in, d_out):
-            raise ValueError(f"r is {r}, must be 1 to {min(d_in, d_out)} for a layer of {d_out} x {d_in}")
         self.base = base.requires_grad_(False)
         self.r, self.alpha = r, alpha
         self.dropout = nn.Dropout(dropout)
+        self.settings = self.settled(options)
         self.enabled, self.merged = True, False
-        like = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
-        self.lora_A = nn.Parameter(torch.zeros(r, d_in, **like))
-        self.lora_B = nn.Parameter(torch.zeros(d_out, r, **like))
+
+    @classmethod
+    def settled(cls, options):
+        """`options` and, where they say nothing, the defaults.  Raises ValueError for a name or type it does not know."""
+        for name, value in options.items():
+            if name not in cls.options:
+                raise ValueError(f"unknown option {name!r}; there is {', '.join(cls.options) or 'none'}")
+            kind = type(cls.options[name])
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{name} is {value!r}, must be like {cls.options[name]!r}")
+        return {**cls.options, **options}
+
+    def trained(self, *shape):
+        """A parameter of zeros: fp32 (fp64 over an fp64 base), since in 16 bit the optimizer's small steps round away."""
+        wide = torch.promote_types(self.base.weight.dtype, torch.float32)
+        return nn.Parameter(torch.zeros(shape, device=self.base.weight.device, dtype=wide))
+
+    def add_factors(self, d_in, d_out):
+        if not 1 <= self.r <= min(d_in, d_out):
+            raise ValueError(f"r is {self.r}, must be 1 to {min(d_in, d_out)} for a layer of {d_out} x {d_in}")
+        self.lora_A, self.lora_B = self.trained(self.r, d_in), self.trained(d_out, self.r)
+
+    def factors(self):
+        """A (r, d_in) and B (d_out, r) as they are used."""
+        return self.lora_A, self.lora_B
 
     @property
     def scale(self):
         return self.alpha / self.r
 
     def product(self):
-        """(alpha / r) B A in at least fp32, also where the whole model was cast to less."""
-        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return self.scale * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        """scale B A in at least fp32, also where the whole model was cast to less."""
+        A, B = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return self.scale * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
     def merge(self):
@@ -73,8 +118,9 @@ class LoRALinear(LoRALayer):
     base until the first step.  Dropout acts on the adapter's input alone.  x (..., d_in) -> (..., d_out).
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, init="kaiming"):
-        super().__init__(base, base.in_features, base.out_features, r, alpha, dropout)
+    def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
+        super().__init__(base, r, alpha, dropout, **options)
+        self.add_factors(base.in_features, base.out_features)
         if init == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / r)
         else:
@@ -85,7 +131,7 @@ class LoRALinear(LoRALayer):
         if self.merged or not self.enabled:
             return y
         # The adapter comes down to x's dtype; x going up to fp32 would be kept for backward, twice the size.
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        A, B = (factor.to(x.dtype) for factor in self.factors())
         return y + self.scale * F.linear(F.linear(self.dropout(x), A), B)
 
     def delta(self):
@@ -100,16 +146,21 @@ class LoRAEmbedding(LoRALayer):
     base vector.  There is no input to drop from, so no dropout.  t (...) int64 -> (..., D).
     """
 
-    def __init__(self, base, r, alpha, dropout=0.0, init="kaiming"):
-        super().__init__(base, base.num_embeddings, base.embedding_dim, r, alpha, 0.0)
+    def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
+        super().__init__(base, r, alpha, 0.0, **options)
+        self.add_factors(base.num_embeddings, base.embedding_dim)
         nn.init.normal_(self.lora_B)
 
     def forward(self, tokens):
         y = self.base(tokens)
         if self.merged or not self.enabled:
             return y
-        looked_up = F.embedding(tokens, self.lora_A.T, self.base.padding_idx)     # (..., r)
-        return y + (self.scale * F.linear(looked_up, self.lora_B)).to(y.dtype)
+        A, B = self.factors()
+        looked_up = F.embedding(tokens, A.T, self.base.padding_idx)               # (..., r)
+        return y + (self.scale * F.linear(looked_up, B)).to(y.dtype)
 
     def delta(self):
         return self.product().T                                           # (V, D)
+
+
+LAYERS = {nn.Linear: LoRALinear, nn.Embedding: LoRAEmbedding}                     # base layer -> adapter layer
