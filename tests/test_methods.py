@@ -14,17 +14,19 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import generate
 import train
 from llama import ModelArgs, Transformer
-from lora import (LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, lora_disabled, lora_state_dict,
+from lora import (LoRAConfig, LoRALinear, add_lora, begin_step, follow_optimizer, load_adapter, lora_disabled, lora_state_dict,
                   mark_only_lora_as_trainable, merge_lora, read_adapter, save_adapter, unmerge_lora)
 from lora.adapter import METHODS, lora_layers
 from lora.dylora import RankByLoss, set_rank
 from lora.lora_plus import lora_plus_groups
 
 from .conftest import ROOT, tiny
+from .memory import saved_bytes
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 2]])
 EMBEDS = [method for method, kinds in METHODS.items() if nn.Embedding in kinds]
@@ -272,6 +274,31 @@ def test_lora_fa_keeps_the_projection_alone_for_backward():
     for dtype in (torch.float32, torch.bfloat16):
         assert kept["lora-fa", dtype] == 4 * 32 * 16 * dtype.itemsize                        # the projection, r wide
         assert kept["lora-fa", dtype] <= 0.2 * kept["lora", dtype]
+
+
+def test_chunks_or_checkpointing_of_the_adapter_alone_save_next_to_nothing(monkeypatch, capsys):
+    """Whatever is done inside the adapter's branch, its input x stays for backward; only recomputing the block drops it."""
+    model, tokens = tiny(dim=256, n_layers=4, multiple_of=64), torch.arange(64).view(1, 64)
+    add_lora(model, LoRAConfig(r=8, dropout=0, targets=("wq", "wk", "wv", "w1", "w3")))
+
+    def branch(layer, x):
+        return layer.scale * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+
+    def chunked(layer, x):
+        return layer.base(x) + torch.cat([branch(layer, part) for part in x.split(16, dim=1)], dim=1)
+
+    def checkpointed(layer, x):
+        return layer.base(x) + checkpoint(branch, layer, x, use_reentrant=False)
+    _, plain = saved_bytes(model, lambda: model(tokens).sum())
+    kept = {}
+    for name, forward in (("in chunks", chunked), ("checkpointed alone", checkpointed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(LoRALinear, "forward", forward)
+            kept[name] = saved_bytes(model, lambda: model(tokens).sum())[1] / plain
+    model.checkpointing = True
+    kept["with its block"] = saved_bytes(model, lambda: model(tokens).sum())[1] / plain
+    print(f"\nkept for backward, of what is kept otherwise: {', '.join(f'{name} {share:.1%}' for name, share in kept.items())}")
+    assert kept["in chunks"] > 0.99 and kept["checkpointed alone"] > 0.97 and kept["with its block"] < 0.2
 
 
 # What every method promises
