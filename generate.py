@@ -3,7 +3,7 @@
     python generate.py                             what `python train.py` just made, on a few built-in instructions
     python generate.py --adapter none              the base alone, on the same
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
-    python generate.py --interactive               type instructions; `:adapter FILE` or `:adapter none` switches
+    python generate.py --interactive               type instructions; `:adapter PATH` or `:adapter none` switches
     python generate.py --data questions.json > answers.jsonl
 """
 import argparse
@@ -13,11 +13,14 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from llama.alpaca import encode_prompt, read_examples
-from llama.checkpoint import CONTEXT, load_checkpoint
+from llama.checkpoint import PROBE, load_checkpoint
 from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown, text, utf8
+from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
-from lora import load_adapter, lora_disabled, merge_lora, read_adapter, unmerge_lora
+from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 BATCH = 8                                            # prompts at a time for --data
@@ -34,7 +37,8 @@ INSTRUCTIONS = [                                     # the demo's adapter was tr
 def parse_args(argv=None):
     parser = Parser(prog="generate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flag = parser.add_argument_group("who answers").add_argument
-    flag("--adapter", metavar="FILE", type=text, help="none: the base alone (default: out/adapter.pt if it is there)")
+    flag("--adapter", metavar="PATH", type=text,
+         help="our file or PEFT's folder; none: the base alone (default: out/adapter.pt if it is there)")
     flag("--checkpoint", metavar="DIR", type=text, help="base model (default: the adapter's, else the demo's)")
     flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: the adapter's, else all)")
     flag("--merge", action="store_true", help="merge the adapter into the weights first")
@@ -74,21 +78,30 @@ def parse_args(argv=None):
 
 def load(args, device):
     """(model, tokenizer, a line about them): the base that flags or adapter file name, the adapter, merged if asked."""
-    base = read_adapter(args.adapter)["base"] if args.adapter else {}
+    base = {}
+    if args.adapter and is_peft(args.adapter):       # whose base may have any name, or none
+        base = {"folder": args.checkpoint or read_config(args.adapter)[1]}
+        if not base["folder"]:
+            raise ValueError(f"{args.adapter} does not say what its base is; name its folder with --checkpoint")
+    elif args.adapter:
+        base = read_adapter(args.adapter)["base"]
     folder, layers = args.checkpoint or base.get("folder", str(DEMO)), args.layers or base.get("layers")
     if not isinstance(folder, str) or not isinstance(layers, int | None):
         raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} and {layers!r}")
     if base.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which were not kept")
-    model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, CONTEXT)
+    model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device)
+    model.eval()
     said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision} on {device}"
     if args.adapter:
-        load_adapter(model, args.adapter)
+        load_adapter(model, adapter_at(args.adapter, model.args))
         config = model.lora_config
         said += f"; adapter {args.adapter}, {config.method} r {config.r} on {','.join(config.targets)}"
+        said += ", which may be of another base: PEFT does not say" * is_peft(args.adapter)
     if args.merge:
-        said += f", merged: {100 * merge_lora(model):.1f} % of the update survives in {args.precision}"
-    return model.eval(), tokenizer, said
+        probe = torch.tensor([tokenizer.encode(PROBE, bos=True)], device=device)
+        said += "\n" + merge_report(model, probe, "--precision fp32")
+    return model, tokenizer, said
 
 
 def answer(model, tokenizer, example, args):
@@ -136,16 +149,17 @@ def interact(model, tokenizer, args):
         words = line.split(maxsplit=1)
         try:
             if line.startswith(":") and (words[0] != ":adapter" or len(words) < 2):
-                print("type an instruction, or :adapter FILE, or :adapter none", file=sys.stderr, flush=True)
+                print("type an instruction, or :adapter PATH, or :adapter none", file=sys.stderr, flush=True)
             elif line.startswith(":"):
                 name = words[1]
                 if name != "none":
-                    read_adapter(name)               # a file that is none changes nothing
+                    source = adapter_at(name, model.args)
+                    read_adapter(source)             # a file that is none changes nothing
                 if args.merge:
                     unmerge_lora(model)
                     args.merge = False
                 if name != "none":
-                    load_adapter(model, name)
+                    load_adapter(model, source)
                 adapter = None if name == "none" else name
                 print(f"adapter {name}", file=sys.stderr, flush=True)
             elif words:

@@ -29,12 +29,14 @@ from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_p
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, named_values, number,
                        pick_hardware, text)
 from llama.loss import answer_loss
+from llama.peft import adapter_at
 from llama.preflight import check_data, check_gradients, describe, trying_batch
-from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, method_options, save_adapter
+from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
 from lora.adapter import METHODS
 from lora.lora_plus import lora_plus_groups
 
 DEMO = Path(__file__).parent / "llama" / "demo"
+SETTINGS = ("method", "r", "alpha", "dropout", "targets")        # what --adapter brings along
 RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what runs leave in --out
 
 
@@ -43,7 +45,7 @@ def parse_args(argv=None):
 
     what = parser.add_argument_group("what")
     flag = what.add_argument
-    flag("--checkpoint", metavar="DIR", type=text, help="base model, a folder in Meta's layout (default: the demo's)")
+    flag("--checkpoint", metavar="DIR", type=text, help="base model, a folder in Meta's or Hugging Face's layout (default: the demo's)")
     flag("--init", choices=("checkpoint", "random"), default="checkpoint",
          help="random: take only sizes and tokenizer from --checkpoint (default: checkpoint)")
     flag("--layers", metavar="N", type=number(int, 1), help="keep the first N blocks (default: all)")
@@ -58,6 +60,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("how it learns").add_argument
     flag("--method", choices=("full", *METHODS), default="lora", help="what is trained (default: lora)")
+    flag("--adapter", metavar="PATH", type=text, help="go on from this adapter, our file or PEFT's folder, with its settings")
     flag("--r", metavar="N", type=number(int, 1), default=16, help="rank (default: 16)")
     flag("--alpha", metavar="F", type=number(float, 0, open_low=True), default=32.0,
          help="the update is scaled by alpha / r (default: 32)")
@@ -93,6 +96,8 @@ def parse_args(argv=None):
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.data is None and args.val_data is None and args.val_fraction is None:
         args.val_data = str(DEMO / "held_out.json")
+    if args.adapter and any(getattr(args, name) != parser.get_default(name) for name in SETTINGS):
+        parser.error(f"--adapter brings its own settings; leave --{', --'.join(SETTINGS)} out")
     demo = args.checkpoint is None
     args.lr = args.lr or (1e-5 if args.method == "full" else 5e-3 if demo else 3e-4)
     args.epochs = args.epochs or (4 if demo else 3)
@@ -331,11 +336,15 @@ def main(argv=None):
         device, args.precision = pick_hardware(args.device, args.precision, local_rank)
         args.device = str(device)
         out = claim_out(args) if rank == 0 else Path(args.out or "out")
-        _, tokenizer = read_params(args.checkpoint)
+        model_args, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
         check_data(train_set, args.max_seq_len, args.data)
         collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
         batch = trying_batch(train_set, collate, args.batch_size)
+        if args.adapter:
+            adapter = adapter_at(args.adapter, model_args)
+            config = read_adapter(adapter)["config"]
+            vars(args).update({name: getattr(config, name) for name in SETTINGS}, method_options=config.options)
         lora = lora_config(args)
         # Sizes without memory: a wrong target, rank or ratio, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
@@ -346,10 +355,12 @@ def main(argv=None):
         else:
             torch.manual_seed(args.seed)                     # before the first weight is drawn
             model, wrapped = load_model(args, lora, device, args.init)
+            if args.adapter:
+                load_adapter(model, adapter)
             with mixed_precision(args, device):
                 check_gradients(model, wrapped, lambda: answer_loss(model, to_device(batch, device))[0])
             torch.manual_seed(args.seed + rank)              # each rank drops other elements
-        paths = ("checkpoint", "data", "val_data", "out", "device")       # these may differ from machine to machine
+        paths = ("checkpoint", "adapter", "data", "val_data", "out", "device")       # these may differ from machine to machine
         alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin.get("fingerprint"),
                   *([len(tokens) for tokens, _ in part.rows] for part in (train_set, val_set) if part)]
     if args.dry_run:

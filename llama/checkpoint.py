@@ -1,38 +1,57 @@
-"""Models in and out: Meta's folder of params.json, consolidated.00.pth (or several) and tokenizer.model."""
+"""Models in and out: Meta's folder of params.json, consolidated.00.pth (or several) and tokenizer.model, or Hugging Face's.
+
+    python -m llama.checkpoint llama-2-7b llama-2-7b-hf --to hf                            the other way: --to meta
+    python -m llama.checkpoint llama-2-7b merged --to hf --adapter out/7b/adapter.pt       with the adapter merged into it
+    python -m llama.checkpoint llama-2-7b out/7b/peft --to peft --adapter out/7b/adapter.pt      the adapter for PEFT
+
+The first folder may be of either layout, the adapter a file of ours or PEFT's folder.
+"""
+import argparse
 import hashlib
 import json
-import os
+import sys
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
+from . import huggingface
+from .cli import DTYPES, Parser, bad_input_ends_in_one_line, number, text
+from .files import SAFETENSORS, listed, new_folder, read_object, read_tensors, safetensors, write_tensors, write_whole
 from .model import ModelArgs, Transformer
+from .peft import adapter_at, save_peft
 from .tokenizer import Tokenizer
 
 PARAMS, WEIGHTS, TOKENIZER = "params.json", "consolidated.00.pth", "tokenizer.model"
 CONTEXT = 4096                     # tokens that LLaMA 2 was trained to look back; params.json does not say
+PROBE = "Below is an instruction that describes a task."          # what a merge is tried on
+SHARD = 5 * 10 ** 9                # bytes of a file in Hugging Face's layout
 
 
-def read_params(folder, max_seq_len=CONTEXT):
-    """(ModelArgs, Tokenizer) from params.json and tokenizer.model in `folder`, vocab_size -1 taken from the latter.
+def is_huggingface(folder):
+    return not (folder / PARAMS).exists() and (folder / huggingface.CONFIG).exists()
 
-    Raises FileNotFoundError, or ValueError for what is not JSON, does not fit, or names a feature we lack
-    (a llama 3.1 `use_scaled_rope`, say): run without it, the model would be another one.
+
+def read_params(folder, max_seq_len=None):
+    """(ModelArgs, Tokenizer) from params.json and tokenizer.model in `folder`, vocab_size -1 taken from the latter;
+    or from Hugging Face's config.json, if that is what is there.
+
+    max_seq_len: what the folder says by default, and 4096 where it says nothing.  Raises FileNotFoundError, or
+    ValueError for what is not JSON, does not fit, or names a feature we lack (a llama 3.1 `use_scaled_rope`, say):
+    run without it, the model would be another one.
     """
     folder = Path(folder)
     path = folder / PARAMS
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {folder}")
+    if is_huggingface(folder):
+        return huggingface.read_config(folder, max_seq_len)
     if not path.is_file():
-        raise FileNotFoundError(f"no {PARAMS} in {folder}: give the folder of a LLaMA checkpoint in Meta's layout")
+        raise FileNotFoundError(f"no {PARAMS} in {folder}, nor {huggingface.CONFIG}: give the folder of a LLaMA checkpoint in "
+                                "Meta's or Hugging Face's layout")
     tokenizer = Tokenizer(folder / TOKENIZER)
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:                 # bytes that are no text are a ValueError too
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds a {type(params).__name__}, not an object")
+    params = read_object(path)
     types = {f.name: (float, int) if "float" in str(f.type) else int for f in fields(ModelArgs)}
     optional = ("n_kv_heads", "ffn_dim_multiplier")
     for key in ("max_seq_len", "max_batch_size"):                 # limits of a run, not of the model
@@ -49,16 +68,19 @@ def read_params(folder, max_seq_len=CONTEXT):
     if params["vocab_size"] < tokenizer.vocab_size:
         raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's {tokenizer.vocab_size}")
     try:
-        return ModelArgs(**params, max_seq_len=max_seq_len), tokenizer
+        return ModelArgs(**params, max_seq_len=max_seq_len or CONTEXT), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def read_weights(folder):
-    """{name: list of that tensor's pieces, one a shard}, mapped from consolidated.00.pth, .01.pth, ...
+    """{name: list of that tensor's pieces, one a shard}, mapped from consolidated.00.pth, .01.pth, ... or, with their
+    own names, from Hugging Face's files.
 
     Nothing is in memory until it is touched, however many the shards; and no pickled code runs.
     """
+    if is_huggingface(folder):
+        return huggingface.read_weights(folder)
     shards = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     expected = [folder / f"consolidated.{i:02}.pth" for i in range(max(1, len(shards)))]
     if shards != expected:
@@ -66,17 +88,7 @@ def read_weights(folder):
         raise FileNotFoundError(f"no {lacking.name} in {folder}")
     pieces = {}
     for path in shards:
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError(f"{path} is not a checkpoint of tensors: it is empty")
-        try:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as error:                                # a broken pickle raises whatever it happens to hit
-            raise ValueError(f"{path} is not a checkpoint of tensors: {[*str(error).splitlines(), type(error).__name__][0]}") from error
-        if not isinstance(state, dict) or not all(
-                isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-                and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in state.items()):
-            raise ValueError(f"{path} does not hold a dict of floating-point tensors")
-        for name, piece in state.items():
+        for name, piece in read_tensors(path).items():
             pieces.setdefault(name, []).append(piece)
     pieces.pop("rope.freqs", None)                                # Meta's stale table: the model makes its own
     if uneven := {name for name, parts in pieces.items() if len(parts) < len(shards)}:
@@ -113,13 +125,12 @@ def join(pieces, shape, dtype, device):
     return whole
 
 
-def listed(keys, most=6):
-    return ", ".join(sorted(keys)[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+def check_keys(pieces, model, folder, file_name):
+    """Raise ValueError naming the keys that are missing, unexpected, or of another shape than `model` has.
 
-
-def check_keys(pieces, model, folder):
-    """Raise ValueError naming the keys that are missing, unexpected, or of another shape than `model` has."""
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    file_name: the model's name of a tensor -> the files'.
+    """
+    expected = {file_name(name): parameter.shape for name, parameter in model.named_parameters()}
     shapes = set()
     for name in expected.keys() & pieces.keys():
         try:
@@ -128,7 +139,8 @@ def check_keys(pieces, model, folder):
             shapes.add(f"{name} {error}")
     named = {"missing": expected.keys() - pieces.keys(), "unexpected": pieces.keys() - expected.keys(), "of another shape": shapes}
     if wrong := [f"{kind}: {listed(keys)}" for kind, keys in named.items() if keys]:
-        raise ValueError(f"the weights in {folder} do not fit its {PARAMS}; {'; '.join(wrong)}")
+        sizes = huggingface.CONFIG if is_huggingface(folder) else PARAMS
+        raise ValueError(f"the weights in {folder} do not fit its {sizes}; {'; '.join(wrong)}")
 
 
 def fingerprint(args, norm, embeddings):
@@ -139,7 +151,7 @@ def fingerprint(args, norm, embeddings):
     dtype; of weights made in fp32 an fp16 file may give another than a bf16 file, being rounded twice.
     """
     sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size, args.hidden_dim,
-             args.norm_eps, args.rope_theta)
+             float(args.norm_eps), float(args.rope_theta))        # one file says 10000, another 10000.0
     digest = hashlib.sha256(repr(sizes).encode())
     for tensor in (norm, embeddings):
         flat = tensor.detach().reshape(-1)
@@ -148,11 +160,11 @@ def fingerprint(args, norm, embeddings):
     return digest.hexdigest()[:16]
 
 
-def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=CONTEXT, init="checkpoint"):
-    """(model, tokenizer) from a folder in Meta's layout.
+def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=None, init="checkpoint"):
+    """(model, tokenizer) from a folder in Meta's or Hugging Face's layout.
 
     layers: the first so many blocks only, the others are never read.  dtype: of the weights, the file's own
-    by default.  init="random" needs params.json and tokenizer.model only and draws weights from torch's seed.
+    by default.  init="random" needs sizes and tokenizer only and draws weights from torch's seed.
     device="meta" then gives sizes without memory.
     A checkpoint without an output matrix ties it to the embedding.  model.origin says where the weights come
     from; adapter files carry it.  Raises FileNotFoundError or ValueError for whatever does not fit.
@@ -161,63 +173,123 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=C
         raise ValueError(f"init is {init!r}, must be checkpoint or random")
     folder = Path(folder)
     args, tokenizer = read_params(folder, max_seq_len)
-    if layers is not None and not 1 <= layers <= args.n_layers:
+    if layers is not None and (not isinstance(layers, int) or not 1 <= layers <= args.n_layers):
         raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to {args.n_layers}, not {layers}")
     pieces = read_weights(folder) if init == "checkpoint" else {}
-    args.tie_embeddings = init == "checkpoint" and "output.weight" not in pieces
+    hf = is_huggingface(folder)
+    file_name = huggingface.theirs if hf else str
+    if hf:
+        huggingface.drop_tied(pieces, args, folder)
+    else:
+        args.tie_embeddings = init == "checkpoint" and "output.weight" not in pieces
     with torch.device("meta"):                                    # sizes without memory
         model = Transformer(args)
     if init == "checkpoint":
-        check_keys(pieces, model, folder)
+        check_keys(pieces, model, folder, file_name)
     model.layers = model.layers[:layers]
     args.n_layers = len(model.layers)
     if init == "random":
-        model.to(dtype).to_empty(device=device).init_weights()
-        stored = model.norm.weight, model.tok_embeddings.weight
+        model.to(dtype).to_empty(device=device)
     else:                                                         # only what the model keeps ever leaves the file
-        weights = {name: join(pieces[name], parameter.shape, dtype, device) for name, parameter in model.named_parameters()}
+        weights = {name: join(pieces[file_name(name)], parameter.shape, dtype, device)
+                   for name, parameter in model.named_parameters()}
+        if hf:
+            huggingface.turn_rows(weights, args)
         if args.tie_embeddings:
             weights["output.weight"] = weights["tok_embeddings.weight"]
         model.load_state_dict(weights, assign=True)
-        if args.tie_embeddings:
-            model.output.weight = model.tok_embeddings.weight
+    if args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
+    if init == "random":
+        model.init_weights()
+        stored = model.norm.weight, model.tok_embeddings.weight
+    else:
         stored = [parts[0] if len(parts) == 1 else join(parts, model.get_parameter(name).shape, None, "cpu")
-                  for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[name]]]
+                  for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[file_name(name)]]]
     model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init,
                     "fingerprint": None if stored[0].is_meta else fingerprint(args, *stored)}
     return model, tokenizer
 
 
-def save_checkpoint(model, tokenizer, folder):
-    """Write `model` as a folder in Meta's layout, in the dtype it has; each file is whole or not there.
+def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS, shard_bytes=SHARD):
+    """Write `model` as a folder in Meta's or ("hf") Hugging Face's layout, in the dtype it has; each file is whole or
+    not there.  suffix (or .bin) and shard_bytes are of the latter's files.
 
     Merged adapters are part of the weights.  Raises ValueError while an adapter is not merged.
     """
     if any(getattr(module, "merged", True) is False for module in model.modules()):
         raise ValueError("merge the adapter first (merge_lora): a checkpoint has no place for lora_A and lora_B")
     state = {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if ".lora_" not in key}
-    args = asdict(model.args)
-    del args["max_seq_len"], args["tie_embeddings"]               # Meta's reader sets the first and lacks the second
     if state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr():
         del state["output.weight"]                                # tied: stored once
     folder = Path(folder)
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} holds a checkpoint in several files; write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    # Through an open handle: given a path, torch.save would write the file's name into the file.
-    write_whole(folder / WEIGHTS, lambda file: torch.save({k: v.contiguous() for k, v in state.items()}, file))
+    if layout == "hf":
+        return huggingface.save(state, model.args, tokenizer, folder, suffix, shard_bytes)
+    args = asdict(model.args)
+    del args["max_seq_len"], args["tie_embeddings"]               # Meta's reader sets the first and lacks the second
+    write_tensors(folder / WEIGHTS, state)
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
     write_whole(folder / PARAMS, lambda file: file.write(json.dumps(args).encode() + b"\n"))
 
 
-def write_whole(path, write):
-    """Call write(file) on a file beside `path`, then rename it: `path` is the old file or the new, never a part."""
-    beside = path.with_name(path.name + ".tmp")
+def parse_args(argv=None):
+    parser = Parser(prog="python -m llama.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument
+    flag("source", metavar="SRC", type=text, help="the base, a folder in either layout")
+    flag("target", metavar="DST", type=text, help="the folder to write; one that holds something is refused")
+    flag("--to", choices=("meta", "hf", "peft"), required=True, help="a model in this layout, or the adapter for PEFT")
+    flag("--adapter", metavar="PATH", type=text, help="merge this adapter first, our file or PEFT's folder; for peft: write it")
+    flag("--dtype", choices=DTYPES, help="of the weights that are written (default: each as it is in SRC)")
+    flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: the adapter's, else all)")
+    flag("--bin", action="store_true", help="write pytorch_model.bin or adapter_model.bin, which need no safetensors package")
+    flag("--shard-mb", metavar="N", type=number(int, 1), default=SHARD // 10 ** 6,
+         help=f"megabytes a file of weights, for hf (default: {SHARD // 10 ** 6})")
+    args = parser.parse_args(argv)
+    if args.to == "peft" and (args.adapter is None or args.dtype):
+        parser.error("--to peft writes an --adapter, as it is: give one, and no --dtype")
+    return args
+
+
+def convert(args, folder):
+    """Write what the command line asks for to `folder`.  Returns a line about the merge, if there was one."""
+    from lora import load_adapter, merge_report, read_adapter     # here alone: without an adapter nothing needs lora/
+    suffix = ".bin" if args.bin else SAFETENSORS
+    if args.to != "meta" and suffix == SAFETENSORS:
+        safetensors(args.target)                                  # its absence shows before the weights load
+    source = args.adapter and adapter_at(args.adapter, read_params(args.source)[0])
+    adapter = read_adapter(source) if source else {}
+    layers = args.layers or (adapter.get("base") or {}).get("layers")
+    if args.to == "peft":
+        model, _ = load_checkpoint(args.source, layers, device="meta")      # does the adapter fit?  No weight is read
+        with warnings.catch_warnings(action="ignore"):            # that nothing is copied into such a model
+            load_adapter(model, source)
+        return save_peft(adapter, model.args, args.source, folder, suffix)
+    model, tokenizer = load_checkpoint(args.source, layers, DTYPES.get(args.dtype))
+    report = None
+    if source:
+        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+            raise ValueError(f"{args.source} has weights of several dtypes; name the one to merge in with --dtype")
+        load_adapter(model, source)
+        report = merge_report(model.eval(), torch.tensor([tokenizer.encode(PROBE, bos=True)]), "--dtype fp32", keep_base=False)
+    save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * 10 ** 6)
+    return report
+
+
+def main(argv=None):
+    with bad_input_ends_in_one_line("llama.checkpoint"):
+        args = parse_args(argv)
+        with new_folder(args.target) as folder:
+            report = convert(args, folder)
+    if report:
+        print(report)
+    print(f"written   {args.target}")
+
+
+if __name__ == "__main__":
     try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -182,19 +182,35 @@ def lora_disabled(model):
             layer.enabled = enabled
 
 
-def merge_lora(model):
+def merge_lora(model, keep_base=True):
     """Merge every adapter layer into its base; return the share of the update that survived the rounding.
 
     1.0 is all of it; in bf16 a small update can be lost nearly whole, because the weights' steps are larger
-    than it.  Raises ValueError when there is nothing to merge or it is merged already.
+    than it.  keep_base=False frees each weight that is replaced: then nothing can unmerge.  Raises ValueError when
+    there is nothing to merge or it is merged already.
     """
     layers = lora_layers(model).values()
     if not layers or any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged already" if layers else "the model has no adapter to merge")
     if not all(layer.enabled for layer in layers):
         raise ValueError("the adapter is disabled; merge it outside of lora_disabled")
-    kept, whole = (sum(column) for column in zip(*[layer.merge() for layer in layers]))
+    kept, whole = (sum(column) for column in zip(*[layer.merge(keep_base) for layer in layers]))
     return kept / whole if whole else 1.0
+
+
+@torch.no_grad()
+def merge_report(model, tokens, remedy, keep_base=True):
+    """Merge the adapter and say in one line what that lost: of the update, and on the logits of `tokens` (B, T).
+
+    remedy: the flag to name when less than half of the update survives.  Call it in eval mode: dropout moves logits too.
+    """
+    before = model(tokens).float()
+    share = merge_lora(model, keep_base)
+    moved = (model(tokens).float() - before).abs().max()
+    dtype = next(iter(lora_layers(model).values())).base.weight.dtype
+    return (f"merged: {100 * share:.1f} % of the update survives in {str(dtype).removeprefix('torch.')}; "
+            f"logits of up to {before.abs().max():.3g} move by up to {moved:.2g}"
+            + f"; WARNING, most of it is lost: use {remedy}, or keep the adapter apart" * (share < 0.5))
 
 
 def unmerge_lora(model):
@@ -227,33 +243,37 @@ def save_adapter(model, path):
         beside.unlink(missing_ok=True)
 
 
-def read_adapter(path):
-    """The file's {"config": LoRAConfig, "base": dict, "tensors": dict}; no pickled code runs.
+def read_adapter(source):
+    """{"path": str, "config": LoRAConfig, "base": dict, "tensors": dict} of an adapter file; no pickled code runs.
 
+    source: its path, or what such a file would hold together with a "path" to call it by, as readers of other
+    formats make it; "base" may be None there: it is not known.
     Raises FileNotFoundError, or ValueError for what is not an adapter file.
     """
-    if not Path(path).is_file():
+    path = source["path"] if isinstance(source, dict) else source
+    if path is source and not Path(path).is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        config, base, tensors = LoRAConfig(**content["config"]), dict(content["base"]), dict(content["tensors"])
+        content = torch.load(path, map_location="cpu", weights_only=True) if path is source else source
+        config, tensors = LoRAConfig(**content["config"]), dict(content["tensors"])
+        base = None if content is source and content["base"] is None else dict(content["base"])
     except Exception as error:                       # a broken pickle raises whatever it happens to hit
         raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
                and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in tensors.items()):
         raise ValueError(f"{path} is not an adapter file: it holds something else among its tensors")
-    return {"config": config, "base": base, "tensors": tensors}
+    return {"path": str(path), "config": config, "base": base, "tensors": tensors}
 
 
-def load_adapter(model, path):
-    """Load an adapter file: add its layers if the model has none like them, or swap the tensors.
+def load_adapter(model, source):
+    """Load an adapter, from whatever read_adapter takes: add its layers if the model has none like them, or swap the tensors.
 
-    Raises ValueError, with the model as it was, when the file belongs to another base or its tensors do not
-    fit, naming both sides, or while another adapter is merged.
+    Raises ValueError, with the model as it was, when the file belongs to another base (where that is known: else
+    only shapes are compared) or its tensors do not fit, naming both sides, or while another adapter is merged.
     """
-    saved = read_adapter(path)
-    trained_on, here = saved["base"], getattr(model, "origin", {})
-    if trained_on.get("fingerprint") != here.get("fingerprint"):
+    saved = read_adapter(source)
+    path, trained_on, here = saved["path"], saved["base"], getattr(model, "origin", {})
+    if trained_on is not None and trained_on.get("fingerprint") != here.get("fingerprint"):
         raise ValueError(f"{path} was trained on another base: {_name(trained_on)}, this one is {_name(here)}")
     with unchanged_on_error(model) as held:
         if any(layer.merged for layer in held.values()):
@@ -265,7 +285,8 @@ def load_adapter(model, path):
                            for tensors in (lora_state_dict(model), saved["tensors"]))
         if expected != found:
             def listed(one, other):
-                return ", ".join(f"{name} {shape}" for name, shape in one.items() if other.get(name) != shape) or "none"
+                names = [f"{name} {shape}" for name, shape in one.items() if other.get(name) != shape]
+                return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "none"
             raise ValueError(f"{path} does not fit; the model expects {listed(expected, found)}; "
                              f"the file has {listed(found, expected)}")
     model.load_state_dict(saved["tensors"], strict=False)        # the base's weights are not in this file

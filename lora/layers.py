@@ -81,10 +81,10 @@ class LoRALayer(nn.Module):
         return self.scale * (B.to(wide) @ A.to(wide))
 
     @torch.no_grad()
-    def merge(self):
+    def merge(self, keep_base=True):
         """Put base + delta in the base's place.  The sum is made in fp32 and stored in the base's dtype.
 
-        The base's own weight is kept until `unmerge`.  Returns (kept . delta, delta . delta), kept being what
+        The base's own weight is kept until `unmerge`, unless keep_base is False.  Returns (kept . delta, delta . delta), kept being what
         the stored weight moved by: their ratio is the share of the update that survived the rounding.
         Raises ValueError when merged already.
         """
@@ -92,7 +92,7 @@ class LoRALayer(nn.Module):
             raise ValueError("the adapter is merged already; a second merge would add it twice")
         own, delta = self.base.weight, self.delta()
         merged = (own.to(delta.dtype) + delta).to(own.dtype)
-        self.own = (own,)                                       # in a tuple: a bare Parameter would be registered
+        self.own = (own if keep_base else None,)                # in a tuple: a bare Parameter would be registered
         self.base.weight = nn.Parameter(merged, requires_grad=False)      # a new one: a tied matrix keeps the old
         self.merged = True
         kept = merged.to(delta.dtype) - own.to(delta.dtype)
@@ -103,6 +103,8 @@ class LoRALayer(nn.Module):
         if not self.merged:
             raise ValueError("the adapter is not merged")
         (own,), merged = self.own, self.base.weight
+        if own is None:
+            raise ValueError("the base's own weights were not kept")
         if (own.device, own.dtype) != (merged.device, merged.dtype):      # the model was moved or cast meanwhile
             own = nn.Parameter(own.to(merged), requires_grad=False)
         self.base.weight = own

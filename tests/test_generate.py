@@ -216,7 +216,7 @@ def test_base_adapter_and_merged(trained, base, tokenizer):
     assert adapted.out == merged.out != alone.out
     assert adapted.out == "\n### Say blue please.\nblue \n"                  # learnt, and stops by itself
     assert "base base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all" in adapted.err
-    assert "merged: 100.0 % of the update survives in fp32" in merged.err
+    assert "merged: 100.0 % of the update survives in float32; logits of up to" in merged.err
     assert "; adapter" not in alone.err
 
 
@@ -294,7 +294,7 @@ def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, ba
         assert first == again == "blue" and other == still_other and len({first, bare, other}) == 3
         assert "generate.py: no adapter file at nowhere.pt" in said.err
         assert said.err.count("\nadapter ") == 3
-        assert said.err.count("type an instruction, or :adapter FILE, or :adapter none") == 2
+        assert said.err.count("type an instruction, or :adapter PATH, or :adapter none") == 2
         asked = ("--instruction", "Say blue please.", "--adapter")
         assert trained(*asked, "none", "--checkpoint", str(base)).out.endswith(f"\n{bare}\n")
         assert trained(*asked, "other/adapter.pt").out.endswith(f"\n{other}\n")

@@ -379,3 +379,14 @@ def test_lora_knows_nothing_of_llama():
     import subprocess
     import sys
     subprocess.run([sys.executable, "-c", "import sys, lora; assert 'llama' not in sys.modules"], check=True)
+
+
+def test_a_merge_that_keeps_no_base_holds_one_set_of_weights_and_cannot_be_undone():
+    model = adapted()
+    expected, before = model(TOKENS), [layer.base.weight for layer in lora_layers(model).values()]
+    merge_lora(model, keep_base=False)
+    assert torch.allclose(model(TOKENS), expected, atol=1e-4)
+    held = {id(tensor) for layer in lora_layers(model).values() for tensor in (layer.base.weight, *layer.own)}
+    assert not held & {id(tensor) for tensor in before}
+    with pytest.raises(ValueError, match="the base's own weights were not kept"):
+        unmerge_lora(model)

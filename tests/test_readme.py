@@ -6,6 +6,7 @@ import pytest
 
 import generate
 import train
+from llama import checkpoint
 
 from .conftest import ROOT
 
@@ -18,7 +19,8 @@ def commands(program):
             if re.match(rf"(pip install \S+ \S+ && )?(python|torchrun [^|]*?) ?{program}", line)]
 
 
-@pytest.mark.parametrize("program, parse", [("train.py", train.parse_args), ("generate.py", generate.parse_args)])
+@pytest.mark.parametrize("program, parse", [("train.py", train.parse_args), ("generate.py", generate.parse_args),
+                                            ("-m llama.checkpoint", checkpoint.parse_args)])
 def test_every_command_parses(program, parse):
     assert len(commands(program)) >= 2
     for command in commands(program):
