@@ -1,6 +1,7 @@
 """PEFT's adapters, in and out: a folder of adapter_config.json and adapter_model.safetensors (or .bin).
 
-Names are Hugging Face's and so is the order of wq's and wk's rows: lora_B's are turned like the base's, lora_A has none.
+Names are Hugging Face's and so is the order of wq's and wk's rows: lora_B's and lora_magnitude's are turned like the
+base's, lora_A has none.  VeRA stays here: one frozen B serves layers of both orders, so in the other order there is none.
 """
 import re
 from pathlib import Path
@@ -9,9 +10,11 @@ from .files import SAFETENSORS, has_safetensors, read_object, read_tensors, writ
 from .huggingface import as_halves, as_pairs, heads, ours, theirs
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."
-METHODS = {"lora": {}}           # our method -> the flags by which PEFT has it
+# Our method -> the flags by which PEFT has it.  LoRA-FA differs in training alone.
+METHODS = {"lora": {}, "lora-fa": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 FLAGS = {                        # whatever sets these to something else computes something else (pissa: over another base)
-    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, True), "use_dora": (False, True), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 HARMLESS = {                     # of any other key, whatever is not empty is refused: it is a feature we lack
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern", "base_model_name_or_path",
@@ -25,7 +28,7 @@ def is_peft(path):
 
 
 def read_config(folder):
-    """({r, alpha, dropout} for LoRAConfig, the base's name or None).  Raises ValueError naming what we lack."""
+    """({method, r, alpha, dropout} for LoRAConfig, the base's name or None).  Raises ValueError naming what we lack."""
     path, config = Path(folder) / CONFIG, read_object(Path(folder) / CONFIG)
     if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}")
@@ -33,7 +36,11 @@ def read_config(folder):
         if value not in FLAGS[key] if key in FLAGS else value and key not in HARMLESS:
             known = f"; there is {', '.join(map(str, FLAGS[key]))}" if key in FLAGS else ""
             raise ValueError(f"{path}: {key} is {value!r}, which the adapters here do not know{known}")
-    return (dict(r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0)),
+    flags = {key: True for key in ("use_rslora", "use_dora") if config.get(key)}
+    if flags not in METHODS.values():
+        raise ValueError(f"{path}: {' and '.join(flags)} together, which the adapters here do not know")
+    method = next(method for method, needed in METHODS.items() if needed == flags)
+    return (dict(method=method, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0)),
             config.get("base_model_name_or_path"))
 
 
@@ -56,16 +63,17 @@ def adapter_at(path, args):
     tensors, wrapped = {}, {}                                     # wrapped: last part of a layer's name -> its blocks
     for name, tensor in read_tensors(file).items():
         their, kind = re.fullmatch(r"(?:base_model\.model\.)?(.*?)(?:\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
-                                   r"base_layer))?(?:\.weight)?", name, re.S).groups()
+                                   r"lora_magnitude_vector|base_layer))?(?:\.weight)?", name, re.S).groups()
         layer, embeds = ours(their), their == theirs("tok_embeddings")
         if kind == "base_layer" and layer in ("tok_embeddings", "output") and tensor.shape == (args.vocab_size, args.dim):
             continue                                              # the base's own matrix, which PEFT saves along
-        if not layer or kind in (None, "base_layer") or embeds != ("embedding" in kind) or tensor.dim() != 2:
+        if not layer or kind in (None, "base_layer") or embeds != ("embedding" in kind) \
+                or tensor.dim() != (1 if kind == "lora_magnitude_vector" else 2):
             raise ValueError(f"{file} holds {name} {tuple(tensor.shape)}, which is no matrix of a LoRA here")
         block, _, last = layer.rpartition(".")
         wrapped.setdefault(last, set()).add(block.split(".")[1] if block else "")
-        matrix = "lora_" + kind[-1]
-        if matrix == "lora_B" and (n := heads(layer, args)) and len(tensor) % (2 * n) == 0:      # else its shape is refused
+        matrix = kind.replace("_embedding", "").removesuffix("_vector")
+        if matrix != "lora_A" and (n := heads(layer, args)) and len(tensor) % (2 * n) == 0:      # else its shape is refused
             tensor = as_pairs(tensor, n)
         tensors[f"{layer}.{matrix}"] = tensor
     blocks = set().union(*wrapped.values()) - {""}
@@ -82,13 +90,13 @@ def save_peft(adapter, args, base, folder, suffix):
     """
     config = adapter["config"]
     if config.method not in METHODS:
-        raise ValueError(f"PEFT has no {config.method}; it has {', '.join(METHODS)}")
+        raise ValueError(f"a {config.method} adapter has no form in PEFT; {', '.join(METHODS)} have")
     tensors, targets = {}, set()
     for name, tensor in adapter["tensors"].items():
         layer, _, matrix = name.rpartition(".")
-        if matrix == "lora_B":
+        if matrix != "lora_A":
             tensor = as_halves(tensor, heads(layer, args))
-        matrix = matrix.replace("_", "_embedding_") if layer == "tok_embeddings" else f"{matrix}.weight"
+        matrix = matrix.replace("_", "_embedding_") if layer == "tok_embeddings" else MATRICES[matrix]
         tensors[f"{PREFIX}{theirs(layer)}.{matrix}"] = tensor
         targets.add(theirs(layer).rpartition(".")[2])
     write_tensors(folder / (WEIGHTS + suffix), tensors)

@@ -227,7 +227,8 @@ def adapter_of(base, path, **settings):
     return model
 
 
-ADAPTED = [dict(), dict(targets=("wq", "wk", "wv", "wo")), dict(targets=("tok_embeddings", "output")), dict(targets=("wk",), alpha=2.5)]
+ADAPTED = [dict(), dict(targets=("wq", "wk", "wv", "wo")), dict(targets=("tok_embeddings", "output")), dict(targets=("wk",), alpha=2.5),
+           dict(method="rslora", targets=("wq", "tok_embeddings")), dict(method="dora", targets=("wq", "wk", "w2"))]
 
 
 @pytest.mark.parametrize("settings", ADAPTED)
@@ -286,15 +287,17 @@ def test_peft_runs_our_adapter(meta, tmp_path, settings):
 @needs_peers
 @pytest.mark.parametrize("target_modules", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], "all-linear",
                                             ["embed_tokens", "lm_head", "k_proj"], r".*\.(k_proj|down_proj)"])
-@pytest.mark.parametrize("safe", [True, False])
-def test_an_adapter_of_peft_runs_here(meta, tmp_path, target_modules, safe):
+@pytest.mark.parametrize("method, safe", [("lora", True), ("lora", False), ("rslora", True), ("dora", True)])
+def test_an_adapter_of_peft_runs_here(meta, tmp_path, target_modules, method, safe):
+    if method == "dora" and "embed_tokens" in target_modules:
+        pytest.skip("DoRA has no form for embeddings here")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     peer = get_peft_model(AutoModelForCausalLM.from_pretrained(to_hf(meta)), LoraConfig(
-        r=3, lora_alpha=5, lora_dropout=0.2, target_modules=target_modules, task_type="CAUSAL_LM"))
+        r=3, lora_alpha=5, lora_dropout=0.2, target_modules=target_modules, task_type="CAUSAL_LM", use_rslora=method == "rslora", use_dora=method == "dora"))
     for name, parameter in peer.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            parameter.data += 0.2 * torch.randn_like(parameter)
     if safe:
         peer.save_pretrained(tmp_path / "peft")
     else:                                                                 # as PEFT saved them before safetensors
@@ -305,7 +308,7 @@ def test_an_adapter_of_peft_runs_here(meta, tmp_path, target_modules, safe):
     for folder in ("meta", "hf"):
         model, _ = load_checkpoint(tmp_path / folder)
         load_adapter(model, adapter_at(tmp_path / "peft", model.args))
-        assert model.lora_config.dropout == 0.2
+        assert (model.lora_config.method, model.lora_config.dropout) == (method, 0.2)
         with torch.no_grad():
             assert close(peer.eval()(TOKENS).logits, model.eval()(TOKENS))
             with lora_disabled(model):
@@ -491,8 +494,8 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(use_rslora=True), "adapter_config.json: use_rslora is True, which the adapters here do not know"),
-    (dict(use_dora=True), "use_dora is True"),
+    (dict(use_rslora=True, use_dora=True), "adapter_config.json: use_rslora and use_dora together, which the adapters here do not know"),
+    (dict(use_qalora=True), "adapter_config.json: use_qalora is True, which the adapters here do not know"),
     (dict(bias="all"), "bias is 'all', which the adapters here do not know; there is none"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save is ['lm_head']"),
     (dict(rank_pattern={"q_proj": 8}), "rank_pattern is {'q_proj': 8}"),
@@ -512,7 +515,7 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
     ({"adapter_model.bin": saved({"a": Attack()})}, "adapter_model.bin is not a checkpoint of tensors"),
     ({"adapter_model.bin": saved({})}, "targets are (), must be names of layers"),
     *[({"adapter_model.bin": saved({name: torch.ones(shape)})}, f"adapter_model.bin holds {name}")
-      for name, shape in (("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32,)), ("x", (1, 1)),
+      for name, shape in (("x", (1, 1)), ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32, 1)),
                           ("base_model.model.model.norm.weight", (32,)), ("base_model.model.lm_head.weight", (400, 32)),
                           ("base_model.model.model.embed_tokens.base_layer.weight", (500, 32)),
                           ("base_model.model.model.embed_tokens.lora_A.weight", (3, 400)),
@@ -522,6 +525,7 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
                                   for i, name in ((0, "q_proj"), (1, "q_proj"), (1, "v_proj"))})},
      "adapts wv in 1 of 2 blocks: the adapters here wrap all of a name"),
     ({"adapter_model.bin": saved({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(31, 3)})}, "peft does not fit"),
+    ({"adapter_model.bin": saved({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)})}, "peft does not fit"),
 ])
 def test_a_peft_folder_that_is_wrong(refused, base, data, tmp_path, change, message):    # noqa: F811
     peft_folder(base, tmp_path / "peft", targets=("wq", "wk"))
