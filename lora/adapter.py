@@ -74,6 +74,11 @@ def is_lora(name):
     return name.rpartition(".")[2].startswith("lora_")
 
 
+def kind_of(module):
+    """The type of layer that a method wraps: a quantised one stands for nn.Linear."""
+    return getattr(module, "stands_for", type(module))
+
+
 def add_lora(model, config):
     """Freeze `model`, wrap each layer that config.targets names, return the wrapped paths.
 
@@ -83,12 +88,12 @@ def add_lora(model, config):
     if lora_layers(model):
         raise ValueError("the model has an adapter already; load_adapter swaps it")
     kinds, config = METHODS[config.method], replace(config)          # a copy: a method may note there what it settles
-    wrappable = {path: module for path, module in model.named_modules() if path and type(module) in kinds}
+    wrappable = {path: module for path, module in model.named_modules() if path and kind_of(module) in kinds}
     names = {path.rpartition(".")[2] for path in wrappable}
     targets = names if names and "all" in config.targets else set(config.targets)
     others = set().union(*METHODS.values()) - kinds.keys()            # what some method wraps and this one does not
     for path, module in model.named_modules():
-        if type(module) in others and path.rpartition(".")[2] in config.targets:
+        if kind_of(module) in others and path.rpartition(".")[2] in config.targets:
             raise ValueError(f"{config.method} has no form for {path}, an nn.{type(module).__name__}")
     if missing := targets - names:
         raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names)) or 'none'}")
@@ -98,7 +103,7 @@ def add_lora(model, config):
         for path, base in wrappable.items():
             if path.rpartition(".")[2] in targets:
                 try:
-                    layers[path] = kinds[type(base)](base, **settings)
+                    layers[path] = kinds[kind_of(base)](base, **settings)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)

@@ -24,7 +24,7 @@ class DeltaLoRALinear(LoRALinear):
     and from start 0 it is LoRA with (1 + ratio) s in the forward and s in the gradient.
 
     options: ratio (the paper's lambda) and start (its K), the steps before W begins to move.
-    Raises ValueError for a dropout, a ratio that is not finite or a start below 0.
+    Raises ValueError for a quantised base, a dropout, a ratio that is not finite or a start below 0.
     """
     options = {"ratio": 2.0, "start": 10}
     default_dropout = 0.0
@@ -39,6 +39,8 @@ class DeltaLoRALinear(LoRALinear):
                              "must be a finite number and at least 0")
 
     def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
+        if not isinstance(base, nn.Linear):
+            raise ValueError("delta-lora moves the weight itself, which a quantised base cannot do")
         super().__init__(base, r, alpha, dropout, init, **options)
         self.lora_W = nn.Parameter(base.weight.detach().to(self.lora_A.dtype, copy=True), requires_grad=False)
 

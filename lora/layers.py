@@ -1,4 +1,5 @@
 """LoRA layers (Hu et al. 2021): a held, frozen base and a low-rank update beside it."""
+import copy
 import math
 
 import torch
@@ -9,6 +10,20 @@ import torch.nn.functional as F
 def lora_layers(model):
     """{path: layer} of the adapter layers in `model`."""
     return {path: module for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def like(layer):
+    """A tensor of the dtype and on the device that `layer` computes with, at no cost."""
+    return layer.like if hasattr(layer, "like") else layer.weight             # a quantised one makes its weight each time
+
+
+def with_weight(layer, weight):
+    """A layer as `layer` is, with another weight, frozen; the two share all else."""
+    if hasattr(layer, "with_weight"):
+        return layer.with_weight(weight)
+    other = copy.copy(layer)
+    other._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return other
 
 
 class LoRALayer(nn.Module):
@@ -58,8 +73,8 @@ class LoRALayer(nn.Module):
 
     def trained(self, *shape):
         """A parameter of zeros: fp32 (fp64 over an fp64 base), since in 16 bit the optimizer's small steps round away."""
-        wide = torch.promote_types(self.base.weight.dtype, torch.float32)
-        return nn.Parameter(torch.zeros(shape, device=self.base.weight.device, dtype=wide))
+        wide = torch.promote_types(like(self.base).dtype, torch.float32)
+        return nn.Parameter(torch.zeros(shape, device=like(self.base).device, dtype=wide))
 
     def add_factors(self, d_in, d_out):
         if not 1 <= self.r <= min(d_in, d_out):
@@ -84,30 +99,27 @@ class LoRALayer(nn.Module):
     def merge(self, keep_base=True):
         """Put base + delta in the base's place.  The sum is made in fp32 and stored in the base's dtype.
 
-        The base's own weight is kept until `unmerge`, unless keep_base is False.  Returns (kept . delta, delta . delta), kept being what
-        the stored weight moved by: their ratio is the share of the update that survived the rounding.
+        The base itself is kept until `unmerge`, unless keep_base is False.  Returns (kept . delta, delta . delta), kept
+        being what the stored weight moved by: their ratio is the share of the update that survived the rounding.
         Raises ValueError when merged already.
         """
         if self.merged:
             raise ValueError("the adapter is merged already; a second merge would add it twice")
         own, delta = self.base.weight, self.delta()
         merged = (own.to(delta.dtype) + delta).to(own.dtype)
-        self.own = (own if keep_base else None,)                # in a tuple: a bare Parameter would be registered
-        self.base.weight = nn.Parameter(merged, requires_grad=False)      # a new one: a tied matrix keeps the old
+        self.own = (self.base if keep_base else None,)          # in a tuple: a bare module would be registered
+        self.base = with_weight(self.base, merged)              # another one: a tied matrix keeps its weight
         self.merged = True
         kept = merged.to(delta.dtype) - own.to(delta.dtype)
         return (kept * delta).sum().item(), delta.square().sum().item()
 
     def unmerge(self):
-        """Give the base its own weight back: the very tensor, so bit for bit, as no subtraction would."""
+        """Give the layer its own base back: the very one, so bit for bit, as no subtraction would."""
         if not self.merged:
             raise ValueError("the adapter is not merged")
-        (own,), merged = self.own, self.base.weight
-        if own is None:
+        if self.own[0] is None:
             raise ValueError("the base's own weights were not kept")
-        if (own.device, own.dtype) != (merged.device, merged.dtype):      # the model was moved or cast meanwhile
-            own = nn.Parameter(own.to(merged), requires_grad=False)
-        self.base.weight = own
+        self.base = self.own[0].to(self.base.weight)            # where the model was moved or cast meanwhile
         del self.own
         self.merged = False
 

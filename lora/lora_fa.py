@@ -1,7 +1,7 @@
 """LoRA-FA (Zhang et al. 2023): A stays as it was drawn, so a layer needs to remember far less for backward."""
 import torch.nn as nn
 
-from .layers import LoRALinear
+from .layers import LoRALinear, like
 
 
 class LoRAFALinear(LoRALinear):
@@ -26,7 +26,7 @@ class LoRAFALinear(LoRALinear):
 
     def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
-        self.lora_A = nn.Parameter(self.lora_A.detach().to(base.weight.dtype), requires_grad=False)
+        self.lora_A = nn.Parameter(self.lora_A.detach().to(like(base).dtype), requires_grad=False)
 
 
 LAYERS = {nn.Linear: LoRAFALinear}

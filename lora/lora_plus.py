@@ -22,7 +22,7 @@ def lora_plus_groups(model, lr, ratio):
     if ratio == 1:
         return [{"params": trained}]
     fast = [layer.lora_B for layer in lora_layers(model).values() if not isinstance(layer.base, nn.Embedding)
-            and all(getattr(layer, name, layer.base.weight).requires_grad for name in ("lora_A", "lora_B"))]
+            and all(getattr(getattr(layer, name, None), "requires_grad", False) for name in ("lora_A", "lora_B"))]
     if not fast:
         raise ValueError("LoRA+ needs a method that trains both lora_A and lora_B of a linear layer; here is none")
     of_fast = set(map(id, fast))

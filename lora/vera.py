@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import LoRALayer
+from .layers import LoRALayer, like
 
 
 class Pair(nn.Module):
@@ -48,7 +48,7 @@ class VeRALinear(LoRALayer):
     @classmethod
     def connect(cls, layers, config):
         d_in, d_out = max(layer.base.in_features for layer in layers), max(layer.base.out_features for layer in layers)
-        pair = Pair(config.r, d_in, d_out, config.options["seed"], config.options["stored"], layers[0].base.weight)
+        pair = Pair(config.r, d_in, d_out, config.options["seed"], config.options["stored"], like(layers[0].base))
         layers[0].pair = pair                                     # one module owns it: moved, cast and saved once
         for layer in layers:
             layer.shared = (pair,)                                # in a tuple: seen by all, registered by none

@@ -1,0 +1,204 @@
+"""lora/quantize.py: levels and errors by their derivations, gradients through them, and no weight kept for backward."""
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lora import LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lora, unmerge_lora
+from lora.adapter import METHODS
+from lora.quantize import KINDS, Int8Linear, NF4Linear, dequantize, nf4_levels, quantize
+
+from .conftest import tiny
+from .memory import LiveBytes
+
+PUBLISHED = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+             0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]     # QLoRA, appendix E
+SHAPES = [(64, 64), (5, 7), (1, 1), (3, 65), (130, 63)]               # odd ones, and no multiples of a block
+BASED = [method for method in METHODS if method != "delta-lora"]      # those that leave the base where it is
+
+
+def linear(d_out, d_in, dtype=torch.float32, std=1.0, bias=False):
+    torch.manual_seed(d_out + d_in)
+    layer = nn.Linear(d_in, d_out, bias=bias)
+    nn.init.normal_(layer.weight, std=std)
+    return layer.to(dtype).requires_grad_(False)
+
+
+def quantized(kind, **sizes):
+    """A tiny model whose blocks' matrices are in fewer bits."""
+    model = tiny(**sizes)
+    for path, layer in list(model.layers.named_modules()):
+        if isinstance(layer, nn.Linear):
+            model.layers.set_submodule(path, quantize(layer, kind))
+    return model
+
+
+def test_levels_are_the_published_ones():
+    assert nf4_levels().tolist() == pytest.approx(PUBLISHED, abs=1e-4) and nf4_levels()[7] == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_is_off_by_half_a_step_at_most(shape):
+    layer = linear(*shape)
+    found, step = Int8Linear(layer).weight, layer.weight.abs().amax(1, keepdim=True) / 127
+    assert found.shape == layer.weight.shape and ((found - layer.weight).abs() <= step * 0.5001).all()
+    largest = layer.weight.abs().argmax(1, keepdim=True)
+    assert torch.allclose(found.gather(1, largest), layer.weight.gather(1, largest), rtol=1e-6)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_nf4_takes_the_nearest_level(shape, double):
+    """Written out: each weight over its block's largest magnitude goes to the nearest of the 16 levels."""
+    layer = linear(*shape)
+    packed = NF4Linear(layer, double)
+    weights, levels = layer.weight.flatten(), torch.tensor(PUBLISHED)
+    expected = []
+    for start in range(0, len(weights), 64):
+        block = weights[start:start + 64]
+        nearest = levels[((block / block.abs().max())[:, None] - levels).abs().argmin(1)]
+        expected.append(nearest * packed.scales()[start // 64])
+        assert packed.scales()[start // 64] == pytest.approx(block.abs().max().item(), rel=0 if not double else 0.02)
+    assert torch.allclose(packed.weight.flatten(), torch.cat(expected), atol=1e-5)
+
+
+def test_round_trip_error_is_what_the_normal_distribution_says():
+    """Of normal weights: NF4's error by integrating over its cells under the law of a block's maximum, int8's by a step's
+    variance of 1/12, both of the weights' norm."""
+    layer = linear(512, 512)
+    levels, edges = torch.tensor(PUBLISHED).double(), None
+    edges = (levels[1:] + levels[:-1]) / 2
+    torch.manual_seed(1)
+    maxima = torch.randn(2000, 64, dtype=torch.float64).abs().amax(1)                   # what a block is divided by
+    z = torch.linspace(-6, 6, 24001, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    errors = []
+    for top in maxima[:400]:
+        inside = z.abs() <= top
+        error = (levels[torch.bucketize(z / top, edges)] * top - z).square()
+        errors.append((error * density * inside).sum() / (density * inside).sum())
+    derived = torch.stack(errors).mean().sqrt().item()
+    for double, tolerance in ((False, 0.02), (True, 0.03)):
+        found = ((NF4Linear(layer, double).weight - layer.weight).norm() / layer.weight.norm()).item()
+        assert found == pytest.approx(derived, rel=tolerance)
+    steps = layer.weight.abs().amax(1) / 127
+    derived = (steps.square().mean() / 12).sqrt().item()
+    assert ((Int8Linear(layer).weight - layer.weight).norm() / layer.weight.norm()).item() == pytest.approx(derived, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_and_one_large_weight(kind):
+    layer = linear(4, 64)
+    layer.weight.zero_()
+    assert not quantize(layer, kind).weight.any()
+    layer.weight[2, 3] = 1e4
+    assert quantize(layer, kind).weight[2, 3] == pytest.approx(1e4, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_a_weight(dtype):
+    """8 and a scale a row; 4 + 8/64 + 32/(64 x 256), or 4 + 32/64 without double quantisation."""
+    layer = linear(1024, 2048, dtype)
+
+    def bits(packed):
+        return 8 * sum(b.nbytes for name, b in packed.named_buffers() if name not in ("like", "pairs", "mean")) / layer.weight.numel()
+    assert bits(Int8Linear(layer)) == 8 + 32 / 2048
+    assert bits(NF4Linear(layer)) == 4 + 8 / 64 + 32 / (64 * 256) and bits(NF4Linear(layer, double=False)) == 4.5
+
+
+def test_llama_2_7b_in_nf4():
+    """One block of the 7B, times 32, and embedding, output and norms in 16 bit: 3.87 GB; 4.17 without double quantisation."""
+    sizes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+    for double, stated in ((True, 3.87e9), (False, 4.17e9)):
+        block = 0
+        for d_out, d_in in sizes:
+            packed = NF4Linear(nn.Linear(d_in, d_out, bias=False, device="meta", dtype=torch.bfloat16), double)
+            block += sum(b.nbytes for b in packed.buffers())
+        assert 32 * (block + 2 * 2 * 4096) + 2 * (2 * 32000 * 4096 + 4096) == pytest.approx(stated, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_and_gradient_are_those_of_the_dequantised_weight(kind, bias):
+    layer = quantize(linear(48, 40, bias=bias), kind)
+    x = torch.randn(3, 5, 40, requires_grad=True)
+    y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
+    g = torch.randn_like(y)
+    ours, theirs = (torch.autograd.grad((z * g).sum(), x)[0] for z in (y, expected))
+    assert torch.equal(y, expected) or torch.allclose(y, expected, atol=1e-6)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", BASED)
+def test_adapters_over_it_have_the_gradients_of_adapters_over_its_weight(kind, method):
+    torch.manual_seed(0)
+    tokens, results = torch.arange(1, 13).view(2, 6), []
+    for dense in (False, True):
+        model = quantized(kind, n_kv_heads=2)
+        if dense:
+            dequantize(model)
+            assert not any(isinstance(layer, KINDS[kind]) for layer in model.modules())
+        torch.manual_seed(1)
+        add_lora(model, LoRAConfig(method, r=2, dropout=0, targets=("wq", "wv", "w2")))
+        for tensor in lora_state_dict(model).values():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)).mul(0.1))
+        logits = model(tokens)
+        logits.square().sum().backward()
+        results.append((logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (one, ours), (other, theirs) = results
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-5) and ours.keys() == theirs.keys() and ours
+    assert all((ours[name] - theirs[name]).norm() <= 1e-6 * theirs[name].norm() + 1e-9 for name in ours)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_weight_is_kept_for_backward(kind, checkpointing):
+    """Saved tensors and what lives between forward and backward: no dequantised matrix among them."""
+    model = quantized(kind, dim=64, n_layers=3).bfloat16()
+    add_lora(model, LoRAConfig(r=2, dropout=0))
+    model.checkpointing = checkpointing
+    sizes = {(layer.out_features, layer.in_features) for layer in model.layers.modules() if isinstance(layer, KINDS[kind])}
+    seen = set()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (seen.add(tuple(t.shape)), t)[1], lambda t: t):
+        loss = model(torch.arange(8).view(1, 8)).sum()
+    assert len(sizes) == 3 and not seen & (sizes | {size[::-1] for size in sizes})
+    with LiveBytes() as memory:
+        loss.backward()
+    assert memory.peak > 0 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", BASED)
+def test_merged_is_the_dequantised_weight_plus_the_update(kind, method):
+    model, tokens = quantized(kind), torch.arange(8).view(1, 8)
+    base = model(tokens)
+    add_lora(model, LoRAConfig(method, r=2, dropout=0))
+    for tensor in lora_state_dict(model).values():
+        nn.init.normal_(tensor, std=0.1)
+    adapted = model.eval()(tokens)
+    merge_lora(model)
+    layer = model.layers[0].attention.wq
+    assert type(layer.base) is nn.Linear and torch.allclose(model(tokens), adapted, atol=1e-3 * adapted.abs().max().item())
+    unmerge_lora(model)
+    assert isinstance(model.layers[0].attention.wq.base, KINDS[kind]) and torch.equal(model(tokens), adapted)
+    with lora_disabled(model):
+        assert torch.equal(model(tokens), base)
+
+
+def test_what_moves_its_base_is_refused():
+    with pytest.raises(ValueError, match="layers.0.attention.wq: delta-lora moves the weight itself, which a quantised base cannot do"):
+        add_lora(quantized("nf4"), LoRAConfig("delta-lora", r=2))
+    with pytest.raises(ValueError, match="unknown quantisation 'int4'; there is int8, nf4"):
+        quantize(linear(4, 4), "int4")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_casting_the_model_leaves_codes_and_scales(kind):
+    layer = quantize(linear(48, 40), kind)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    layer.half().bfloat16()
+    assert layer.weight.dtype == torch.bfloat16 and layer(torch.ones(1, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
