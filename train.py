@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from llama.preflight import check_data, check_gradients, describe, trying_batch
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
 from lora.adapter import METHODS
 from lora.lora_plus import lora_plus_groups
+from lora.quantize import KINDS as QUANTIZED, quantize
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 SETTINGS = ("method", "r", "alpha", "dropout", "targets")        # what --adapter brings along
@@ -88,6 +90,7 @@ def parse_args(argv=None):
          help="micro-batches an optimizer step (default: 8)")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="recompute blocks in backward instead of keeping them: less memory, up to half more time (default: no)")
+    flag("--quantize", choices=("none", *QUANTIZED), default="none", help="hold the blocks' frozen matrices in 8 or 4 bits (default: none)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
 
@@ -98,6 +101,8 @@ def parse_args(argv=None):
         args.val_data = str(DEMO / "held_out.json")
     if args.adapter and any(getattr(args, name) != parser.get_default(name) for name in SETTINGS):
         parser.error(f"--adapter brings its own settings; leave --{', --'.join(SETTINGS)} out")
+    if args.method == "full" and args.quantize != "none":
+        parser.error(f"--quantize {args.quantize} is for a base that stays as it is; --method full trains it")
     demo = args.checkpoint is None
     args.lr = args.lr or (1e-5 if args.method == "full" else 5e-3 if demo else 3e-4)
     args.epochs = args.epochs or (4 if demo else 3)
@@ -171,8 +176,9 @@ def load_model(args, lora, device, init):
     # What is frozen is held in the compute dtype: held in fp32, autocast would make a 16-bit copy at each use
     # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
     dtype = DTYPES[args.precision] if lora else torch.float32
-    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init)
-    model.checkpointing = args.checkpointing
+    convert = None if args.quantize == "none" else partial(quantize, kind=args.quantize)
+    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, convert)
+    model.origin["quantize"], model.checkpointing = args.quantize, args.checkpointing
     return model, add_lora(model, lora) if lora else []
 
 
@@ -245,7 +251,7 @@ def progress(row, steps, seconds):
 def train(args, model, train_set, val_set, collate, device, out, rank, world_size):
     """The loop.  Rank 0 writes metrics.jsonl, one row an optimizer step."""
     # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
-    parallel = DistributedDataParallel(model) if world_size > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, args.lr, args.lora_plus_ratio)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)

@@ -87,7 +87,9 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
         kept, in_block = args.n_layers * tokens * args.dim * (4 if full else width), in_block + block
     at_head = 12 * answers * args.vocab_size
     copies = width * sum(p.numel() for p in parameters if p.dim() == 2) if full and width < 4 else 0   # autocast's, kept too
-    kinds = {"weights": sum(p.numel() * p.element_size() for p in parameters) + copies,
+    # A quantised matrix is made whole, in the compute dtype, for the moment of its product.
+    made = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")), default=0) * width
+    kinds = {"weights": sum(t.nbytes for t in (*parameters, *model.buffers())) + copies + made,
              # One more of the largest: a micro-batch's gradient, before it is added.  DDP's buckets are a second copy.
              "gradients": 4 * (sum(trained) * (2 if world_size > 1 else 1) + max(trained)),
              "optimizer": 8 * sum(trained),                                      # AdamW's two moments

@@ -67,8 +67,8 @@ def test_uneven_ranks_see_every_example_once_and_gradients_are_reduced_once_a_st
     script = launcher("""
 reduced_file = open(f"reduced{rank}", "w")
 class Counting(train.DistributedDataParallel):
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, **settings):
+        super().__init__(model, **settings)
         self.register_comm_hook(None, self.count)
     @staticmethod
     def count(state, bucket):

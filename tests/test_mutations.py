@@ -71,9 +71,9 @@ MUTATIONS = {                                           # trap: (file, ours, the
     "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
     "mean_of_rank_means": ("llama/alpaca.py", "sum(count_answer(labels) for _, labels in step))", "world_size * sum(count_answer(labels) for _, labels in mine))"),
     "no_sync_placement": ("train.py", "if world_size > 1 and i < len(window.batches) else nullcontext()", "if world_size > 1 and i > 1 else nullcontext()"),
-    "freeze_after_wrapping": ("train.py", "    parallel = DistributedDataParallel(model) if world_size > 1 else model\n",
+    "freeze_after_wrapping": ("train.py", "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n",
                               "    frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]\n"
-                              "    parallel = DistributedDataParallel(model) if world_size > 1 else model\n"
+                              "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n"
                               "    [p.requires_grad_(False) for p in frozen]\n"),
     "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, in_order", "return evaluate(parallel, in_order"),
 }

@@ -570,8 +570,8 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch, train
 notes = open(f"notes{{os.environ['RANK']}}", "w")
 class Noting(train.DistributedDataParallel):
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, **settings):
+        super().__init__(model, **settings)
         self.register_comm_hook(None, self.reduce)
     @staticmethod
     def reduce(state, bucket):
