@@ -21,6 +21,7 @@ from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
+from lora.quantize import KINDS as QUANTIZED, quantizer
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 BATCH = 8                                            # prompts at a time for --data
@@ -41,6 +42,7 @@ def parse_args(argv=None):
          help="our file or PEFT's folder; none: the base alone (default: out/adapter.pt if it is there)")
     flag("--checkpoint", metavar="DIR", type=text, help="base model (default: the adapter's, else the demo's)")
     flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: the adapter's, else all)")
+    flag("--quantize", choices=("none", *QUANTIZED), help="hold the base in 8 or 4 bits (default: as the adapter's was, else none)")
     flag("--merge", action="store_true", help="merge the adapter into the weights first")
     group = parser.add_argument_group("what is asked (default: a few built-in instructions)")
     flag = group.add_mutually_exclusive_group().add_argument
@@ -90,9 +92,10 @@ def load(args, device):
         raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} and {layers!r}")
     if base.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which were not kept")
-    model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device)
+    quantize = args.quantize or base.get("quantize", "none")
+    model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, convert=quantizer(quantize))
     model.eval()
-    said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision} on {device}"
+    said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision}{f' and {quantize}' * (quantize != 'none')} on {device}"
     if args.adapter:
         load_adapter(model, adapter_at(args.adapter, model.args))
         config = model.lora_config

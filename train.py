@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from llama.preflight import check_data, check_gradients, describe, trying_batch
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
 from lora.adapter import METHODS
 from lora.lora_plus import lora_plus_groups
-from lora.quantize import KINDS as QUANTIZED, quantize
+from lora.quantize import KINDS as QUANTIZED, quantizer
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 SETTINGS = ("method", "r", "alpha", "dropout", "targets")        # what --adapter brings along
@@ -176,8 +175,7 @@ def load_model(args, lora, device, init):
     # What is frozen is held in the compute dtype: held in fp32, autocast would make a 16-bit copy at each use
     # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
     dtype = DTYPES[args.precision] if lora else torch.float32
-    convert = None if args.quantize == "none" else partial(quantize, kind=args.quantize)
-    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, convert)
+    model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, quantizer(args.quantize))
     model.origin["quantize"], model.checkpointing = args.quantize, args.checkpointing
     return model, add_lora(model, lora) if lora else []
 

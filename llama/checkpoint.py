@@ -3,6 +3,7 @@
     python -m llama.checkpoint llama-2-7b llama-2-7b-hf --to hf                            the other way: --to meta
     python -m llama.checkpoint llama-2-7b merged --to hf --adapter out/7b/adapter.pt       with the adapter merged into it
     python -m llama.checkpoint llama-2-7b out/7b/peft --to peft --adapter out/7b/adapter.pt      the adapter for PEFT
+    python -m llama.checkpoint llama-2-7b out/7b/small --to int8 --adapter out/7b/adapter.pt     the adapter in a fourth of the space
 
 The first folder may be of either layout, the adapter a file of ours or PEFT's folder.
 """
@@ -15,6 +16,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from . import huggingface
 from .cli import DTYPES, Parser, bad_input_ends_in_one_line, number, text
@@ -160,12 +162,14 @@ def fingerprint(args, norm, embeddings):
     return digest.hexdigest()[:16]
 
 
-def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=None, init="checkpoint"):
+def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=None, init="checkpoint", convert=None):
     """(model, tokenizer) from a folder in Meta's or Hugging Face's layout.
 
     layers: the first so many blocks only, the others are never read.  dtype: of the weights, the file's own
     by default.  init="random" needs sizes and tokenizer only and draws weights from torch's seed.
     device="meta" then gives sizes without memory.
+    convert: nn.Linear -> what takes its place, for each of the blocks' as soon as it is read (random ones are all drawn
+    before), so that a base that is quantised never stands in memory whole.
     A checkpoint without an output matrix ties it to the embedding.  model.origin says where the weights come
     from; adapter files carry it.  Raises FileNotFoundError or ValueError for whatever does not fit.
     """
@@ -190,23 +194,25 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     args.n_layers = len(model.layers)
     if init == "random":
         model.to(dtype).to_empty(device=device)
-    else:                                                         # only what the model keeps ever leaves the file
-        weights = {name: join(pieces[file_name(name)], parameter.shape, dtype, device)
-                   for name, parameter in model.named_parameters()}
-        if hf:
-            huggingface.turn_rows(weights, args)
         if args.tie_embeddings:
-            weights["output.weight"] = weights["tok_embeddings.weight"]
-        model.load_state_dict(weights, assign=True)
+            model.output.weight = model.tok_embeddings.weight
+        model.init_weights()
+    for path in [path for path, _ in model.named_modules()]:      # only what the model keeps ever leaves the files
+        layer = model.get_submodule(path)                         # (a list of the layers would keep what is converted)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if init == "checkpoint" and not (args.tie_embeddings and path == "output"):
+                whole = join(pieces[file_name(f"{path}.{name}")], parameter.shape, dtype, device)
+                setattr(layer, name, nn.Parameter(huggingface.as_pairs(whole, huggingface.heads(path, args)) if hf else whole))
+        if convert and isinstance(layer, nn.Linear) and path.startswith("layers."):
+            model.set_submodule(path, convert(layer))
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     if init == "random":
-        model.init_weights()
         stored = model.norm.weight, model.tok_embeddings.weight
     else:
         stored = [parts[0] if len(parts) == 1 else join(parts, model.get_parameter(name).shape, None, "cpu")
                   for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[file_name(name)]]]
-    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init,
+    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init, "quantize": "none",
                     "fingerprint": None if stored[0].is_meta else fingerprint(args, *stored)}
     return model, tokenizer
 
@@ -240,7 +246,8 @@ def parse_args(argv=None):
     flag = parser.add_argument
     flag("source", metavar="SRC", type=text, help="the base, a folder in either layout")
     flag("target", metavar="DST", type=text, help="the folder to write; one that holds something is refused")
-    flag("--to", choices=("meta", "hf", "peft"), required=True, help="a model in this layout, or the adapter for PEFT")
+    flag("--to", choices=("meta", "hf", "peft", "int8"), required=True,
+         help="a model in this layout, or the adapter for PEFT, or in int8")
     flag("--adapter", metavar="PATH", type=text, help="merge this adapter first, our file or PEFT's folder; for peft: write it")
     flag("--dtype", choices=DTYPES, help="of the weights that are written (default: each as it is in SRC)")
     flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: the adapter's, else all)")
@@ -248,34 +255,57 @@ def parse_args(argv=None):
     flag("--shard-mb", metavar="N", type=number(int, 1), default=SHARD // 10 ** 6,
          help=f"megabytes a file of weights, for hf (default: {SHARD // 10 ** 6})")
     args = parser.parse_args(argv)
-    if args.to == "peft" and (args.adapter is None or args.dtype):
-        parser.error("--to peft writes an --adapter, as it is: give one, and no --dtype")
+    if args.to in ("peft", "int8") and (args.adapter is None or args.dtype):
+        parser.error(f"--to {args.to} writes an --adapter, as it is: give one, and no --dtype")
     return args
 
 
 def convert(args, folder):
-    """Write what the command line asks for to `folder`.  Returns a line about the merge, if there was one."""
+    """Write what the command line asks for to `folder`.  Returns a line about what that lost, if anything could be."""
     from lora import load_adapter, merge_report, read_adapter     # here alone: without an adapter nothing needs lora/
+    from lora.quantize import dequantize, quantizer
     suffix = ".bin" if args.bin else SAFETENSORS
-    if args.to != "meta" and suffix == SAFETENSORS:
+    if args.to in ("hf", "peft") and suffix == SAFETENSORS:
         safetensors(args.target)                                  # its absence shows before the weights load
     source = args.adapter and adapter_at(args.adapter, read_params(args.source)[0])
     adapter = read_adapter(source) if source else {}
-    layers = args.layers or (adapter.get("base") or {}).get("layers")
+    base = adapter.get("base") or {}
+    layers = args.layers or base.get("layers")
     if args.to == "peft":
         model, _ = load_checkpoint(args.source, layers, device="meta")      # does the adapter fit?  No weight is read
         with warnings.catch_warnings(action="ignore"):            # that nothing is copied into such a model
             load_adapter(model, source)
         return save_peft(adapter, model.args, args.source, folder, suffix)
-    model, tokenizer = load_checkpoint(args.source, layers, DTYPES.get(args.dtype))
-    report = None
+    # An adapter over a quantised base is merged into what it was trained on: the dequantised weights.
+    convert = quantizer(base.get("quantize", "none"))
+    model, tokenizer = load_checkpoint(args.source, layers, DTYPES.get(args.dtype), convert=convert)
+    probe, report = torch.tensor([tokenizer.encode(PROBE, bos=True)]), None
+    if args.to == "int8":
+        return shrink(adapter, model.eval(), source, probe, folder)
     if source:
         if len({parameter.dtype for parameter in model.parameters()}) > 1:
             raise ValueError(f"{args.source} has weights of several dtypes; name the one to merge in with --dtype")
         load_adapter(model, source)
-        report = merge_report(model.eval(), torch.tensor([tokenizer.encode(PROBE, bos=True)]), "--dtype fp32", keep_base=False)
+        report = merge_report(model.eval(), probe, "--dtype fp32", keep_base=False)
+        dequantize(model)
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * 10 ** 6)
     return report
+
+
+@torch.no_grad()
+def shrink(adapter, model, source, probe, folder):
+    """Write the adapter in int8.  Returns a line about how far that moves the logits of `probe`."""
+    from lora import load_adapter
+    from lora.quantize import in_int8
+    load_adapter(model, source)
+    before = model(probe).float()
+    tensors, scales = in_int8(adapter["tensors"])
+    config = {**asdict(adapter["config"]), "targets": list(adapter["config"].targets)}
+    content = {"config": config, "base": adapter["base"] or model.origin, "tensors": tensors, "scales": scales}
+    write_whole(folder / "adapter.pt", lambda file: torch.save(content, file))
+    load_adapter(model, folder / "adapter.pt")
+    moved = (model(probe).float() - before).abs().max()
+    return f"int8: logits of up to {before.abs().max():.3g} move by up to {moved:.2g}"
 
 
 def main(argv=None):

@@ -59,12 +59,6 @@ def as_halves(rows, n_heads):
     return rows if n_heads is None else rows.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
-def turn_rows(weights, args):
-    """Bring {Meta's name: tensor} from Hugging Face's order of rows to Meta's, one matrix after the other."""
-    for name in weights:
-        weights[name] = as_pairs(weights[name], heads(name, args))
-
-
 def read_config(folder, max_seq_len=None):
     """(ModelArgs, Tokenizer) from config.json and tokenizer.model in `folder`.
 

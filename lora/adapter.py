@@ -260,7 +260,8 @@ def read_adapter(source):
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True) if path is source else source
-        config, tensors = LoRAConfig(**content["config"]), dict(content["tensors"])
+        config, scales = LoRAConfig(**content["config"]), content.get("scales", {})               # of one in int8
+        tensors = {name: tensor * scales[name] if name in scales else tensor for name, tensor in content["tensors"].items()}
         base = None if content is source and content["base"] is None else dict(content["base"])
     except Exception as error:                       # a broken pickle raises whatever it happens to hit
         raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error

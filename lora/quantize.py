@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 BLOCK = 64                     # weights that share a scale (QLoRA, section 3)
 SCALES = 256                   # scales that share a scale of their own: double quantisation
+TINY = 1e-30                   # instead of a largest magnitude of 0
 
 
 def nf4_levels():
@@ -80,8 +81,8 @@ class Int8Linear(QuantizedLinear):
     def __init__(self, linear):
         super().__init__(linear)
         weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        q = (weight / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
+        q = (weight / scale).round().to(torch.int8)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
 
@@ -106,15 +107,14 @@ class NF4Linear(QuantizedLinear):
         if double:
             mean = scale.mean()
             groups = F.pad(scale - mean, (0, -len(scale) % SCALES)).view(-1, SCALES)
-            t = groups.abs().amax(1, keepdim=True) / 127
-            c = (groups / t.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+            t = groups.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
+            c = (groups / t).round().to(torch.int8)
             self.register_buffer("c", c.flatten()[:len(scale)].clone())
             self.register_buffer("t", t.flatten())
             self.register_buffer("mean", mean)
         else:
             self.register_buffer("s", scale)
-        tiny = torch.finfo(torch.float32).tiny
-        codes = torch.bucketize(blocks / scale[:, None].clamp(min=tiny), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(blocks / scale[:, None].clamp(min=TINY), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         self.register_buffer("codes", codes.flatten()[::2] * 16 + codes.flatten()[1::2])
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)      # of each byte: two levels
 
@@ -133,11 +133,11 @@ class NF4Linear(QuantizedLinear):
 KINDS = {"int8": Int8Linear, "nf4": NF4Linear}
 
 
-def quantize(linear, kind):
-    """The frozen layer in the place of an nn.Linear.  Raises ValueError for a kind there is not."""
-    if kind not in KINDS:
+def quantizer(kind):
+    """nn.Linear -> the frozen layer in its place; None for "none".  Raises ValueError for a kind there is not."""
+    if kind not in ("none", *KINDS):
         raise ValueError(f"unknown quantisation {kind!r}; there is {', '.join(KINDS)}")
-    return KINDS[kind](linear).train(linear.training)
+    return KINDS.get(kind)
 
 
 def dequantize(model):
@@ -145,3 +145,14 @@ def dequantize(model):
     for path, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
             model.set_submodule(path, layer.with_weight(layer.weight))
+
+
+def in_int8(tensors):
+    """({name: tensor}, {name: scale}): an adapter's matrices in int8, with one fp32 scale for each of the r terms of B A.
+
+    What is no matrix stays as it is.  tensor * scale is off by half a scale at most.
+    """
+    scales = {name: tensor.float().abs().amax(int(not name.endswith("lora_B")), keepdim=True).clamp(min=TINY) / 127
+              for name, tensor in tensors.items() if tensor.dim() == 2}
+    return {name: (tensor / scales[name]).round().to(torch.int8) if name in scales else tensor
+            for name, tensor in tensors.items()}, scales

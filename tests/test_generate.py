@@ -286,7 +286,7 @@ def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, ba
     typed = ["Say blue please.\n", " :adapter none\n", "Say blue please.\n", "\n", ":adapter other/adapter.pt\n", "Say blue please.\n",
              ":adapter nowhere.pt\n", ":adapter\n", ":quit\n", "Say blue please.\n", ":adapter out/adapter.pt\n", "Say blue please.\n"]
     loads = []
-    monkeypatch.setattr(command, "load_checkpoint", lambda *args: loads.append(args) or load_checkpoint(*args))
+    monkeypatch.setattr(command, "load_checkpoint", lambda *args, **rest: loads.append(args) or load_checkpoint(*args, **rest))
     for flags in ((), ("--merge",)):
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(typed)))
         said = trained("--interactive", *flags)

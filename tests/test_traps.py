@@ -505,7 +505,7 @@ def test_optimizer_given_frozen_weights(run, monkeypatch):
     """An optimizer over model.parameters() breaks on resuming once what is frozen changes, and decays what it should not.
     https://github.com/Lightning-AI/lit-llama/blob/main/finetune/lora.py"""
     given, AdamW = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, **rest: given.extend(parameters) or AdamW(parameters, **rest))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **rest: given.extend(p for group in groups for p in group["params"]) or AdamW(groups, **rest))
     run("--max-steps", "1")
     assert len(given) == 8 and all(parameter.requires_grad for parameter in given)
 
