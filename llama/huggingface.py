@@ -187,12 +187,12 @@ def save(state, args, tokenizer, folder, suffix, shard_bytes):
         write_json(folder / f"{stem}{suffix}{INDEX}", {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": where})
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
-    pieces = {key: tokenizer.sp.id_to_piece(i) for key, i in (
-        ("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id), ("unk_token", tokenizer.sp.unk_id()))}
-    prefix = tokenizer.sp.encode("a", out_type=str)[0].startswith("\u2581")       # sentencepiece's add_dummy_prefix
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "add_prefix_space": prefix,
-        "legacy": False, **pieces})
+    special = {"unk_token": tokenizer.sp.unk_id(), "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    special = {key: tokenizer.sp.id_to_piece(i) for key, i in special.items()}
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.sp, special))
+    write_json(folder / "tokenizer_config.json", {    # the second and the third switch habits of transformers 4 off
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"], **special})
     ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     write_json(folder / "generation_config.json", ends)
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
@@ -201,3 +201,36 @@ def save(state, args, tokenizer, folder, suffix, shard_bytes):
         "mlp_bias": False, "rope_scaling": None, **{their: getattr(args, our) for their, our in SIZES.items()},
         "intermediate_size": args.hidden_dim, "tie_word_embeddings": "output.weight" not in state,
         "torch_dtype": str(dtype).removeprefix("torch."), **ends})
+
+
+def tokenizer_json(sp, special):
+    """A sentencepiece BPE model in the words of the tokenizers library, which transformers runs.
+
+    sentencepiece joins two neighbours into the piece of the highest score, however that piece is made; here each way
+    to make a piece is a merge of its own, those of higher scores first.  transformers itself, given tokenizer.model
+    alone, forgets the scores, and LLaMA 2's runs of spaces come out otherwise.
+    """
+    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
+    vocab, space = {piece: i for i, piece in enumerate(pieces)}, "\u2581"
+    plain = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    merges = [(pieces[i][:cut], pieces[i][cut:]) for i in sorted(plain, key=lambda i: -sp.get_score(i))
+              for cut in range(1, len(pieces[i])) if {pieces[i][:cut], pieces[i][cut:]} <= vocab.keys()]
+    prefix = sp.encode("a", out_type=str)[0].startswith(space)            # whether a text gets a space before it
+    bos = special["bos_token"]
+
+    def replace(old, new):
+        return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+    def template(*sequences):
+        return [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in sequences)]
+    return {
+        "version": "1.0", "pre_tokenizer": None,
+        "added_tokens": [{"id": vocab[piece], "content": piece, "special": True, "normalized": False, "single_word": False,
+                          "lstrip": False, "rstrip": False} for piece in special.values()],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space}] * prefix + [replace(" ", space)]},
+        "post_processor": {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
+                           "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": [replace(space, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+                    + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix},
+        "model": {"type": "BPE", "unk_token": special["unk_token"], "fuse_unk": True, "byte_fallback": True,
+                  "vocab": vocab, "merges": merges}}

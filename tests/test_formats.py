@@ -2,6 +2,7 @@
 import io
 import json
 import random
+import struct
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -31,7 +32,8 @@ KINDS = {"mha": {}, "gqa": dict(n_kv_heads=2), "mqa": dict(n_kv_heads=1), "tied"
          "odd": dict(dim=30, n_heads=5, n_layers=3, multiple_of=7, vocab_size=411, norm_eps=1e-6, rope_theta=5e5),
          "narrow": dict(dim=48, n_heads=12, n_kv_heads=4, multiple_of=1, ffn_dim_multiplier=0.3)}
 TOKENS = torch.tensor([[1, 5, 9, 7, 3, 380, 12, 12, 4, 60]])
-TEXTS = [example["instruction"] for example in EXAMPLES] + ["Below is\n\n### Response:", "a", "1234 5.67", "na\u00efve \u6f22", "a  b"]
+TEXTS = [*CORPUS, *(example["instruction"] for example in EXAMPLES), "Below is\n\n### Response:", "a", "", " ", "  two", "a  b ", "x\n    y",
+         "1234 5.67", "na\u00efve \u6f22\U0001f642", "tab\tx .", "\u2581", "the instruction"]
 
 
 @pytest.fixture(params=KINDS)
@@ -178,20 +180,27 @@ def test_transformers_loads_ours_and_says_the_same(meta, suffix):
 
 
 @needs_peers
-@pytest.mark.parametrize("own", [True, False])
-def test_transformers_gives_our_ids(base, own):
-    """Of our tokenizer, and of one that puts no space before a text and has other special pieces."""
-    pytest.importorskip("google.protobuf", reason="transformers reads tokenizer.model with protobuf: pip install protobuf")
+@pytest.mark.parametrize("kind", ["ours", "no space before", "scores"])
+def test_transformers_gives_our_ids(base, kind):
+    """Of our tokenizer, of one that puts no space before a text and has other special pieces, and of one with a piece
+    that is joined late though its id is low, as runs of spaces are in LLaMA 2's."""
     from transformers import AutoTokenizer
-    out = io.BytesIO((base / "tokenizer.model").read_bytes())
-    if not own:
-        out = without_a_space_before()
-    (base / "tokenizer.model").write_bytes(out.getvalue())
-    peer, tokenizer = AutoTokenizer.from_pretrained(to_hf(base)), Tokenizer(out.getvalue())
+    model = bytearray((base / "tokenizer.model").read_bytes())
+    if kind == "no space before":
+        model = bytearray(without_a_space_before().getvalue())
+    if kind == "scores":
+        for piece in Tokenizer(bytes(model)).sp.id_to_piece(list(range(259, 320, 2))):
+            if len(piece) == 2:
+                at = model.index(b"\n" + bytes([len(piece.encode())]) + piece.encode() + b"\x15") + 3 + len(piece.encode())
+                model[at:at + 4] = struct.pack("<f", -1e6 + at)
+        assert [Tokenizer(bytes(model)).encode(text) for text in TEXTS] != [Tokenizer(base / "tokenizer.model").encode(text) for text in TEXTS]
+    (base / "tokenizer.model").write_bytes(model)
+    peer, tokenizer = AutoTokenizer.from_pretrained(to_hf(base)), Tokenizer(bytes(model))
     for text in TEXTS:
         assert peer(text)["input_ids"] == tokenizer.encode(text, bos=True), text
         assert peer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-    assert (peer.bos_token_id, peer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == ((1, 2) if own else (3, 4))
+    assert (peer.bos_token_id, peer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == ((3, 4) if kind == "no space before" else (1, 2))
+    assert peer("a").keys() == {"input_ids", "attention_mask"}
 
 
 def without_a_space_before():
