@@ -1,13 +1,14 @@
 """The README's measured tables, each a command; every cell in a fresh process.
 
     python benchmark.py methods                              the LoRA family on the demo, three seeds each
-    python benchmark.py methods --checkpoint llama-135m --data alpaca_data.json --val-fraction 0.1 --seeds 0 --lrs 3e-4
+    python benchmark.py methods --checkpoint llama-135m --data train.json --val-data held_out.json --seeds 0 --lrs 3e-4,3e-3
 
-Tables are printed in Markdown and left as JSON in --out.
+Tables are printed in Markdown; every cell is left as JSON in --out as soon as it is measured.
 """
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -16,6 +17,8 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -24,8 +27,9 @@ import generate
 import train
 from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import read_params
-from llama.cli import Parser, bad_input_ends_in_one_line, number, text
+from llama.cli import DTYPES, Parser, bad_input_ends_in_one_line, number, text
 from llama.sampling import generate as generate_ids
+from lora import merge_lora
 from lora.adapter import METHODS
 
 FAMILY = {**{method: ["--method", method] for method in METHODS}, "lora, LoRA+ 4": ["--method", "lora", "--lora-plus-ratio", "4"]}
@@ -33,8 +37,11 @@ FAMILY = {**{method: ["--method", method] for method in METHODS}, "lora, LoRA+ 4
 
 def fresh(function, *args):
     """function(*args) in a process of its own, which starts without what the last one left in memory or caches."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, args)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *args).result()
+        except BrokenProcessPool:
+            raise ValueError(f"{function.__name__} was killed: out of memory?") from None
 
 
 def machine():
@@ -47,72 +54,105 @@ def machine():
 
 
 def trained(argv):
-    """(rows of metrics.jsonl, number of trained parameters, of training examples) of one run of train.py."""
+    """What one run of train.py says of itself.  Raises ValueError where it refuses."""
     args = train.parse_args(argv)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        train.main(argv)
-    args.precision = args.precision or "fp32"
-    model, _ = train.load_model(args, train.lora_config(args), torch.device("meta"), "random")
-    examples = len(train.load_data(args, read_params(args.checkpoint)[1])[0])
+        try:
+            train.main(argv)
+        except SystemExit:
+            raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
     rows = [json.loads(line) for line in (Path(args.out) / "metrics.jsonl").read_text().splitlines()]
-    return rows, sum(p.numel() for p in model.parameters() if p.requires_grad), examples
+    tokenizer = read_params(args.checkpoint)[1]
+    examples, args.precision = train.load_data(args, tokenizer)[0], args.precision or "fp32"
+    model, _ = train.load_model(args, train.lora_config(args), torch.device("cpu"), "random")
+    batch = train.trying_batch(examples, train.DataCollatorForSupervisedDataset(tokenizer.pad_id), args.batch_size)
+    return dict(held_out_loss=rows[-1].get("val_loss"), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+                kept_mb=kept_bytes(model, batch) / 2 ** 20, process_mb=rows[-1]["peak_memory_mb"],
+                examples_per_second=rows[-1]["epoch"] * len(examples) / sum(row["tokens"] / row["tokens_per_second"] for row in rows))
 
 
-def answered(adapter, data, most, merge):
-    """(share of answers that are right to the letter, tokens a second) of greedy answers to the first `most` examples."""
-    args = generate.parse_args(["--adapter", str(adapter), *["--merge"] * merge])
+def kept_bytes(model, batch):
+    """What autograd keeps for the backward pass of one micro-batch, the model's own tensors apart."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        train.answer_loss(model.train(), batch)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def answered(adapter, data, precision):
+    """{share of answers right to the letter, tokens a second with the adapter and merged}, greedy, eight prompts at a time.
+
+    The speed is the median of three rounds of 32 tokens each after the first eight prompts, past any eos, after one to
+    warm up.
+    """
+    args = generate.parse_args(["--adapter", str(adapter), *["--precision", precision] * bool(precision)])
     device, args.precision = generate.pick_hardware(args.device, args.precision)
     model, tokenizer, _ = generate.load(args, device)
-    examples, n, began = read_examples(data)[:most], 0, time.perf_counter()
+    examples = read_examples(data)
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
     answers = [[] for _ in examples]
     for start in range(0, len(examples), generate.BATCH):
-        prompts = [encode_prompt(example, tokenizer) for example in examples[start:start + generate.BATCH]]
-        for i, token in generate_ids(model, prompts, 32, tokenizer.eos_id):
+        for i, token in generate_ids(model, prompts[start:start + generate.BATCH], 64, tokenizer.eos_id):
             answers[start + i].append(token)
-            n += 1
-    seconds = time.perf_counter() - began
     right = sum(tokenizer.decode(answer).strip() == example["output"].strip() for answer, example in zip(answers, examples))
-    return right / len(examples), n / seconds
+
+    def speed():
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            n = sum(1 for _ in generate_ids(model, prompts[:generate.BATCH], 32, -1))
+            seconds.append(time.perf_counter() - began)
+        return n / statistics.median(seconds[1:])
+    result = dict(right=right / len(examples), adapter_per_second=speed())
+    merge_lora(model)
+    return result | dict(merged_per_second=speed())
 
 
 def cell(name, lr, seed, args, folder):
-    """All that is measured of one method at one learning rate and seed."""
+    """All that is measured of one method at one learning rate and seed; it joins the JSON at once."""
     out = Path(folder) / f"{name}-{lr}-{seed}".replace(" ", "").replace(",", "-")
-    rows, parameters, examples = fresh(trained, [*FAMILY[name], "--lr", str(lr), "--seed", str(seed), "--log-every", "1000", *args.train, "--out", str(out)])
-    held_out = [row["val_loss"] for row in rows if "val_loss" in row]
-    result = dict(method=name, lr=lr, seed=seed, parameters=parameters, held_out_loss=held_out[-1] if held_out else None,
-                  examples_per_second=rows[-1]["epoch"] * examples / sum(row["tokens"] / row["tokens_per_second"] for row in rows),
-                  peak_memory_mb=rows[-1]["peak_memory_mb"])
-    result["right"], result["generated_per_second"] = fresh(answered, out / "adapter.pt", args.questions, args.answers, False)
-    result["right_merged"], result["merged_per_second"] = fresh(answered, out / "adapter.pt", args.questions, args.answers, True)
-    print(f"{name}, lr {lr:g}, seed {seed}: held-out loss {result['held_out_loss']:.4f}, right {result['right']:.1%}", file=sys.stderr, flush=True)
+    result = dict(method=name, lr=lr, seed=seed) | fresh(
+        trained, [*FAMILY[name], "--lr", str(lr), "--seed", str(seed), *args.train, "--out", str(out)])
+    result |= fresh(answered, out / "adapter.pt", args.questions, args.precision)
+    args.cells.append(result)
+    (args.out / f"{args.table}.json").write_text(json.dumps({"command": args.said, "cells": args.cells}, indent=1) + "\n")
+    print(f"{name}, lr {lr:g}, seed {seed}: held-out loss {loss_of(result):.4f}, right {result['right']:.1%}", file=sys.stderr, flush=True)
     return result
+
+
+def loss_of(result):
+    return math.inf if result["held_out_loss"] is None else result["held_out_loss"]       # JSON has no NaN: it diverged
 
 
 def spread(values, form):
     """Mean, and behind it how far the furthest lies from it."""
+    values = list(values)
     mean = statistics.mean(values)
     return form.format(mean) + (f" ± {form.format(max(abs(value - mean) for value in values))}" if len(values) > 1 else "")
 
 
 def methods(args):
     """Each method at the learning rate that serves it best with the first seed, then with the others."""
+    lines = ["| method | learning rate | trained | held-out loss | right to the letter | train, examples/s "
+             "| generate, tokens/s | merged | kept for backward, MiB |", "|---|---|---|---|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        cells = []
         for name in FAMILY:
-            first = [cell(name, lr, args.seeds[0], args, folder) for lr in args.lrs]
-            best = min(first, key=lambda result: result["held_out_loss"])
-            cells += [[best, *(cell(name, best["lr"], seed, args, folder) for seed in args.seeds[1:])]]
-    lines = ["| method | learning rate | trained | held-out loss | right to the letter | train, examples/s | generate, tokens/s | merged | peak MiB |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for results in cells:
-        def of(key, form):
-            return spread([result[key] for result in results], form)
-        first = results[0]
-        lines.append(f"| {first['method']} | {first['lr']:g} | {first['parameters']:,} | {of('held_out_loss', '{:.3f}')} | {of('right', '{:.1%}')} | "
-                     f"{statistics.median(r['examples_per_second'] for r in results):,.0f} | {statistics.median(r['generated_per_second'] for r in results):,.0f} | "
-                     f"{statistics.median(r['merged_per_second'] for r in results):,.0f} | {max(r['peak_memory_mb'] for r in results):,.0f} |")
-    return lines, cells
+            first = min((cell(name, lr, args.seeds[0], args, folder) for lr in args.lrs), key=loss_of)
+            results = [first, *(cell(name, first["lr"], seed, args, folder) for seed in args.seeds[1:])]
+            speeds = (f"{statistics.median(result[key] for result in results):,.0f}"
+                      for key in ("examples_per_second", "adapter_per_second", "merged_per_second"))
+            lines.append(f"| {name} | {first['lr']:g} | {first['parameters']:,} | {spread(map(loss_of, results), '{:.3f}')} | "
+                         f"{spread((result['right'] for result in results), '{:.1%}')} | {' | '.join(speeds)} | {first['kept_mb']:.2f} |")
+    chosen = (f"learning rate: the best of {', '.join(f'{lr:g}' for lr in args.lrs)} by the held-out loss of seed "
+              f"{args.seeds[0]}; " if len(args.lrs) > 1 else "")
+    return [*lines, "", f"({chosen}{len(args.seeds)} seeds; ±: how far the furthest lies from their mean)"]
+
+
+TABLES = {"methods": methods}
 
 
 def listed(kind):
@@ -124,22 +164,23 @@ def listed(kind):
 
 def parse_args(argv=None):
     parser = Parser(prog="benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("methods",))
-    parser.add_argument("--checkpoint", metavar="DIR", type=text, help="base (default: the demo's)")
-    parser.add_argument("--data", metavar="FILE", type=text, help="examples (default: the demo's)")
-    parser.add_argument("--val-fraction", metavar="F", help="of --data, held out (default: the demo's own held-out examples)")
-    parser.add_argument("--epochs", metavar="N", type=number(int, 1), help="passes over the data (default: train.py's)")
-    parser.add_argument("--precision", help="compute dtype (default: train.py's)")
-    parser.add_argument("--answers", metavar="N", type=number(int, 1), help="questions answered with each adapter (default: all)")
-    parser.add_argument("--seeds", metavar="N,...", type=listed(int), default=[0, 1, 2], help="runs of each (default: 0,1,2)")
-    parser.add_argument("--lrs", metavar="F,...", type=listed(float), default=[5e-3, 2e-2, 1e-1],
-                        help="learning rates to choose from, by held-out loss with the first seed (default: 5e-3,2e-2,1e-1)")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("out-benchmark"), help="where JSON goes (default: out-benchmark)")
+    flag = parser.add_argument
+    flag("table", choices=TABLES)
+    flag("--checkpoint", metavar="DIR", type=text, help="base (default: the demo's)")
+    flag("--data", metavar="FILE", type=text, help="examples (default: the demo's)")
+    flag("--val-data", metavar="FILE", type=text, help="held-out examples, which are also asked (default: the demo's)")
+    flag("--epochs", metavar="N", type=number(int, 1), help="passes over the data (default: train.py's)")
+    flag("--precision", choices=DTYPES, help="compute dtype (default: train.py's)")
+    flag("--seeds", metavar="N,...", type=listed(number(int, 0)), default=[0, 1, 2], help="runs of each (default: 0,1,2)")
+    flag("--lrs", metavar="F,...", type=listed(number(float, 0, open_low=True)), default=[5e-3, 2e-2, 1e-1],
+         help="learning rates to choose from, by held-out loss with the first seed (default: 5e-3,2e-2,1e-1)")
+    flag("--out", metavar="DIR", type=Path, default=Path("out-benchmark"), help="where JSON goes (default: out-benchmark)")
     args = parser.parse_args(argv)
-    args.questions = args.data or str(train.DEMO / "held_out.json")
-    args.train = [word for flag in ("checkpoint", "data", "val_fraction", "epochs", "precision") if getattr(args, flag) is not None
+    if bool(args.data) != bool(args.val_data):
+        parser.error("--data and --val-data go together: what is held out is measured, and asked")
+    args.questions, args.cells = args.val_data or str(train.DEMO / "held_out.json"), []
+    args.train = [word for flag in ("checkpoint", "data", "val_data", "epochs", "precision") if getattr(args, flag) is not None
                   for word in ("--" + flag.replace("_", "-"), str(getattr(args, flag)))]
-    train.parse_args(args.train)                     # what train.py would refuse is refused now
     return args
 
 
@@ -147,10 +188,9 @@ def main(argv=None):
     with bad_input_ends_in_one_line("benchmark.py"):
         args = parse_args(argv)
         args.out.mkdir(parents=True, exist_ok=True)
-    lines, cells = globals()[args.table](args)
-    said = f"`python benchmark.py {shlex.join(sys.argv[1:] if argv is None else argv)}` on {machine()}"
-    (args.out / f"{args.table}.json").write_text(json.dumps({"command": said, "cells": cells}, indent=1) + "\n")
-    print("\n".join([said, "", *lines]))
+        args.said = f"`python benchmark.py {shlex.join(sys.argv[1:] if argv is None else argv)}` on {machine()}"
+        lines = TABLES[args.table](args)
+    print("\n".join([args.said, "", *lines]))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def parse_args(argv=None):
     flag("--adapter", metavar="PATH", type=text, help="go on from this adapter, our file or PEFT's folder, with its settings")
     flag("--r", metavar="N", type=number(int, 1), default=16, help="rank (default: 16)")
     flag("--alpha", metavar="F", type=number(float, 0, open_low=True), default=32.0,
-         help="the update is scaled by alpha / r (default: 32)")
+         help="scale of the update: alpha / r, unless the method's file in lora/ says otherwise (default: 32)")
     flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True),
-         help="on the adapter's input (default: 0.05; 0 for delta-lora, which can have none)")
+         help="on the adapter's input (default: 0.05; lora-fa, delta-lora: 0)")
     flag("--targets", metavar="NAMES", type=lambda names: tuple(names.split(",")), default=("wq", "wv"),
          help="of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all (default: wq,wv)")
     flag("--method-options", metavar="NAME=VALUE,...", type=named_values, default={},
@@ -102,6 +102,8 @@ def parse_args(argv=None):
         parser.error(f"--adapter brings its own settings; leave --{', --'.join(SETTINGS)} out")
     if args.method == "full" and args.quantize != "none":
         parser.error(f"--quantize {args.quantize} is for a base that stays as it is; --method full trains it")
+    if args.method == "full" and args.method_options:
+        parser.error("--method-options are an adapter's; --method full has none")
     demo = args.checkpoint is None
     args.lr = args.lr or (1e-5 if args.method == "full" else 5e-3 if demo else 3e-4)
     args.epochs = args.epochs or (4 if demo else 3)

@@ -46,10 +46,10 @@ def check_gradients(model, wrapped, loss):
             parameter.grad = grad
 
 
-def block_bytes(args, width, wrapped, dropout, full, on_cpu):
+def block_bytes(args, width, wrapped, dropout, on_cpu):
     """Bytes a token that one block keeps for its backward pass.
 
-    width: bytes of a number in the compute dtype; wrapped: names of the block's adapted layers.
+    width: bytes of a number in the compute dtype; wrapped: {name: adapter layer} of the block, None for full fine-tuning.
     """
     D, K, F = args.dim, args.dim // args.n_heads * args.n_kv_heads, args.hidden_dim
     norms = 2 * D * (4 if on_cpu else width)                     # what came in; torch's CPU norm keeps it in fp32
@@ -57,13 +57,16 @@ def block_bytes(args, width, wrapped, dropout, full, on_cpu):
     swiglu = 3 * F * width                                       # w1 x, silu(w1 x), w3 x
     normed, result, normed_h, product = ("normed", D), ("result", D), ("normed h", D), ("product", F)
     reads = dict(wq=normed, wk=normed, wv=normed, wo=result, w1=normed_h, w3=normed_h, w2=product)
+    readers = reads if wrapped is None else [name for name, layer in wrapped.items() if layer.keeps_input]
     if dropout:                                                  # each adapter keeps its own: dropped, and the mask
-        inputs = sum((width + (width if on_cpu else 1)) * reads[name][1] for name in wrapped)
+        inputs = sum(width * reads[name][1] for name in readers) + sum(
+            (width if on_cpu else 1) * reads[name][1] for name in wrapped)
     else:                                                        # several read one; attention's result is kept already
-        inputs = sum(width * size for _, size in {reads[name] for name in (reads if full else wrapped)} - {result})
-    if full and width < 4:
-        norms += 2 * D * 4                                       # autocast: the norms' fp32 results as well
-    return norms + attention + swiglu + inputs
+        inputs = sum(width * size for _, size in {reads[name] for name in readers} - {result})
+    if wrapped is None:
+        return norms + attention + swiglu + inputs + (2 * D * 4 if width < 4 else 0)   # autocast: norms' results in fp32 too
+    return norms + attention + swiglu + inputs + sum(
+        width * (layer.r + layer.keeps_results * layer.base.out_features) for layer in wrapped.values())
 
 
 def estimate_memory(model, wrapped, tokens, answers, precision, device, world_size=1):
@@ -77,9 +80,12 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
     args, width, full = model.args, DTYPES[precision].itemsize, not wrapped
     parameters = list(model.parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
-    in_first = [path.rpartition(".")[2] for path in wrapped if path.startswith("layers.0.")]
+    in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped if path.startswith("layers.0.")}
     dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    block = tokens * block_bytes(args, width, in_first, dropout, full, device.type == "cpu")
+    block = tokens * block_bytes(args, width, None if full else in_first, dropout, device.type == "cpu")
+    # What a method holds frozen in more than the compute dtype is copied at each use, and kept.
+    block += sum(width * p.numel() for layer in in_first.values() for p in layer.parameters(recurse=False)
+                 if not p.requires_grad and p.element_size() > width)
     kept, in_block = args.n_layers * block, 3 * tokens * args.hidden_dim * width
     if set(wrapped) == {"output"}:                               # nothing before it is trained, so nothing is kept:
         kept = 3 * tokens * args.dim * width                     # what passes is the stream, h and its norm
@@ -87,8 +93,8 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
         kept, in_block = args.n_layers * tokens * args.dim * (4 if full else width), in_block + block
     at_head = 12 * answers * args.vocab_size
     copies = width * sum(p.numel() for p in parameters if p.dim() == 2) if full and width < 4 else 0   # autocast's, kept too
-    # A quantised matrix is made whole, in the compute dtype, for the moment of its product.
-    made = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")), default=0) * width
+    # A quantised matrix is made whole, by way of 4 bytes a weight, for the moment of its product.
+    made = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")), default=0) * (width + 4)
     kinds = {"weights": sum(t.nbytes for t in (*parameters, *model.buffers())) + copies + made,
              # One more of the largest: a micro-batch's gradient, before it is added.  DDP's buckets are a second copy.
              "gradients": 4 * (sum(trained) * (2 if world_size > 1 else 1) + max(trained)),

@@ -15,7 +15,8 @@ class DeltaLoRALinear(LoRALinear):
 
     base: nn.Linear (d_out, d_in).  lora_A (r, d_in) and lora_B (d_out, r) start as LoRA's, lora_W (d_out, d_in) at
     the base's weight, so the layer equals its base to the bit until the first step.  Steps this small round away
-    in 16 bit, so lora_W is fp32 whatever the base is, and it is saved with the adapter.  The base stays beside it,
+    in 16 bit, so lora_W is fp32 whatever the base is (a forward in 16 bit makes a copy and keeps it until backward,
+    unless its block is checkpointed), and it is saved with the adapter.  The base stays beside it,
     untouched, so that the adapter can be switched off, unmerged and taken out.  x (..., d_in) -> (..., d_out).
 
     Dropout would make dA and dB no gradient of s B A, which is what stands in for W's: the paper drops it.
@@ -29,6 +30,7 @@ class DeltaLoRALinear(LoRALinear):
     options = {"ratio": 2.0, "start": 10}
     default_dropout = 0.0
     frozen = ("lora_W",)
+    before = None                                                # A and B before this step, once W moves
 
     @classmethod
     def check(cls, config):
@@ -51,14 +53,14 @@ class DeltaLoRALinear(LoRALinear):
         return F.linear(x, self.lora_W.to(x.dtype), self.base.bias) + self.scale * F.linear(F.linear(x, A), B)
 
     def begin_step(self, step, loss):
-        self.moves = step > self.settings["start"]
-        self.before = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        moves = step > self.settings["start"]
+        self.before = (self.lora_A.detach().clone(), self.lora_B.detach().clone()) if moves else None
         return {}
 
     @torch.no_grad()
     def after_step(self):
         """B' A' - B A = (B' - B) A' + B (A' - A): exactly nothing where an overflow made the optimizer skip its step."""
-        if self.moves:
+        if self.before:
             A, B = self.before
             change = (self.lora_B - B) @ self.lora_A + B @ (self.lora_A - A)
             self.lora_W += self.settings["ratio"] * self.scale * change

@@ -22,18 +22,20 @@ class DoRALinear(LoRALinear):
 
         y = W0 x + (g - 1) * W0 dropout(x) + g * (alpha / r) B A dropout(x)
 
-    In 16 bit g - 1 keeps digits that g loses.  While dropout is on, W0 is applied twice, as PEFT does.  The paper
-    has no embedding.
+    In 16 bit g - 1 keeps digits that g loses.  While dropout is on, W0 is applied twice, as PEFT does.  g needs both
+    of what it multiplies, so a layer keeps two results for backward beside x.  The paper has no embedding.
     """
+    keeps_results = 2
 
     def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
         self.lora_magnitude = nn.Parameter(self.norm())
 
     def direction(self):
-        """V (d_out, d_in) in at least fp32."""
-        update = self.product()
-        return self.base.weight.to(update.dtype) + update
+        """V (d_out, d_in) in at least fp32, made in place: nothing else of its size stands beside it."""
+        A, B = self.factors()
+        wide = torch.promote_types(A.dtype, torch.float32)
+        return self.base.weight.detach().to(wide, copy=True).addmm_(B.to(wide), A.to(wide), alpha=self.scale)
 
     @torch.no_grad()
     def norm(self):
@@ -52,6 +54,7 @@ class DoRALinear(LoRALinear):
         g = self.lora_magnitude / self.norm()                     # in fp32
         return y + (g - 1).to(y.dtype) * straight + g.to(y.dtype) * (self.scale * F.linear(F.linear(dropped, A), B))
 
+    @torch.no_grad()
     def delta(self):
         g = self.lora_magnitude / self.norm()
         V = self.direction()

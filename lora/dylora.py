@@ -1,10 +1,10 @@
 """DyLoRA (Valipour et al. 2023): one adapter that has been trained to work at every rank up to r."""
-import math
 import random
 
 import torch.nn as nn
 
 from .layers import LoRAEmbedding, LoRALayer, LoRALinear, lora_layers
+from .rank_by_loss import RankByLoss
 
 
 class DyLoRA(LoRALayer):
@@ -52,6 +52,10 @@ class DyLoRA(LoRALayer):
     def factors(self):
         return self.lora_A[:self.rank], self.lora_B[:, :self.rank]
 
+    def merge(self, keep_base=True):
+        self.drawn = None                                         # a merge is of the chosen rank, not of the last step's
+        return super().merge(keep_base)
+
     def begin_step(self, step, loss):
         own = self.settings
         if own["rank_by"] == "loss":
@@ -59,26 +63,6 @@ class DyLoRA(LoRALayer):
         else:
             self.drawn = random.Random(f"{own['seed']}, {step}").randint(own["rank_min"], self.r)
         return {"rank": self.drawn}
-
-
-class RankByLoss:
-    """The active rank by the loss: one less after a step better than the mean of those before it, else one more.
-
-    While the loss falls the adapter gives rank up, where it stalls it gets it back.  The mean is an exponential
-    one (0.9 of the old, 0.1 of the new), the loss the step's over all ranks of a distributed run, so all take the
-    same path.  It starts at `high` and stays within low..high.  A loss that is no number changes nothing.
-    """
-
-    def __init__(self, low, high):
-        self.low, self.high, self.rank, self.mean, self.step = low, high, high, None, None
-
-    def __call__(self, step, loss):
-        if step != self.step and loss is not None and math.isfinite(loss):        # once a step, whichever layer asks
-            if self.mean is not None:
-                self.rank = max(self.low, self.rank - 1) if loss < self.mean else min(self.high, self.rank + 1)
-            self.mean = loss if self.mean is None else 0.9 * self.mean + 0.1 * loss
-        self.step = step
-        return self.rank
 
 
 def set_rank(model, b):
@@ -89,7 +73,7 @@ def set_rank(model, b):
     if layers[0].merged:
         raise ValueError("the adapter is merged into the weights; unmerge it first")
     for layer in layers:
-        layer.settings["rank"] = b
+        layer.settings["rank"], layer.drawn = b, None
 
 
 class DyLoRALinear(DyLoRA, LoRALinear):

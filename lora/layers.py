@@ -36,6 +36,8 @@ class LoRALayer(nn.Module):
     options = {}                 # settings of the method's own and their defaults; an adapter's file carries them
     default_dropout = 0.05
     frozen = ()                  # names of parameters beside the base that are not trained
+    keeps_input = True           # for its backward pass: x, as wide as the layer reads; or else only what is r wide
+    keeps_results = 0            # for its backward pass: how many tensors as wide as the layer's result
 
     @classmethod
     def check(cls, config):

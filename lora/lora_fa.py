@@ -18,11 +18,14 @@ class LoRAFALinear(LoRALinear):
         dx = G W0 + G B A       needs weights, no activation
 
     Without dA, autograd keeps no x: the inherited forward is right as it stands, once A does not ask for a
-    gradient.  With dropout its mask is kept, at a byte an element.  What is frozen is held in the base's dtype,
+    gradient.  Dropout's mask would be kept (a byte an element on CUDA, as large as x on a CPU), so by default there is
+    none.  What is frozen is held in the base's dtype,
     like the base.  An embedding's adapter has no x to save, and its A, a column a token, is what learns:
     freezing it would leave nothing, so there is none.
     """
     frozen = ("lora_A",)
+    default_dropout = 0.0
+    keeps_input = False
 
     def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)

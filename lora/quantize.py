@@ -126,7 +126,7 @@ class NF4Linear(QuantizedLinear):
 
     def dequantize(self, dtype):
         unit = F.embedding(self.codes.int(), self.pairs.to(dtype)).view(-1, BLOCK)
-        weight = unit * self.scales().to(dtype)[:, None]
+        weight = unit.mul_(self.scales()[:, None])               # in place: the codes just looked up are large enough
         return weight.flatten()[:self.out_features * self.in_features].view(self.out_features, self.in_features)
 
 

@@ -37,13 +37,14 @@ class VeRALinear(LoRALayer):
     Raises ValueError for a seed out of range.  An embedding has no form in the paper.
     """
     options = {"seed": 0, "d_init": 0.1, "stored": False}
+    keeps_input, keeps_results = False, 1                         # A is frozen; b needs what it multiplies
 
     @classmethod
     def check(cls, config):
         if not 0 <= config.options["seed"] < 2 ** 63:
             raise ValueError(f"seed is {config.options['seed']}, must be from 0 to below 2^63")
-        if not math.isfinite(config.options["d_init"]):
-            raise ValueError(f"d_init is {config.options['d_init']}, must be a finite number")
+        if not config.options["d_init"] or not math.isfinite(config.options["d_init"]):
+            raise ValueError(f"d_init is {config.options['d_init']}, must be finite and not 0: nothing would get a gradient")
 
     @classmethod
     def connect(cls, layers, config):

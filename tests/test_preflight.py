@@ -11,8 +11,9 @@ from llama import ModelArgs, Transformer
 from llama.alpaca import IGNORE, Batch
 from llama.loss import answer_loss
 from llama.preflight import check_gradients, estimate_memory
-from lora import LoRAConfig, add_lora
-from lora.adapter import remove_lora
+from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
+from lora.adapter import METHODS, remove_lora
+from lora.quantize import quantizer
 
 from .conftest import EXAMPLES, ROOT, tiny
 from .memory import LiveBytes, saved_bytes
@@ -39,7 +40,8 @@ def batch_of(B, T, answer):
 def two_steps(model, batch, precision, lora, optimizer):
     """Two optimizer steps of two micro-batches each; bytes of the gradients."""
     device = batch.tokens.device.type
-    for _ in range(2):
+    for step in (1, 2):
+        begin_step(model, step)
         for _ in range(2):
             with torch.autocast(device, DTYPES[precision], enabled=not lora and precision != "fp32"):
                 loss = answer_loss(model, batch)[0]
@@ -76,6 +78,30 @@ def test_the_estimate_is_what_two_steps_allocate(precision, checkpointing, lora,
     if lora:
         assert kinds["weights"] == sum(p.nbytes for p in model.parameters())
     assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+@pytest.mark.parametrize("dropout", [0, 0.1])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_estimate_of_every_method(method, dropout, checkpointing):
+    """What a method keeps beside LoRA's, its file says itself; over a quantised base too, where there can be one."""
+    if method == "delta-lora" and dropout:
+        pytest.skip("delta-lora can have no dropout")
+    batch, every = batch_of(4, 64, 24), ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+    for kind in ("none", "int8", "nf4") if method != "delta-lora" else ("none",):
+        def built_so(device):
+            model, _ = built("bf16", None, checkpointing, device)
+            for path, layer in list(model.bfloat16().layers.named_modules()):
+                if isinstance(layer, torch.nn.Linear) and kind != "none":
+                    model.layers.set_submodule(path, quantizer(kind)(layer))
+            return model, add_lora(model, LoRAConfig(method, r=8, dropout=dropout, targets=every))
+        kinds, _ = estimate_memory(*built_so("meta"), batch.tokens.numel(), batch.n_answer, "bf16", torch.device("cpu"))
+        model, _ = built_so("cpu")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        follow_optimizer(model, optimizer)
+        with LiveBytes([list(model.parameters()), list(model.buffers()), *batch[:2]]) as memory:
+            two_steps(model, batch, "bf16", True, optimizer)
+        assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12), kind
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -124,7 +150,7 @@ def test_llama_2_7b_by_arithmetic():
     assert kinds["gradients"] == 4 * (8_388_608 + 16 * 4096) and kinds["optimizer"] == 8 * 8_388_608
     dropped = 2 * (2 + 1) * 4096                                         # two targets; a copy in bf16 and a mask of a byte
     norms, attention, swiglu = 2 * 2 * 4096, 4 * 2 * 4096 + 4 * 32, 3 * 2 * 11008
-    assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped) and kinds["logits"] == 12 * 200 * 32000
+    assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped + 2 * 2 * 16) and kinds["logits"] == 12 * 200 * 32000
 
 
 @pytest.fixture
