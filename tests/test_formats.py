@@ -144,6 +144,7 @@ def test_names_go_there_and_back():
     assert ours("model.layers.0.norm") is ours("self_attn.q_proj") is ours("layers.0.attention.wq") is ours("wq") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer, suffix):
     """One of 24 layers of 260 MiB, in a fresh process: the peak grows by what is kept, not by the file."""

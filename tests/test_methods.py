@@ -427,6 +427,7 @@ def test_the_seed_reaches_what_a_method_draws(run):
     assert train.parse_args(["--method", "vera", "--seed", "3", "--method-options", "seed=4"]).method_options["seed"] == 4
 
 
+@pytest.mark.slow
 def test_every_method_under_ddp(base, data, tmp_path, monkeypatch):
     """Two ranks x 2 examples give the losses of one process's 4 to 1e-6: no parameter unused, what moves moves alike on both."""
     monkeypatch.chdir(tmp_path)
