@@ -163,6 +163,8 @@ def interact(model, tokenizer, args):
                     args.merge = False
                 if name != "none":
                     load_adapter(model, source)
+                    if (kind := (read_adapter(source)["base"] or {}).get("quantize", "none")) != model.origin["quantize"]:
+                        print(f"it was trained over the base in {kind}, here it is {model.origin['quantize']}", file=sys.stderr)
                 adapter = None if name == "none" else name
                 print(f"adapter {name}", file=sys.stderr, flush=True)
             elif words:

@@ -89,7 +89,7 @@ def parse_args(argv=None):
          help="micro-batches an optimizer step (default: 8)")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="recompute blocks in backward instead of keeping them: less memory, up to half more time (default: no)")
-    flag("--quantize", choices=("none", *QUANTIZED), default="none", help="hold the blocks' frozen matrices in 8 or 4 bits (default: none)")
+    flag("--quantize", choices=("none", *QUANTIZED), help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or --adapter's)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
 
@@ -100,7 +100,7 @@ def parse_args(argv=None):
         args.val_data = str(DEMO / "held_out.json")
     if args.adapter and any(getattr(args, name) != parser.get_default(name) for name in SETTINGS):
         parser.error(f"--adapter brings its own settings; leave --{', --'.join(SETTINGS)} out")
-    if args.method == "full" and args.quantize != "none":
+    if args.method == "full" and args.quantize not in (None, "none"):
         parser.error(f"--quantize {args.quantize} is for a base that stays as it is; --method full trains it")
     if args.method == "full" and args.method_options:
         parser.error("--method-options are an adapter's; --method full has none")
@@ -178,7 +178,7 @@ def load_model(args, lora, device, init):
     # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
     dtype = DTYPES[args.precision] if lora else torch.float32
     model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, quantizer(args.quantize))
-    model.origin["quantize"], model.checkpointing = args.quantize, args.checkpointing
+    model.checkpointing = args.checkpointing
     return model, add_lora(model, lora) if lora else []
 
 
@@ -349,8 +349,10 @@ def main(argv=None):
         batch = trying_batch(train_set, collate, args.batch_size)
         if args.adapter:
             adapter = adapter_at(args.adapter, model_args)
-            config = read_adapter(adapter)["config"]
+            saved = read_adapter(adapter)
+            config, args.quantize = saved["config"], args.quantize or (saved["base"] or {}).get("quantize")
             vars(args).update({name: getattr(config, name) for name in SETTINGS}, method_options=config.options)
+        args.quantize = args.quantize or "none"
         lora = lora_config(args)
         # Sizes without memory: a wrong target, rank or ratio, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")

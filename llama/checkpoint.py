@@ -199,12 +199,13 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
         model.init_weights()
     for path in [path for path, _ in model.named_modules()]:      # only what the model keeps ever leaves the files
         layer = model.get_submodule(path)                         # (a list of the layers would keep what is converted)
+        converts = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
         for name, parameter in layer.named_parameters(recurse=False):
             if init == "checkpoint" and not (args.tie_embeddings and path == "output"):
-                whole = join(pieces[file_name(f"{path}.{name}")], parameter.shape, dtype, device)
+                whole = join(pieces[file_name(f"{path}.{name}")], parameter.shape, None if converts else dtype, device)
                 setattr(layer, name, nn.Parameter(huggingface.as_pairs(whole, huggingface.heads(path, args)) if hf else whole))
-        if convert and isinstance(layer, nn.Linear) and path.startswith("layers."):
-            model.set_submodule(path, convert(layer))
+        if converts:                                              # of what the file holds; then cast
+            model.set_submodule(path, convert(layer).to(dtype))
     if args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
     if init == "random":
@@ -212,7 +213,7 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     else:
         stored = [parts[0] if len(parts) == 1 else join(parts, model.get_parameter(name).shape, None, "cpu")
                   for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[file_name(name)]]]
-    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init, "quantize": "none",
+    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init, "quantize": getattr(convert, "kind", "none"),
                     "fingerprint": None if stored[0].is_meta else fingerprint(args, *stored)}
     return model, tokenizer
 
@@ -225,6 +226,8 @@ def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS,
     """
     if any(getattr(module, "merged", True) is False for module in model.modules()):
         raise ValueError("merge the adapter first (merge_lora): a checkpoint has no place for lora_A and lora_B")
+    if any(hasattr(module, "dequantize") for module in model.modules()):
+        raise ValueError("dequantize the model first (lora.quantize.dequantize): a checkpoint has no place for codes")
     state = {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if ".lora_" not in key}
     if state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr():
         del state["output.weight"]                                # tied: stored once
@@ -257,6 +260,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.to in ("peft", "int8") and (args.adapter is None or args.dtype):
         parser.error(f"--to {args.to} writes an --adapter, as it is: give one, and no --dtype")
+    if args.bin and args.to not in ("hf", "peft"):
+        parser.error(f"--bin is a choice for hf and peft; --to {args.to} has none")
     return args
 
 
@@ -275,15 +280,19 @@ def convert(args, folder):
         model, _ = load_checkpoint(args.source, layers, device="meta")      # does the adapter fit?  No weight is read
         with warnings.catch_warnings(action="ignore"):            # that nothing is copied into such a model
             load_adapter(model, source)
-        return save_peft(adapter, model.args, args.source, folder, suffix)
+        save_peft(adapter, model.args, args.source, folder, suffix)
+        n, kind = model.args.n_layers, base.get("quantize", "none")
+        return "; ".join([f"PEFT needs a base of {n} layers for it: --to hf --layers {n}"] * (n < read_params(args.source)[0].n_layers)
+                         + [f"it was trained over the base in {kind}, which PEFT does not say"] * (kind != "none"))
     # An adapter over a quantised base is merged into what it was trained on: the dequantised weights.
     convert = quantizer(base.get("quantize", "none"))
-    model, tokenizer = load_checkpoint(args.source, layers, DTYPES.get(args.dtype), convert=convert)
+    dtype = torch.float32 if args.to == "int8" else DTYPES.get(args.dtype)         # where its error can be measured
+    model, tokenizer = load_checkpoint(args.source, layers, dtype, convert=convert)
     probe, report = torch.tensor([tokenizer.encode(PROBE, bos=True)]), None
     if args.to == "int8":
         return shrink(adapter, model.eval(), source, probe, folder)
     if source:
-        if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        if len({tensor.dtype for name, tensor in model.state_dict().items() if name.endswith(("weight", "like"))}) > 1:
             raise ValueError(f"{args.source} has weights of several dtypes; name the one to merge in with --dtype")
         load_adapter(model, source)
         report = merge_report(model.eval(), probe, "--dtype fp32", keep_base=False)

@@ -98,11 +98,12 @@ def write_whole(path, write):
 
 @contextmanager
 def new_folder(path):
-    """A folder beside `path` to write to, which takes that name if the block ends well and else disappears.
+    """A folder beside `path` to write to, which takes that name if the block ends well and else disappears (but for a
+    kill: then PATH.PID.tmp stays).
 
     Raises ValueError for a path where something is already.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"{path} is not empty; name another folder")
     if path.exists() and not path.is_dir():

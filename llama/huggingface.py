@@ -215,6 +215,11 @@ def tokenizer_json(sp, special):
     plain = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
     merges = [(pieces[i][:cut], pieces[i][cut:]) for i in sorted(plain, key=lambda i: -sp.get_score(i))
               for cut in range(1, len(pieces[i])) if {pieces[i][:cut], pieces[i][cut:]} <= vocab.keys()]
+    reached = {first + second for first, second in merges}
+    if any(sp.get_score(i) % 1 or len(pieces[i]) > 1 and pieces[i] not in reached for i in plain) \
+            or sp.encode("a  b ") == sp.encode("a b") or sp.encode("\ufb01") == sp.encode("fi"):
+        raise ValueError("this tokenizer.model has no form that transformers would read alike (unigram, symbols of its own, or a "
+                         "normalizer); convert with --to meta")
     prefix = sp.encode("a", out_type=str)[0].startswith(space)            # whether a text gets a space before it
     bos = special["bos_token"]
 

@@ -110,10 +110,11 @@ def mib(size):
 
 def describe(args, model, wrapped, train_set, val_set, steps, per_epoch, device, world_size):
     """Print the few lines that say what is about to be trained, on what, and what it takes."""
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for p in model.parameters()) + sum(
+        module.in_features * module.out_features for module in model.modules() if hasattr(module, "dequantize"))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
-          f"{args.precision} on {device}")
+          f"{args.precision}{f' and {args.quantize}' * (args.quantize != 'none')} on {device}")
     longest = max(len(tokens) for tokens, _ in train_set.rows)
     print(f"data      {shown(args.data)}: {len(train_set)} examples, longest {longest} tokens, {train_set.cut} cut at "
           f"{args.max_seq_len}, {train_set.dropped} dropped; {len(train_set) - train_set.cut} end in eos")

@@ -107,12 +107,13 @@ class LoRALayer(nn.Module):
         """
         if self.merged:
             raise ValueError("the adapter is merged already; a second merge would add it twice")
-        own, delta = self.base.weight, self.delta()
-        merged = (own.to(delta.dtype) + delta).to(own.dtype)
+        delta = self.delta()
+        own = self.base.dequantize(delta.dtype) if hasattr(self.base, "dequantize") else self.base.weight.to(delta.dtype)
+        merged = (own + delta).to(like(self.base).dtype)
         self.own = (self.base if keep_base else None,)          # in a tuple: a bare module would be registered
         self.base = with_weight(self.base, merged)              # another one: a tied matrix keeps its weight
         self.merged = True
-        kept = merged.to(delta.dtype) - own.to(delta.dtype)
+        kept = merged.to(delta.dtype) - own
         return (kept * delta).sum().item(), delta.square().sum().item()
 
     def unmerge(self):

@@ -38,9 +38,11 @@ class Dequantized(torch.autograd.Function):
 class QuantizedLinear(nn.Module):
     """y = W x + b with W in fewer bits, frozen.  x (..., d_in) -> (..., d_out) in x's dtype.
 
-    A subclass keeps W as buffers and has `dequantize(dtype)` -> (d_out, d_in).  `like`, one number, says in which
-    dtype and on which device the model computes; `weight` is W in that dtype, made anew each time.
+    A subclass keeps W as buffers and has `dequantize(dtype)` -> (d_out, d_in), made in fp32 and rounded once.  `like`,
+    one number, says in which dtype and on which device the model computes; `weight` is W in that dtype, made anew each
+    time.  Quantise what the file holds and cast then (`.to(dtype)`): cast before, other codes would come out.
     """
+    kind = None                                                  # what --quantize calls it
     stands_for = nn.Linear                                       # to whoever looks for layers to adapt
 
     def __init__(self, linear):
@@ -77,6 +79,7 @@ class Int8Linear(QuantizedLinear):
 
     No weight is off by more than s[i] / 2.
     """
+    kind = "int8"
 
     def __init__(self, linear):
         super().__init__(linear)
@@ -97,6 +100,7 @@ class NF4Linear(QuantizedLinear):
     4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, 4.5 with `double` off.  No weight is off by more than half
     the widest gap between levels, 0.152 of its block's s, and what rounding s to 8 bits adds.
     """
+    kind = "nf4"
 
     def __init__(self, linear, double=True):
         super().__init__(linear)
@@ -114,7 +118,7 @@ class NF4Linear(QuantizedLinear):
             self.register_buffer("mean", mean)
         else:
             self.register_buffer("s", scale)
-        codes = torch.bucketize(blocks / scale[:, None].clamp(min=TINY), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+        codes = torch.bucketize(blocks / scale[:, None].clamp(min=TINY), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
         self.register_buffer("codes", codes.flatten()[::2] * 16 + codes.flatten()[1::2])
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)      # of each byte: two levels
 
@@ -125,17 +129,17 @@ class NF4Linear(QuantizedLinear):
         return self.mean + self.c * self.t.repeat_interleave(SCALES)[:len(self.c)]
 
     def dequantize(self, dtype):
-        unit = F.embedding(self.codes.int(), self.pairs.to(dtype)).view(-1, BLOCK)
-        weight = unit.mul_(self.scales()[:, None])               # in place: the codes just looked up are large enough
+        unit = F.embedding(self.codes.int(), self.pairs).view(-1, BLOCK)
+        weight = unit.mul_(self.scales()[:, None]).to(dtype)     # in place: what was just looked up is large enough
         return weight.flatten()[:self.out_features * self.in_features].view(self.out_features, self.in_features)
 
 
-KINDS = {"int8": Int8Linear, "nf4": NF4Linear}
+KINDS = {layer.kind: layer for layer in (Int8Linear, NF4Linear)}
 
 
 def quantizer(kind):
-    """nn.Linear -> the frozen layer in its place; None for "none".  Raises ValueError for a kind there is not."""
-    if kind not in ("none", *KINDS):
+    """nn.Linear -> the frozen layer in its place; None for "none" or None.  Raises ValueError for a kind there is not."""
+    if kind not in (None, "none", *KINDS):
         raise ValueError(f"unknown quantisation {kind!r}; there is {', '.join(KINDS)}")
     return KINDS.get(kind)
 
@@ -148,11 +152,11 @@ def dequantize(model):
 
 
 def in_int8(tensors):
-    """({name: tensor}, {name: scale}): an adapter's matrices in int8, with one fp32 scale for each of the r terms of B A.
+    """({name: tensor}, {name: scale}): an adapter's A and B in int8, with one fp32 scale for each of the r terms of B A.
 
-    What is no matrix stays as it is.  tensor * scale is off by half a scale at most.
+    What is neither stays as it is.  tensor * scale is off by half a scale at most.
     """
     scales = {name: tensor.float().abs().amax(int(not name.endswith("lora_B")), keepdim=True).clamp(min=TINY) / 127
-              for name, tensor in tensors.items() if tensor.dim() == 2}
+              for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_B"))}
     return {name: (tensor / scales[name]).round().to(torch.int8) if name in scales else tensor
             for name, tensor in tensors.items()}, scales

@@ -612,7 +612,7 @@ def test_a_write_that_fails_leaves_nothing(refused, base, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
     for to in ("meta", "hf"):
-        assert "No space left" in refused(checkpoint.main, str(base), "deep/new", "--to", to, "--bin")
+        assert "No space left" in refused(checkpoint.main, str(base), "deep/new", "--to", to, *["--bin"] * (to == "hf"))
         assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(base.iterdir())
     monkeypatch.undo()
     (tmp_path / "empty").mkdir()
@@ -625,6 +625,24 @@ def test_a_write_that_fails_leaves_nothing(refused, base, tmp_path, monkeypatch)
         assert not list(tmp_path.glob("new*"))
     with pytest.raises(ValueError, match="holds a model already .pytorch_model.bin.; write to another folder"):
         save_checkpoint(*load_checkpoint(to_hf(base)), tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("settings", [dict(model_type="unigram", vocab_size=60), dict(normalization_rule_name="nmt_nfkc"),
+                                      dict(remove_extra_whitespaces=True), dict(user_defined_symbols=["<sep>"])])
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, base, settings):    # noqa: F811
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=out, minloglevel=2, hard_vocab_limit=False, **{
+        **dict(model_type="bpe", vocab_size=300, byte_fallback=settings.get("model_type") != "unigram", remove_extra_whitespaces=False,
+               normalization_rule_name="identity"), **settings})
+    (base / "tokenizer.model").write_bytes(out.getvalue())
+    assert "has no form that transformers would read alike" in refused(checkpoint.main, str(base), "new", "--to", "hf", "--bin")
+    run(base, base.parent / "new", "--to", "meta")
+
+
+def test_an_adapter_of_the_first_layers_says_what_base_peft_needs(base, tmp_path, capsys):
+    save_adapter(trained_like(load_checkpoint(base, layers=1)[0]), tmp_path / "one.pt")
+    run(base, tmp_path / "peft", "--to", "peft", "--adapter", tmp_path / "one.pt", "--bin")
+    assert "PEFT needs a base of 1 layers for it: --to hf --layers 1" in capsys.readouterr().out
 
 
 def test_without_the_safetensors_package(refused, base, tmp_path, monkeypatch):          # noqa: F811

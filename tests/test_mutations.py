@@ -40,7 +40,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
                               '    prompt = encode_prompt(example, tokenizer) + tokenizer.encode("\\n")\n'),
     "alpha_over_r": ("lora/layers.py", "self.alpha / self.r", "self.alpha"),
     "alpha_and_r_lost": ("lora/adapter.py", 'LoRAConfig(**content["config"])', 'LoRAConfig(r=content["config"]["r"])'),
-    "merge_in_16_bit": ("lora/layers.py", "(own.to(delta.dtype) + delta).to(own.dtype)", "own + delta.to(own.dtype)"),
+    "merge_in_16_bit": ("lora/layers.py", "(own + delta).to(like(self.base).dtype)", "own.to(like(self.base).dtype) + delta.to(like(self.base).dtype)"),
     "merge_drift": ("lora/layers.py", "self.own[0].to(self.base.weight)", "with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))"),
     "double_merge": ("lora/layers.py", "        if self.merged:\n", "        if False:\n"),
     "adapter_silently_not_loaded": ("lora/adapter.py", "if expected != found:", "if False:"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import generate
 import train
-from llama import checkpoint, load_checkpoint
+from llama import checkpoint, load_checkpoint, save_checkpoint
 from lora import LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lora, read_adapter, unmerge_lora
 from lora.adapter import METHODS
 from lora.quantize import KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels, quantizer
@@ -261,6 +261,46 @@ def test_the_whole_base_is_never_there_in_16_bit(base, kind):
     model, _ = load_checkpoint(base, convert=convert)
     assert len(read) == 14 and all(isinstance(model.layers[1].get_submodule(path), KINDS[kind]) for path in ("attention.wq", "feed_forward.w2"))
     assert type(model.output) is nn.Linear and model.origin["fingerprint"] == load_checkpoint(base)[0].origin["fingerprint"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_of_what_the_file_holds_whatever_it_is_computed_in(base, kind):
+    """So an adapter trained in bf16 meets the same base in fp32; and a forward in bf16 rounds that base once."""
+    (narrow, _), (wide, _) = (load_checkpoint(base, dtype=dtype, convert=quantizer(kind)) for dtype in (torch.bfloat16, torch.float32))
+    for one, other in zip(narrow.layers[0].attention.wq.buffers(), wide.layers[0].attention.wq.buffers()):
+        assert one.dim() == 0 or torch.equal(one, other)
+    assert torch.equal(narrow.layers[0].attention.wq.weight, wide.layers[0].attention.wq.weight.bfloat16())
+    assert narrow.origin["quantize"] == kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_merge_in_bf16_rounds_once(base, kind):
+    model, _ = load_checkpoint(base, dtype=torch.bfloat16, convert=quantizer(kind))
+    add_lora(model, LoRAConfig(r=2, dropout=0))
+    for tensor in lora_state_dict(model).values():
+        nn.init.normal_(tensor, std=0.1)
+    layer = model.layers[0].attention.wq
+    exact = layer.base.dequantize(torch.float64) + layer.delta().double()
+    merge_lora(model)
+    assert torch.equal(layer.base.weight, exact.bfloat16()) or (layer.base.weight != exact.bfloat16()).double().mean() < 1e-3
+
+
+def test_a_quantised_model_is_not_written(base, tmp_path):
+    model, tokenizer = load_checkpoint(base, convert=quantizer("nf4"))
+    with pytest.raises(ValueError, match="dequantize the model first"):
+        save_checkpoint(model, tokenizer, tmp_path / "new")
+    dequantize(model)
+    save_checkpoint(model, tokenizer, tmp_path / "new")
+
+
+def test_train_goes_on_over_the_base_that_the_adapter_was_trained_over(run, base, data, tmp_path, capsys):
+    run("--quantize", "nf4", out="first")
+    capsys.readouterr()
+    train.main(["--checkpoint", str(base), "--data", str(data), "--adapter", "first/adapter.pt", "--max-steps", "1", "--out", "second"])
+    said = capsys.readouterr().out
+    assert "fp32 and nf4 on cpu" in said and read_adapter("second/adapter.pt")["base"]["quantize"] == "nf4"
+    n = sum(p.numel() for p in load_checkpoint(base)[0].parameters())
+    assert f" of {n + sum(t.numel() for t in read_adapter('second/adapter.pt')['tensors'].values()):,} parameters trained" in said
 
 
 def test_full_fine_tuning_takes_no_quantised_base(capsys):
