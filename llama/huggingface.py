@@ -216,7 +216,8 @@ def tokenizer_json(sp, special):
     merges = [(pieces[i][:cut], pieces[i][cut:]) for i in sorted(plain, key=lambda i: -sp.get_score(i))
               for cut in range(1, len(pieces[i])) if {pieces[i][:cut], pieces[i][cut:]} <= vocab.keys()]
     reached = {first + second for first, second in merges}
-    if any(sp.get_score(i) % 1 or len(pieces[i]) > 1 and pieces[i] not in reached for i in plain) \
+    if any(sp.get_score(i) % 1 for i in plain) \
+            or any(i in sp.encode(pieces[i]) for i in plain if len(pieces[i]) > 1 and pieces[i] not in reached) \
             or sp.encode("a  b ") == sp.encode("a b") or sp.encode("\ufb01") == sp.encode("fi"):
         raise ValueError("this tokenizer.model has no form that transformers would read alike (unigram, symbols of its own, or a "
                          "normalizer); convert with --to meta")
