@@ -216,11 +216,12 @@ def tokenizer_json(sp, special):
     merges = [(pieces[i][:cut], pieces[i][cut:]) for i in sorted(plain, key=lambda i: -sp.get_score(i))
               for cut in range(1, len(pieces[i])) if {pieces[i][:cut], pieces[i][cut:]} <= vocab.keys()]
     reached = {first + second for first, second in merges}
-    if any(sp.get_score(i) % 1 for i in plain) \
-            or any(i in sp.encode(pieces[i]) for i in plain if len(pieces[i]) > 1 and pieces[i] not in reached) \
+    # Pieces there although nothing makes them, found in the text as it is by then.
+    symbols = [pieces[i] for i in plain if len(pieces[i]) > 1 and pieces[i] not in reached and i in sp.encode(pieces[i])]
+    if any(sp.get_score(i) % 1 for i in plain) or not all(symbol.startswith(space) for symbol in symbols) \
             or sp.encode("a  b ") == sp.encode("a b") or sp.encode("\ufb01") == sp.encode("fi"):
-        raise ValueError("this tokenizer.model has no form that transformers would read alike (unigram, symbols of its own, or a "
-                         "normalizer); convert with --to meta")
+        raise ValueError("this tokenizer.model has no form that transformers would read alike (it is no BPE, has symbols of its "
+                         "own, or changes the text first); convert with --to meta")
     prefix = sp.encode("a", out_type=str)[0].startswith(space)            # whether a text gets a space before it
     bos = special["bos_token"]
 
@@ -231,8 +232,8 @@ def tokenizer_json(sp, special):
         return [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in sequences)]
     return {
         "version": "1.0", "pre_tokenizer": None,
-        "added_tokens": [{"id": vocab[piece], "content": piece, "special": True, "normalized": False, "single_word": False,
-                          "lstrip": False, "rstrip": False} for piece in special.values()],
+        "added_tokens": [{"id": vocab[piece], "content": piece, "special": piece not in symbols, "normalized": piece in symbols,
+                          "single_word": False, "lstrip": False, "rstrip": False} for piece in [*special.values(), *symbols]],
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space}] * prefix + [replace(" ", space)]},
         "post_processor": {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
                            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}},
