@@ -101,7 +101,8 @@ def peak():
 """
 
 
-@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 4])
 def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer, shards):
     """One of 24 layers of 260 MiB, in a fresh process: the peak grows by what is kept, not by the files."""
     save_checkpoint(tiny(dim=512, n_heads=8, n_layers=24, multiple_of=64), tokenizer, tmp_path)

@@ -105,6 +105,7 @@ def test_bad_input_on_one_rank_ends_all_with_one_line(flags, launcher, tmp_path)
         assert 'File "' + str(ROOT) not in done.stderr and not (tmp_path / "out" / "args.json").exists()
 
 
+@pytest.mark.slow
 def test_ranks_that_were_not_started_alike_are_refused(flags, launcher, tmp_path):
     done = torchrun(tmp_path, launcher("argv += ['--lr', str(0.1 + rank)]"), *flags)
     assert done.returncode != 0 and "train.py: the ranks were not started alike" in done.stderr

@@ -683,6 +683,7 @@ def test_bytes_changed_at_random(base, tmp_path):
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_the_command_in_a_fresh_process(base, tmp_path):
     done = subprocess.run([sys.executable, "-m", "llama.checkpoint", str(base), str(tmp_path / "new"), "--to", "hf", "--bin"],
                           cwd=ROOT, capture_output=True, text=True)
