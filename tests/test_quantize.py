@@ -15,7 +15,8 @@ from lora import LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lor
 from lora.adapter import METHODS
 from lora.quantize import KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels, quantizer
 
-from .conftest import tiny
+from .conftest import ROOT, tiny
+from .test_distributed import rows, torchrun
 
 PUBLISHED = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
              0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]     # QLoRA, appendix E
@@ -236,6 +237,18 @@ def test_train_generate_merge(run, base, tmp_path, capsys, kind):
         assert capsys.readouterr().out == answer
     generate.main(["--adapter", adapter, "--instruction", "Say blue.", "--max-new-tokens", "8", "--quantize", "none"])
     assert kind not in capsys.readouterr().err.split("adapter")[0]
+
+
+@pytest.mark.slow
+def test_two_ranks_over_nf4_give_the_run_of_one(run, base, data, tmp_path):
+    """With accumulation and checkpointing as ever."""
+    flags = ("--quantize", "nf4", "--checkpointing", "--dropout", "0", "--accumulation-steps", "2")
+    one = run(*flags, "--batch-size", "4", out="one")
+    done = torchrun(tmp_path, ROOT / "train.py", "--checkpoint", base, "--data", data, "--r", "4", "--lr", "1e-2", "--max-steps", "4",
+                    *flags, "--batch-size", "2", "--out", "two")
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = rows(tmp_path / "two")
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5) and len(two) == 4
 
 
 def test_the_adapter_itself_in_int8(run, base, tmp_path, capsys):
