@@ -772,6 +772,7 @@ def test_layers_say_nothing_of_methods():
     assert not words.search(re.search(r"^def train.*?^def ", (ROOT / "train.py").read_text(), re.M | re.S)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [*(method for method in METHODS if method != "lora"), "lora-plus"])
 def test_any_method_can_be_deleted(gone, tmp_path, base, data, monkeypatch):
     """In a copy of the tree without its file and its line (LoRA+: the lines of train.py that name it) all others run."""

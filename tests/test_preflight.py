@@ -62,8 +62,8 @@ def estimated(precision, lora, checkpointing, batch, device="cpu", **sizes):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("lora", [dict(dropout=0), dict(dropout=0.1), dict(dropout=0, targets="all"), dict(dropout=0, targets="output"), None],
                          ids=["lora", "dropout", "all", "output", "full"])
-@pytest.mark.parametrize("sizes, batch", [({}, (4, 64, 24)), (dict(n_layers=1, n_kv_heads=1), (4, 200, 20)), ({}, (2, 32, 31)),
-                                          (dict(vocab_size=16000, n_layers=2), (1, 64, 8))], ids=["both", "block", "head", "words"])
+@pytest.mark.parametrize("sizes, batch", [({}, (4, 64, 24)), (dict(n_layers=1, n_kv_heads=1), (4, 200, 20)),
+                                          (dict(vocab_size=16000, n_layers=2), (1, 64, 8))], ids=["both", "block", "head"])
 def test_the_estimate_is_what_two_steps_allocate(precision, checkpointing, lora, sizes, batch):
     batch = batch_of(*batch)
     kinds, _ = estimated(precision, lora, checkpointing, batch, **sizes)
