@@ -73,7 +73,7 @@ def test_round_trip_error_is_what_the_normal_distribution_says():
     """Of normal weights: NF4's error by integrating over its cells under the law of a block's maximum, int8's by a step's
     variance of 1/12, both of the weights' norm."""
     layer = linear(512, 512)
-    levels, edges = torch.tensor(PUBLISHED).double(), None
+    levels = torch.tensor(PUBLISHED).double()
     edges = (levels[1:] + levels[:-1]) / 2
     torch.manual_seed(1)
     maxima = torch.randn(2000, 64, dtype=torch.float64).abs().amax(1)                   # what a block is divided by
