@@ -65,7 +65,7 @@ def trained(argv):
     tokenizer = read_params(args.checkpoint)[1]
     examples, args.precision = train.load_data(args, tokenizer)[0], args.precision or "fp32"
     model, _ = train.load_model(args, train.lora_config(args), torch.device("cpu"), "random")
-    batch = train.trying_batch(examples, train.DataCollatorForSupervisedDataset(tokenizer.pad_id), args.batch_size)
+    batch = train.trying_batch(examples, train.pack, train.plan(args, examples, 1))
     return dict(held_out_loss=rows[-1].get("val_loss"), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 kept_mb=kept_bytes(model, batch) / 2 ** 20, process_mb=rows[-1]["peak_memory_mb"],
                 examples_per_second=rows[-1]["epoch"] * len(examples) / sum(row["tokens"] / row["tokens_per_second"] for row in rows))

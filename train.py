@@ -8,12 +8,13 @@
 Read from `main` on.  Every option is decided before the loop, which never asks which one was chosen.
 """
 import argparse
+import functools
 import itertools
 import json
 import math
 import os
+import shutil
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,13 +25,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples, windows
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, write_whole
+from llama.alpaca import SupervisedDataset, ahead, in_order, plan_epoch, read_examples, windows
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, named_values, number,
-                       pick_hardware, text)
+                       peak_memory_mb, pick_hardware, progress, sum_over_ranks, text)
+from llama.evaluate import evaluate
 from llama.loss import answer_loss
+from llama.packing import pack
 from llama.peft import adapter_at
 from llama.preflight import check_data, check_gradients, describe, trying_batch
+from llama.state import begin, claim_out
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
 from lora.adapter import METHODS
 from lora.lora_plus import lora_plus_groups
@@ -38,7 +42,6 @@ from lora.quantize import KINDS as QUANTIZED, quantizer
 
 DEMO = Path(__file__).parent / "llama" / "demo"
 SETTINGS = ("method", "r", "alpha", "dropout", "targets")        # what --adapter brings along
-RUN_FILES = ("args.json", "metrics.jsonl", "adapter.pt", PARAMS, WEIGHTS, TOKENIZER)      # what runs leave in --out
 
 
 def parse_args(argv=None):
@@ -87,6 +90,10 @@ def parse_args(argv=None):
     flag("--batch-size", metavar="N", type=number(int, 1), default=4, help="examples a micro-batch (default: 4)")
     flag("--accumulation-steps", metavar="N", type=number(int, 1), default=8,
          help="micro-batches an optimizer step (default: 8)")
+    flag("--tokens-per-batch", metavar="N", type=number(int, 1), help="fill each micro-batch to N tokens instead of --batch-size examples")
+    flag("--share-prefix", action="store_true", help="compute what a micro-batch's examples have in common at their beginning once")
+    flag("--compile", action="store_true", help="compile the blocks: slow at first, worth it from some hundred steps on")
+    flag("--fast-matmul", action="store_true", help="fp32 matrix products in bf16 on a CPU, TF32 on CUDA; all else stays fp32")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="recompute blocks in backward instead of keeping them: less memory, up to half more time (default: no)")
     flag("--quantize", choices=("none", *QUANTIZED), help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or --adapter's)")
@@ -129,34 +136,6 @@ def setup_distributed():
     return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
 
 
-def sum_over_ranks(tensor):
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def claim_out(args):
-    """The folder of --out, made if need be.  Raises ValueError or OSError if a run must not or cannot go there."""
-    out = Path(args.out or "out")
-    if out.resolve() == Path(args.checkpoint).resolve():
-        raise ValueError(f"{out} is the base's own folder and a run replaces what is there; name another with --out")
-    taken = any((out / name).exists() for name in RUN_FILES) or any(out.glob("consolidated.[0-9][0-9].pth"))
-    ours = (out / "args.json").exists() and not (out / "consolidated.01.pth").exists()     # a run writes one file
-    if taken and (args.out or not ours):
-        raise ValueError(f"{out} holds a run or a model already; name another folder with --out")
-    if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
-        raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
-    try:
-        if not args.dry_run:
-            out.mkdir(parents=True, exist_ok=True)
-            there = out
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
-    return out
-
-
 def load_data(args, tokenizer):
     """(training set, held-out set or None)."""
     examples, held_out = read_examples(args.data), None
@@ -179,13 +158,20 @@ def load_model(args, lora, device, init):
     dtype = DTYPES[args.precision] if lora else torch.float32
     model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, quantizer(args.quantize))
     model.checkpointing = args.checkpointing
-    return model, add_lora(model, lora) if lora else []
+    wrapped = add_lora(model, lora) if lora else []
+    if args.compile:
+        for block in model.layers:
+            block.compile(dynamic=True)                      # once, for rows of any length
+    return model, wrapped
 
 
-def count_steps(args, examples, world_size):
-    """(optimizer steps of the run, of an epoch): a smaller window at an epoch's end is a step like any other."""
-    per_epoch = math.ceil(examples / (args.batch_size * args.accumulation_steps * world_size))
-    return min(args.epochs * per_epoch, args.max_steps or math.inf), per_epoch
+def plan(args, train_set, world_size):
+    """Every optimizer step of the run: [(epochs passed with it, [rank][micro-batch][index])]."""
+    lengths = [len(tokens) for tokens, _ in train_set.rows]
+    steps = ((epoch + i / len(planned), step) for epoch in range(args.epochs) for planned in [plan_epoch(
+        lengths, args.batch_size, args.accumulation_steps, args.seed, epoch, world_size, args.tokens_per_batch)]
+        for i, step in enumerate(planned, 1))
+    return list(itertools.islice(steps, args.max_steps))
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -203,52 +189,7 @@ def mixed_precision(args, device):
     return torch.autocast(device.type, DTYPES[args.precision], enabled=args.method == "full" and args.precision != "fp32")
 
 
-@torch.no_grad()
-def evaluate(model, batches, device, autocast):
-    """Mean loss in nats per answer token over the batches of all ranks: one sum by one count, whatever their size.
-
-    `model` is the bare one, not DDP's: the ranks may have different numbers of batches, and none waits for another.
-    """
-    model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        with autocast:
-            loss, n = answer_loss(model, to_device(batch, device))
-        total += torch.tensor([loss.item(), n])
-    model.train()
-    total = sum_over_ranks(total)
-    return (total[0] / total[1]).item()
-
-
-def to_device(batch, device):
-    return batch._replace(tokens=batch.tokens.to(device), labels=batch.labels.to(device))
-
-
-def peak_memory_mb(device):
-    """Peak of the GPU's allocations, or of the process's memory on a CPU, in MiB; None where nobody counts it."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource                                              # not on Windows
-    except ImportError:
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
-def progress(row, steps, seconds):
-    """One line for people, whole and of fixed columns, so that it reads well in a log file too."""
-    left = round(seconds / row["step"] * (steps - row["step"]))
-    columns = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}",
-               f"lr {row['lr']:.1e}", f"grad norm {row['grad_norm']:.2f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
-    if row["peak_memory_mb"] is not None:
-        columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
-    columns.append(f"{left // 60}:{left % 60:02} left")
-    if "val_loss" in row:
-        columns.append(f"held-out loss {row['val_loss']:.4f}")
-    return " | ".join(columns)
-
-
-def train(args, model, train_set, val_set, collate, device, out, rank, world_size):
+def train(args, model, train_set, val_set, steps, collate, device, out, rank, world_size):
     """The loop.  Rank 0 writes metrics.jsonl, one row an optimizer step."""
     # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
@@ -256,15 +197,10 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     groups = lora_plus_groups(model, args.lr, args.lora_plus_ratio)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     follow_optimizer(model, optimizer)
-    steps, steps_per_epoch = count_steps(args, len(train_set), world_size)
-    warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, steps, warmup, args.schedule))
+    warmup = round(0.03 * len(steps)) if args.warmup_steps is None else args.warmup_steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, len(steps), warmup, args.schedule))
     autocast = mixed_precision(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    order = itertools.chain.from_iterable(
-        windows(train_set, collate, args.batch_size, args.accumulation_steps, args.seed, epoch, rank, world_size)
-        for epoch in itertools.count())
-
     def held_out_loss():
         return evaluate(model, in_order(val_set, collate, args.batch_size, rank, world_size), device, autocast)
     if val_set:
@@ -272,14 +208,14 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
     model.train()
     metrics, row = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "w"), {}
     began = step_began = time.perf_counter()
-    for step, window in enumerate(itertools.islice(order, steps), 1):
+    for step, window in enumerate(ahead(windows(train_set, collate, steps, rank)), 1):
         noted = begin_step(model, step, row.get("loss"))                 # by the adapter's method, if it acts around a step
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(window.batches, 1):
             # DDP talks once a step, on the last micro-batch; it takes note in forward, so forward is inside too.
             with parallel.no_sync() if world_size > 1 and i < len(window.batches) else nullcontext():
                 with autocast:                                           # DDP averages over ranks: world_size undoes it
-                    micro_loss = answer_loss(parallel, to_device(batch, device))[0] * world_size / window.n_answer
+                    micro_loss = answer_loss(parallel, batch.to(device))[0] * world_size / window.n_answer
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach() / world_size
         scaler.unscale_(optimizer)                                       # first, so that clipping sees true gradients
@@ -290,29 +226,19 @@ def train(args, model, train_set, val_set, collate, device, out, rank, world_siz
         optimizer.zero_grad(set_to_none=True)
         if not (skipped := scaler.get_scale() < loss_scale):             # by an overflow in fp16, which lowers the scale
             schedule.step()                                              # and then the schedule waits too
-        row = dict(step=step, epoch=step / steps_per_epoch, loss=sum_over_ranks(loss).item(), lr=lr,
+        row = dict(step=step, epoch=window.epoch, loss=sum_over_ranks(loss).item(), lr=lr,
                    grad_norm=grad_norm.item(), tokens=window.n_tokens, answer_tokens=window.n_answer)
         row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
         row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale, **noted)
-        if val_set and (step % steps_per_epoch == 0 or step == steps):
+        if val_set and (window.epoch.is_integer() or step == len(steps)):
             row["val_loss"] = held_out_loss()
         metrics.write(json.dumps({key: value if value is None or math.isfinite(value) else None    # JSON has no NaN
                                   for key, value in row.items()}) + "\n")
         metrics.flush()
-        if step % args.log_every == 0 or step in (1, steps) or "val_loss" in row or skipped:
-            print(progress(row, steps, time.perf_counter() - began) + " | overflow, step skipped" * skipped, flush=True)
+        if step % args.log_every == 0 or step in (1, len(steps)) or "val_loss" in row or skipped:
+            print(progress(row, len(steps), time.perf_counter() - began) + " | overflow, step skipped" * skipped, flush=True)
         step_began = time.perf_counter()                                 # collating the next window is part of its step
     metrics.close()
-
-
-def begin(args, out):
-    """Write args.json.  Raises ValueError where another run has begun in a named --out since it was looked at."""
-    if args.out:
-        try:
-            open(out / "args.json", "x").close()
-        except FileExistsError:
-            raise ValueError(f"another run has just begun in {out}; name another folder with --out") from None
-    write_whole(out / "args.json", lambda file: file.write(json.dumps(vars(args), indent=1).encode() + b"\n"))
 
 
 def save(args, model, tokenizer, lora, out):
@@ -339,14 +265,17 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")                   # one rank speaks for all
     with bad_input_ends_in_one_line("train.py") as alike:    # on whichever rank it is
         args = parse_args(argv)
-        device, args.precision = pick_hardware(args.device, args.precision, local_rank)
+        device, args.precision = pick_hardware(args.device, args.precision, local_rank, args.fast_matmul)
         args.device = str(device)
+        if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a CPU")
         out = claim_out(args) if rank == 0 else Path(args.out or "out")
         model_args, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
         check_data(train_set, args.max_seq_len, args.data)
-        collate = DataCollatorForSupervisedDataset(tokenizer.pad_id)
-        batch = trying_batch(train_set, collate, args.batch_size)
+        collate = functools.partial(pack, share_prefix=args.share_prefix)
+        steps = plan(args, train_set, world_size)
+        batch = trying_batch(train_set, collate, steps)
         if args.adapter:
             adapter = adapter_at(args.adapter, model_args)
             saved = read_adapter(adapter)
@@ -357,16 +286,16 @@ def main(argv=None):
         # Sizes without memory: a wrong target, rank or ratio, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
         lora_plus_groups(model, args.lr, args.lora_plus_ratio)
-        describe(args, model, wrapped, train_set, val_set, *count_steps(args, len(train_set), world_size), device, world_size)
+        describe(args, model, wrapped, train_set, val_set, steps, device, world_size)
         if args.dry_run:
-            check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta")).sum())
+            check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta"), layout=batch.layout.to("meta")).sum())
         else:
             torch.manual_seed(args.seed)                     # before the first weight is drawn
             model, wrapped = load_model(args, lora, device, args.init)
             if args.adapter:
                 load_adapter(model, adapter)
             with mixed_precision(args, device):
-                check_gradients(model, wrapped, lambda: answer_loss(model, to_device(batch, device))[0])
+                check_gradients(model, wrapped, lambda: answer_loss(model, batch.to(device))[0])
             torch.manual_seed(args.seed + rank)              # each rank drops other elements
         paths = ("checkpoint", "adapter", "data", "val_data", "out", "device")       # these may differ from machine to machine
         alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin.get("fingerprint"),
@@ -377,7 +306,7 @@ def main(argv=None):
     with bad_input_ends_in_one_line("train.py"):             # only now that all ranks are well is a file touched
         if rank == 0:
             begin(args, out)
-    train(args, model, train_set, val_set, collate, device, out, rank, world_size)
+    train(args, model, train_set, val_set, steps, collate, device, out, rank, world_size)
     if rank == 0:
         save(args, model, tokenizer, lora, out)
     peak = peak_memory_mb(device)

@@ -3,8 +3,9 @@
 An example is a dict with "instruction", "input" (may be absent or empty) and "output", all text.
 """
 import json
-from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,29 @@ PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:")
 
-Batch = namedtuple("Batch", "tokens labels n_answer")
-Batch.__doc__ = """A micro-batch: tokens and labels (B, T) int64, and the number of its answer tokens.
 
-Labels stand where their tokens stand (labels[t] is tokens[t] or IGNORE); the shift by one is the loss's.
-"""
+class Batch(NamedTuple):
+    """A micro-batch: tokens and labels (B, T) int64, the number of its answer tokens, and, of a packed one, its layout.
 
-Window = namedtuple("Window", "batches n_tokens n_answer")
-Window.__doc__ = "An optimizer step: this rank's micro-batches, and how many real and answer tokens all ranks have."
+    Labels stand where their tokens stand (labels[t] is tokens[t] or IGNORE); the shift by one is the loss's.
+    """
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    n_answer: int
+    layout: object = None
+
+    def to(self, device):
+        """What the model reads goes to the device, while that still computes; labels stay, and so nothing asks it back."""
+        tokens = self.tokens.pin_memory() if device.type == "cuda" else self.tokens
+        return self._replace(tokens=tokens.to(device, non_blocking=True), layout=self.layout and self.layout.to(device))
+
+
+class Window(NamedTuple):
+    """An optimizer step: this rank's micro-batches, what all ranks have, and how many epochs will have passed."""
+    batches: list
+    n_tokens: int
+    n_answer: int
+    epoch: float
 
 
 def format_prompt(example):
@@ -158,18 +174,67 @@ def in_order(dataset, collate, batch_size, rank=0, world_size=1):
         yield collate([dataset[j] for j in mine[i:i + batch_size]])
 
 
-def windows(dataset, collate, batch_size, accumulation_steps, seed, epoch, rank=0, world_size=1):
-    """Yield a Window for each optimizer step of an epoch: this rank's micro-batches, the counts of all ranks.
+def plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size=1, tokens_per_batch=None):
+    """The optimizer steps of an epoch: [step][rank][micro-batch] -> indices into `lengths`, the examples' tokens.
 
-    The order is drawn from (seed, epoch), every example comes once, and what is left at the end makes a
-    smaller window like any other.  A step's examples are dealt out rank by rank; each rank knows the order, so
-    the counts need no communication.  A rank that is left without gets one micro-batch that is masked whole,
-    whose loss is 0: it must not miss the gradients' all-reduce.
+    The order is drawn from (seed, epoch), every example comes once, and what is left at the end makes a smaller
+    step like any other.  A step is dealt out rank by rank; at the end a rank may be left without.  A micro-batch has
+    batch_size examples or, with tokens_per_batch, as many as fit in that many tokens, and always one.
     """
-    order = np.random.default_rng((seed, epoch)).permutation(len(dataset)).tolist()
-    in_a_step = batch_size * accumulation_steps * world_size
-    for start in range(0, len(order), in_a_step):
-        step = [dataset[i] for i in order[start:start + in_a_step]]
-        mine = step[rank::world_size] or [(step[0][0], [IGNORE] * len(step[0][1]))]
-        batches = [collate(mine[i:i + batch_size]) for i in range(0, len(mine), batch_size)]
-        yield Window(batches, sum(len(tokens) for tokens, _ in step), sum(count_answer(labels) for _, labels in step))
+    order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
+    in_a_step = accumulation_steps * world_size
+    if tokens_per_batch:
+        batches = fill(order, lengths, tokens_per_batch)
+        return [[batches[i:i + in_a_step][rank::world_size] for rank in range(world_size)]
+                for i in range(0, len(batches), in_a_step)]
+    in_a_step *= batch_size
+    return [[split(order[i:i + in_a_step][rank::world_size], batch_size) for rank in range(world_size)]
+            for i in range(0, len(order), in_a_step)]
+
+
+def split(some, n):
+    """Pieces of n, the last one of what is left."""
+    return [some[i:i + n] for i in range(0, len(some), n)]
+
+
+def fill(order, lengths, room, at_once=1024):
+    """Indices in `order`, grouped so that the lengths of a group add up to at most `room`, where one alone does.
+
+    The next thousand are taken from longest to shortest, each into the first group that has room for it
+    (first-fit decreasing, Johnson 1973: at most 11/9 of the fewest groups); groups then come by their earliest member.
+    """
+    groups = []
+    for some in split(order, at_once):
+        filled = []                                              # [room left, places in the order]
+        for place in sorted(range(len(some)), key=lambda place: -lengths[some[place]]):
+            length = lengths[some[place]]
+            group = next((group for group in filled if group[0] >= length), None)
+            if group is None:
+                filled.append(group := [room, []])
+            group[0] -= length
+            group[1].append(place)
+        groups += [[some[place] for place in places] for places in sorted(sorted(places) for _, places in filled)]
+    return groups
+
+
+def windows(dataset, collate, steps, rank=0):
+    """Yield a Window for each of `steps`, (epochs passed, [rank][micro-batch][index]).
+
+    Each rank knows the whole plan, so the counts need no communication.  A rank that is left without gets one
+    micro-batch that is masked whole, whose loss is 0: it must not miss the gradients' all-reduce.
+    """
+    for epoch, ranks in steps:
+        rows = [dataset[i] for batches in ranks for batch in batches for i in batch]
+        batches = [collate([dataset[i] for i in batch]) for batch in ranks[rank]]
+        batches = batches or [collate([(rows[0][0], [IGNORE] * len(rows[0][1]))])]
+        yield Window(batches, sum(len(tokens) for tokens, _ in rows), sum(count_answer(labels) for _, labels in rows), epoch)
+
+
+def ahead(items):
+    """The same items, each made in a thread while the one before it is used."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item

@@ -72,9 +72,10 @@ def add_hardware_flags(group):
                        help="compute dtype (default: bf16 where the hardware has it, fp16 on older CUDA, else fp32)")
 
 
-def pick_hardware(device, precision, local_rank=0):
+def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     """(torch.device, "fp32" | "bf16" | "fp16") from the two flags; each rank of a machine takes a GPU of its own.
 
+    fast_matmul: products of fp32 matrices round what they read to bf16 on a CPU, to TF32 on CUDA, and add up in fp32.
     Raises ValueError for a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,6 +87,8 @@ def pick_hardware(device, precision, local_rank=0):
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     device = torch.device(device)
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast_matmul else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if fast_matmul else "ieee"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         precision = precision or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
@@ -125,6 +128,12 @@ def bad_input_ends_in_one_line(program):
         leave(2)
 
 
+def sum_over_ranks(tensor):
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def leave(code):
     """Exit.  A rank waits for the others, so that none is killed before it has printed or saved, and skips the
     interpreter's own end: gloo's threads, if they are still letting go of a tensor, would abort it there."""
@@ -134,3 +143,27 @@ def leave(code):
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def peak_memory_mb(device):
+    """Peak of the GPU's allocations, or of the process's memory on a CPU, in MiB; None where nobody counts it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource                                              # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def progress(row, steps, seconds):
+    """One line for people, whole and of fixed columns, so that it reads well in a log file too."""
+    left = round(seconds / row["step"] * (steps - row["step"]))
+    columns = [f"step {row['step']:>{len(str(steps))}}/{steps}", f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}",
+               f"lr {row['lr']:.1e}", f"grad norm {row['grad_norm']:.2f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+    if row["peak_memory_mb"] is not None:
+        columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
+    columns.append(f"{left // 60}:{left % 60:02} left")
+    if "val_loss" in row:
+        columns.append(f"held-out loss {row['val_loss']:.4f}")
+    return " | ".join(columns)

@@ -1,8 +1,16 @@
 """The loss of instruction tuning, as a sum and a count: whoever averages divides once, over all there is."""
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .alpaca import IGNORE
+
+CHUNK = 128                                                      # rows of logits at a time in fp32
+
+
+def summed_cross_entropy(logits, targets):
+    """Sum of -log softmax(logits (R, V))[targets (R,)] in nats, in fp32 (or fp64): log-sum-exp in 16 bit is wrong."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
 
 def answer_loss(model, batch):
@@ -12,9 +20,11 @@ def answer_loss(model, batch):
     with 4 answer tokens in one and 60 in the next the gradient points elsewhere.  A batch without answer
     tokens gives 0, connected to the graph, where a mean would be 0/0.
     """
-    targets = batch.labels.roll(-1, dims=1)                      # the shift by one, here and nowhere else
-    targets[:, -1] = IGNORE                                      # nothing follows the last token
-    rows = targets != IGNORE                                     # (B, T)
-    logits = model(batch.tokens, rows=rows)                      # (rows.sum(), V)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))      # log-sum-exp in 16 bit is wrong
-    return F.cross_entropy(logits, targets[rows], reduction="sum"), batch.n_answer
+    targets = batch.labels.flatten().roll(-1)                    # the shift by one, here and nowhere else
+    targets[batch.labels.shape[1] - 1::batch.labels.shape[1]] = IGNORE        # nothing follows the last token
+    rows = (targets != IGNORE).nonzero().flatten()               # (R,)
+    logits = model(batch.tokens, rows=rows.to(batch.tokens.device), layout=batch.layout)           # (R, V)
+    # Backward wants three fp32 tensors as large as the logits, most of a step's peak: they are made anew, chunk by chunk.
+    chunks = zip(logits.split(CHUNK), targets[rows].to(logits.device).split(CHUNK))
+    loss = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+    return loss, batch.n_answer

@@ -71,41 +71,46 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(T, head_dim, theta, device, dtype):
-    """e^(i t theta_j), theta_j = theta^(-2j/hd), complex (T, hd/2) (RoFormer, Su et al. 2021, eq. 15).
+    """cos and sin of i theta_j, theta_j = theta^(-2j/hd), (2, T, hd/2) (RoFormer, Su et al. 2021, eq. 15).
 
     Made anew in each forward, which costs next to nothing, in `dtype` (fp32 or fp64): as a buffer it
     would follow `model.half()`, and positions in 16 bit are wrong from the 257th on.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
     angle = torch.outer(torch.arange(T, device=device, dtype=dtype), frequency)
-    return torch.polar(torch.ones_like(angle), angle)
+    return torch.stack((angle.cos(), angle.sin()))
 
 
 def rotate(x, rope):
     """Turn each neighbouring pair of x (B, T, heads, hd) by its position's angle; same shape and dtype."""
-    pairs = x.to(rope.real.dtype).unflatten(-1, (-1, 2))
-    turned = torch.view_as_complex(pairs.contiguous()) * rope[:, None]         # (B, T, heads, hd/2)
-    return torch.view_as_real(turned).flatten(-2).type_as(x)
+    a, b = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope[:, :, None]                                                # (T, 1, hd/2)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def causal(q, k, v):
+    """softmax(q k^T / sqrt(hd)) v, each token seeing those up to itself; K < H heads serve H / K queries each (GQA)."""
+    y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True,
+                                       enable_gqa=k.shape[2] < q.shape[2])                         # (B, H, T, hd)
+    return y.transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(hd)) v, causal; K < H key and value heads serve H / K query heads each (GQA)."""
+    """wo of what the heads read, each from the tokens before it (Vaswani et al. 2017, section 3.2)."""
 
     def __init__(self, args):
         super().__init__()
         self.head_dim = args.dim // args.n_heads
-        self.grouped = args.n_kv_heads < args.n_heads
         self.wq = nn.Linear(args.dim, args.n_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(args.dim, args.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * self.head_dim, args.dim, bias=False)
 
-    def forward(self, x, rope):
+    def forward(self, x, rope, attend=causal):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))   # (B, T, H|K, hd)
         q, k = rotate(q, rope), rotate(k, rope)                  # positions enter here and nowhere else
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True,
-                                           enable_gqa=self.grouped)                                # (B, H, T, hd)
-        return self.wo(y.transpose(1, 2).flatten(-2))            # (B, T, D)
+        y = attend(q, k, v)                                      # (B, T, H, hd)
+        return self.wo(y.flatten(-2))                            # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -131,8 +136,8 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x, rope):
-        h = x + self.attention(self.attention_norm(x), rope)
+    def forward(self, x, rope, attend=causal):
+        h = x + self.attention(self.attention_norm(x), rope, attend)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -159,25 +164,27 @@ class Transformer(nn.Module):
                 writes = name.endswith(("wo.weight", "w2.weight"))
                 nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.args.n_layers) if writes else 0.02)
 
-    def forward(self, tokens, rows=None):
-        """tokens (B, T) int64 -> logits (B, T, V); with rows (B, T) bool, only theirs: (rows.sum(), V).
+    def forward(self, tokens, rows=None, layout=None):
+        """tokens (B, T) int64 -> logits (B, T, V); with rows, (B, T) bool or (R,) indices into B T, theirs alone: (R, V).
 
         The product with the vocabulary and the fp32 loss behind it are a large part of time and memory:
         training wants them at answer tokens, generation at the last.  Rows are padded on the right: under the
-        causal mask no real token sees the padding behind it, so no attention mask is needed.
-        Raises ValueError when T exceeds args.max_seq_len.
+        causal mask no real token sees the padding behind it, so no attention mask is needed.  A layout says where
+        in one row (1, N) several examples stand: it knows their positions and keeps attention within each.
+        Raises ValueError when an example exceeds args.max_seq_len.
         """
-        T = tokens.shape[1]
+        T = layout.longest if layout else tokens.shape[1]
         if T > self.args.max_seq_len:
             raise ValueError(f"a row of {T} tokens is longer than max_seq_len {self.args.max_seq_len}")
         h = self.tok_embeddings(tokens)                                        # (B, T, D)
         rope = rope_table(T, self.args.dim // self.args.n_heads, self.args.rope_theta, h.device,
                           torch.promote_types(h.dtype, torch.float32))
+        rope, attend = (rope[:, layout.positions], layout.attend) if layout else (rope, causal)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rope, use_reentrant=False)            # the reentrant kind gives LoRA no
+                h = checkpoint(layer, h, rope, attend, use_reentrant=False)    # the reentrant kind gives LoRA no
             else:                                                              # gradient: h needs none itself
-                h = layer(h, rope)
+                h = layer(h, rope, attend)
         if rows is not None:
-            h = h[rows]                                                        # (rows.sum(), D)
+            h = h[rows] if rows.dtype == torch.bool else h.flatten(0, 1)[rows]                     # (R, D)
         return self.output(self.norm(h))

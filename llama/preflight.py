@@ -3,6 +3,8 @@ import torch
 
 from .alpaca import count_answer
 from .cli import DTYPES, shown
+from .loss import CHUNK
+from .packing import SHORT
 
 
 def check_data(dataset, max_seq_len, name):
@@ -12,9 +14,17 @@ def check_data(dataset, max_seq_len, name):
                          "would not learn to stop; allow longer rows with --max-seq-len")
 
 
-def trying_batch(dataset, collate, batch_size):
-    """A micro-batch of long rows with long answers: if memory does not suffice, it should show now."""
-    return collate(sorted(dataset.rows, key=lambda row: len(row[0]) + count_answer(row[1]))[-batch_size:])
+def largest(dataset, steps):
+    """Of all micro-batches of `steps`: (indices of the one that takes most, most tokens, answer tokens, pairs of tokens)."""
+    sizes = [(len(tokens), count_answer(labels), len(tokens) ** 2 * (len(tokens) <= SHORT)) for tokens, labels in dataset.rows]
+    batches = {tuple(batch): [sum(size) for size in zip(*(sizes[i] for i in batch))]
+               for _, ranks in steps for batches in ranks for batch in batches}
+    return max(batches, key=lambda batch: sum(batches[batch][:2])), *map(max, zip(*batches.values()))
+
+
+def trying_batch(dataset, collate, steps):
+    """The micro-batch that takes most: if memory does not suffice, it should show now."""
+    return collate([dataset[i] for i in largest(dataset, steps)[0]])
 
 
 def check_gradients(model, wrapped, loss):
@@ -69,13 +79,14 @@ def block_bytes(args, width, wrapped, dropout, on_cpu):
         width * (layer.r + layer.keeps_results * layer.base.out_features) for layer in wrapped.values())
 
 
-def estimate_memory(model, wrapped, tokens, answers, precision, device, world_size=1):
+def estimate_memory(model, wrapped, tokens, answers, precision, device, world_size=1, pairs=0):
     """(bytes by kind at the peak of a step, where that peak is): sizes of tensors in closed form, without any weights.
 
-    model may be on the meta device; tokens, answers: of the largest micro-batch, padding included.  The peak is
-    either at the head, where backward holds three fp32 tensors of the logits' size (log-softmax, its gradient, the
-    logits'), or in a block, where it holds three gradients of SwiGLU's width and, with checkpointing, what that block
-    has just computed again.  What the process itself takes, some 300 MiB on a CPU, is not in it.
+    model may be on the meta device; tokens, answers: of the largest micro-batch; pairs: of query and key, where
+    attention keeps them (packing.py, short examples on a CPU).  The peak is either at the head, where backward holds
+    the logits, their gradient and three fp32 tensors of a chunk's size (logits, log-softmax, its gradient), or in a
+    block, where it holds three gradients of SwiGLU's width and, with checkpointing, what that block has just computed
+    again.  What the process itself takes, some 300 MiB on a CPU, is not in it.
     """
     args, width, full = model.args, DTYPES[precision].itemsize, not wrapped
     parameters = list(model.parameters())
@@ -83,6 +94,7 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
     in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped if path.startswith("layers.0.")}
     dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     block = tokens * block_bytes(args, width, None if full else in_first, dropout, device.type == "cpu")
+    block += args.n_heads * pairs * width
     # What a method holds frozen in more than the compute dtype is copied at each use, and kept.
     block += sum(width * p.numel() for layer in in_first.values() for p in layer.parameters(recurse=False)
                  if not p.requires_grad and p.element_size() > width)
@@ -91,7 +103,7 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
         kept = 3 * tokens * args.dim * width                     # what passes is the stream, h and its norm
     elif model.checkpointing:
         kept, in_block = args.n_layers * tokens * args.dim * (4 if full else width), in_block + block
-    at_head = 12 * answers * args.vocab_size
+    at_head = (2 * answers * width + min(answers, CHUNK) * (12 if width < 4 else 8)) * args.vocab_size
     copies = width * sum(p.numel() for p in parameters if p.dim() == 2) if full and width < 4 else 0   # autocast's, kept too
     # A quantised matrix is made whole, by way of 4 bytes a weight, for the moment of its product.
     made = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")), default=0) * (width + 4)
@@ -108,7 +120,7 @@ def mib(size):
     return f"{size / 2 ** 20:,.{0 if size >= 100 * 2 ** 20 else 1}f}"
 
 
-def describe(args, model, wrapped, train_set, val_set, steps, per_epoch, device, world_size):
+def describe(args, model, wrapped, train_set, val_set, steps, device, world_size):
     """Print the few lines that say what is about to be trained, on what, and what it takes."""
     total = sum(p.numel() for p in model.parameters()) + sum(
         module.in_features * module.out_features for module in model.modules() if hasattr(module, "dequantize"))
@@ -123,11 +135,16 @@ def describe(args, model, wrapped, train_set, val_set, steps, per_epoch, device,
     own = "".join(f", {name} {value}" for name, value in args.method_options.items())
     adapter = f"r {args.r}, alpha {args.alpha:g}{own} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
-    print(f"steps     {args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
-          f"{args.batch_size * args.accumulation_steps * world_size} examples a step; {steps} steps, "
-          f"{steps / per_epoch:.3g} epochs")
-    answers = sum(sorted(count_answer(labels) for _, labels in train_set.rows)[-args.batch_size:])
-    tokens = min(args.batch_size, len(train_set)) * longest
-    kinds, where = estimate_memory(model, wrapped, tokens, answers, args.precision, device, world_size)
+    _, tokens, answers, pairs = largest(train_set, steps)
+    if args.tokens_per_batch:
+        filled = sum(len(train_set[i][0]) for _, ranks in steps for batches in ranks for batch in batches for i in batch)
+        filled /= sum(len(batches) for _, ranks in steps for batches in ranks) * args.tokens_per_batch
+        a_step = f"{args.tokens_per_batch:,} tokens ({filled:.0%} filled) x {args.accumulation_steps} micro-batches x {world_size} ranks a step"
+    else:
+        a_step = (f"{args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
+                  f"{args.batch_size * args.accumulation_steps * world_size} examples a step")
+    print(f"steps     {a_step}; {len(steps)} steps, {steps[-1][0]:.3g} epochs")
+    kinds, where = estimate_memory(model, wrapped, tokens, answers, args.precision, device, world_size,
+                                   pairs if device.type == "cpu" else 0)
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{' a rank' * (world_size > 1)}, the most {where}: "
           + ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items()), flush=True)

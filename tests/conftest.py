@@ -8,6 +8,7 @@ import sentencepiece as spm
 import torch
 
 from llama import ModelArgs, Tokenizer, Transformer, save_checkpoint
+from llama.alpaca import plan_epoch, windows
 
 ROOT = Path(__file__).parents[1]
 CORPUS = [
@@ -70,3 +71,10 @@ def data(tmp_path):
     path = tmp_path / "examples.json"
     path.write_text(json.dumps(EXAMPLES))
     return path
+
+
+def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0, rank=0, world_size=1, tokens_per_batch=None):
+    """The windows of one epoch of (tokens, labels) rows, as train.py has them."""
+    lengths = [len(rows[i][0]) for i in range(len(rows))]
+    planned = plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size, tokens_per_batch)
+    return list(windows(rows, collate, [(epoch + i / len(planned), step) for i, step in enumerate(planned, 1)], rank))

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import io
+import itertools
 import json
 import math
 import sys
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 
 import train
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
-from llama.alpaca import encode_prompt, read_examples, windows
+from llama.alpaca import encode_prompt, plan_epoch, read_examples
 from llama.sampling import generate
 from lora import LoRAEmbedding, LoRALinear, lora_state_dict
 
@@ -242,11 +243,9 @@ def encoded_by_hand():
 
 def order():
     """Lists of micro-batches of indices, one list a step, for ever: the one thing taken from our side."""
-    indices, epoch = [([i], [0]) for i in range(len(EXAMPLES))], 0
-    while True:
-        for window in windows(indices, lambda rows: [i for (i,), _ in rows], BATCH, ACCUMULATION, seed=0, epoch=epoch):
-            yield window.batches
-        epoch += 1
+    for epoch in itertools.count():
+        for batches, in plan_epoch([0] * len(EXAMPLES), BATCH, ACCUMULATION, seed=0, epoch=epoch):
+            yield batches
 
 
 def peer_adapter(peer, base):

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from llama.alpaca import (DataCollatorForSupervisedDataset, SupervisedDataset, encode_example, encode_prompt,
-                          format_prompt, in_order, read_examples, windows)
+                          format_prompt, in_order, read_examples)
+
+from .conftest import epoch_windows
 
 _ = -100
 
@@ -76,7 +78,7 @@ def test_prompt_and_answer_never_share_a_piece(tokenizer):
 def dealt(batch_size, steps, seed=0, epoch=0, n=23, rank=0, world_size=1):
     """For each step the examples of each micro-batch, and the step's counts."""
     rows = [([1, i, 2], [_, i, 2]) for i in range(3, 3 + n)]
-    made = windows(rows, DataCollatorForSupervisedDataset(0), batch_size, steps, seed, epoch, rank, world_size)
+    made = epoch_windows(rows, DataCollatorForSupervisedDataset(0), batch_size, steps, seed, epoch, rank, world_size)
     return [([[i for i, label in zip(batch.tokens[:, 1].tolist(), batch.labels[:, 1]) if label != _] for batch in window.batches],
              window.n_tokens, window.n_answer) for window in made]
 

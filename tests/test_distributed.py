@@ -75,16 +75,15 @@ class Counting(train.DistributedDataParallel):
         print("reduced", file=reduced_file, flush=True)
         return torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True).get_future().then(lambda f: f.value()[0])
 train.DistributedDataParallel = Counting
-collate, seen_file = train.DataCollatorForSupervisedDataset.__call__, open(f"seen{rank}", "w")
-def seen(self, batch):
-    for tokens, labels in batch:
-        if labels[-1] != -100:
-            print(*tokens, file=seen_file, flush=True)
-    return collate(self, batch)
-def began(*args):                                        # from here on: the pre-flight's batch is none of the run's
-    train.DataCollatorForSupervisedDataset.__call__ = seen
-    return loop(*args)
-loop, train.train = train.train, began
+seen_file = open(f"seen{rank}", "w")
+def seen(data, collate, *rest):                          # the pre-flight's batch is none of the run's
+    def noted(batch):
+        for tokens, labels in batch:
+            if labels[-1] != -100:
+                print(*tokens, file=seen_file, flush=True)
+        return collate(batch)
+    return windows(data, noted, *rest)
+windows, train.windows = train.windows, seen
 """)
     for accumulation, steps in ((4, 13), (2, 26)):
         done = torchrun(tmp_path, script, *flags, "--data", "many.json", "--batch-size", "2", "--accumulation-steps", str(accumulation),

@@ -130,7 +130,8 @@ def test_activations_are_what_autograd_keeps(precision):
         kinds, where = estimate_memory(model, wrapped, batch.tokens.numel(), batch.n_answer, precision, torch.device("cpu"))
         _, kept = saved_bytes(model, lambda: answer_loss(model, batch)[0])
         assert where == "at the logits"
-        assert kinds["activations"] + kinds["logits"] / 3 == pytest.approx(kept, rel=0.05)      # log-softmax is kept too
+        logits = batch.n_answer * 1280 * DTYPES[precision].itemsize
+        assert kinds["activations"] + logits == pytest.approx(kept, rel=0.05)
 
 
 def test_ranks_hold_their_gradients_twice():
@@ -150,7 +151,7 @@ def test_llama_2_7b_by_arithmetic():
     assert kinds["gradients"] == 4 * (8_388_608 + 16 * 4096) and kinds["optimizer"] == 8 * 8_388_608
     dropped = 2 * (2 + 1) * 4096                                         # two targets; a copy in bf16 and a mask of a byte
     norms, attention, swiglu = 2 * 2 * 4096, 4 * 2 * 4096 + 4 * 32, 3 * 2 * 11008
-    assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped + 2 * 2 * 16) and kinds["logits"] == 12 * 200 * 32000
+    assert kinds["activations"] == 32 * 512 * (norms + attention + swiglu + dropped + 2 * 2 * 16) and kinds["logits"] == (2 * 2 * 200 + 12 * 128) * 32000
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_the_estimate_counts_long_answers_that_stand_in_shorter_rows(no_weights,
     printed = []
     for examples in [long] * 4, [telling] * 4, [long, telling] * 4:
         Path(no_weights[3]).write_text(json.dumps(examples))
-        train.main([*no_weights, "--checkpointing"])
+        train.main([*no_weights, "--checkpointing", "--batch-size", "1"])
         printed.append(float(capsys.readouterr().out.split("memory    about ")[1].split()[0]))
     assert printed[2] >= max(printed[:2]) > 1.1 * min(printed[:2])
 
@@ -227,7 +228,7 @@ def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
     wrapped = add_lora(model, LoRAConfig(r=2))
     tokens = torch.arange(8).view(1, 8)
     honest = model.layers[1].forward
-    model.layers[1].forward = lambda h, rope: honest(h.detach(), rope)   # as a forgotten .detach() or no_grad would
+    model.layers[1].forward = lambda h, *rest: honest(h.detach(), *rest)   # as a forgotten .detach() or no_grad would
     with pytest.raises(ValueError, match=r"no gradient reaches layers\.0\.attention\.wq, layers\.0\.attention\.wv$"):
         check_gradients(model, wrapped, lambda: model(tokens).sum())
     remove_lora(model)

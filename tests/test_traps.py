@@ -15,12 +15,12 @@ import generate
 import train
 from llama import load_checkpoint, save_checkpoint
 from llama.alpaca import (IGNORE, Batch, DataCollatorForSupervisedDataset, SupervisedDataset, count_answer, encode_example,
-                          encode_prompt, format_prompt, windows)
+                          encode_prompt, format_prompt)
 from llama.loss import answer_loss
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
-from .conftest import EXAMPLES, ROOT, tiny
+from .conftest import EXAMPLES, ROOT, epoch_windows, tiny
 from .memory import saved_bytes
 from .test_distributed import rows, torchrun
 
@@ -56,7 +56,7 @@ def first_gradient(base, tokenizer):
         torch.manual_seed(0)
         model, _ = load_checkpoint(base, max_seq_len=512)
         add_lora(model, LoRAConfig(r=4, dropout=0))
-        steps = list(windows(SupervisedDataset(EXAMPLES, tokenizer), DataCollatorForSupervisedDataset(2), 2, 4, 0, 0))
+        steps = list(epoch_windows(SupervisedDataset(EXAMPLES, tokenizer), DataCollatorForSupervisedDataset(2), 2, 4, 0, 0))
         sums, counts = zip(*(answer_loss(model, batch) for batch in steps[window].batches))
         weigh(torch.stack(sums), torch.tensor(counts)).backward()
         return math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None))
@@ -222,7 +222,7 @@ def test_order_without_coverage():
     https://github.com/Lightning-AI/lit-llama/blob/main/finetune/lora.py"""
     data = [([1, i], [IGNORE, i]) for i in range(50)]
     for epoch in 0, 1:
-        seen = [row[1].item() for window in windows(data, DataCollatorForSupervisedDataset(0), 4, 2, 0, epoch)
+        seen = [row[1].item() for window in epoch_windows(data, DataCollatorForSupervisedDataset(0), 4, 2, 0, epoch)
                 for batch in window.batches for row in batch.tokens]
         assert sorted(seen) == list(range(50))
 
@@ -231,7 +231,7 @@ def test_each_epoch_in_the_same_order():
     """A sampler that is not told the epoch deals the same order every time.
     https://github.com/pytorch/pytorch/issues/31771"""
     data = [([1, i], [IGNORE, i]) for i in range(50)]
-    orders = [[batch.tokens[:, 1].tolist() for window in windows(data, DataCollatorForSupervisedDataset(0), 4, 2, 0, epoch)
+    orders = [[batch.tokens[:, 1].tolist() for window in epoch_windows(data, DataCollatorForSupervisedDataset(0), 4, 2, 0, epoch)
                for batch in window.batches] for epoch in (0, 1, 0)]
     assert orders[0] != orders[1] and orders[0] == orders[2]
 

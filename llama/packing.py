@@ -1,0 +1,93 @@
+"""Micro-batches without padding: examples one behind another in one row, and only attention knows where each begins.
+
+A third of a padded batch of Alpaca examples is padding, and a quarter of what remains is the same preamble again.
+Deleting this page, and its two lines in train.py, leaves padded batches.
+"""
+import copy
+from os.path import commonprefix
+
+import torch
+import torch.nn.functional as F
+
+from .alpaca import IGNORE, Batch, count_answer
+
+LEAST = 8                                            # tokens: sharing fewer costs more in attention than it saves
+SHORT = 256                                          # tokens: up to here plain products beat torch's CPU kernel (bf16)
+
+
+class Layout:
+    """Where the examples of a row (1, N) stand.
+
+    segments: [(length, context)] from left to right; context lists the earlier segments that this one continues, in
+    order: none for the beginning of an example.  Positions count from each example's own beginning.
+    """
+
+    def __init__(self, segments):
+        self.segments = segments
+        begins = [sum(segments[i][0] for i in context) for _, context in segments]
+        self.positions = torch.cat([torch.arange(begin, begin + length) for begin, (length, _) in zip(begins, segments)])
+        self.longest = max(begin + length for begin, (length, _) in zip(begins, segments))       # of the examples
+
+    def to(self, device):
+        there = copy.copy(self)
+        there.positions = self.positions.to(device, non_blocking=True)
+        return there
+
+    @torch.compiler.disable                                      # its many shapes would compile a block again and again
+    def attend(self, q, k, v):
+        """q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd): each token sees its own example up to itself."""
+        lengths = [length for length, _ in self.segments]
+        q, k, v = (z.split(lengths, dim=1) for z in (q, k, v))
+
+        def seen(pieces, i):
+            context = self.segments[i][1]
+            return torch.cat([pieces[j] for j in (*context, i)], dim=1) if context else pieces[i]
+        return torch.cat([attend(q[i], seen(k, i), seen(v, i)) for i in range(len(lengths))], dim=1)
+
+
+def attend(q, k, v):
+    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L -> (1, L, H, hd): causal, the last query sees all S keys."""
+    (L, H, hd), (S, K) = q.shape[1:], k.shape[1:3]
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                               # (1, H|K, L|S, hd)
+    if q.is_cpu and S <= SHORT:
+        future = torch.full((L, S), -torch.inf, dtype=q.dtype).triu(S - L + 1).repeat(H // K, 1)
+        scores = torch.baddbmm(future, q.reshape(K, -1, hd), k[0].transpose(1, 2), alpha=hd ** -0.5)
+        return (scores.softmax(-1) @ v[0]).reshape(1, H, L, hd).transpose(1, 2)                    # fp32 inside softmax
+    past = None if L == S else torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
+    return F.scaled_dot_product_attention(q, k, v, past, is_causal=L == S, enable_gqa=H > K).transpose(1, 2)
+
+
+def pack(rows, share_prefix=False):
+    """List of (tokens, labels) -> Batch of one row (1, N) and its Layout; nothing is padded.
+
+    share_prefix: what examples have in common at their beginning, up to before the token that predicts the first
+    target, stands once, and its gradient is the sum of theirs.  Exact but for dropout, which then drops the same
+    there for all.  Preambles may branch (Alpaca's two do).
+    """
+    tokens, labels, segments = [], [], []
+
+    def lay(row, start, stop, context):
+        tokens.extend(row[0][start:stop])
+        labels.extend([IGNORE, *row[1][start + 1:stop]])         # what predicts this token stands elsewhere, if at all
+        segments.append((stop - start, context))
+
+    def shareable(row):
+        first = next((i for i, label in enumerate(row[1][1:], 1) if label != IGNORE), len(row[0]))
+        return row[0][:first - 1]
+
+    def place(rows, start, context):
+        """Rows that agree in their first `start` tokens, which `context` holds."""
+        branches = {}
+        for i, row in enumerate(rows):
+            beginning = tuple(shareable(row)[start:start + LEAST]) if share_prefix else ()
+            branches.setdefault(beginning if len(beginning) == LEAST else i, []).append(row)
+        for branch in branches.values():
+            if len(branch) == 1:
+                lay(branch[0], start, len(branch[0][0]), context)
+            else:
+                stop = len(commonprefix([shareable(row) for row in branch]))
+                lay(branch[0], start, stop, context)
+                place(branch, stop, (*context, len(segments) - 1))
+    place(rows, 0, ())
+    return Batch(torch.tensor([tokens]), torch.tensor([labels]), sum(count_answer(labels) for _, labels in rows),
+                 Layout(segments))
