@@ -1,7 +1,10 @@
 """llama/packing.py: rows without padding give the padded loss and gradients, and no example sees another."""
+import json
+
 import pytest
 import torch
 
+import train
 from llama import packing
 from llama.alpaca import DataCollatorForSupervisedDataset, ahead, fill, plan_epoch
 from llama.loss import answer_loss
@@ -147,3 +150,23 @@ def test_made_ahead_is_the_same_and_errors_arrive():
     assert next(items) == 1
     with pytest.raises(ValueError, match="a broken row"):
         next(items)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(base, data, tmp_path, monkeypatch):
+    """Two graphs a kind of pass, made while the first rows come; no later length makes another."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2", "--dropout", "0", "--batch-size", "1",
+             "--accumulation-steps", "1"]
+    train.main([*flags, "--out", "plain"])
+    compiled, honest = [], train.begin_step
+
+    def counting(*args):
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return honest(*args)
+    monkeypatch.setattr(train, "begin_step", counting)
+    torch._dynamo.utils.counters.clear()
+    train.main([*flags, "--compile", "--out", "compiled"])
+    assert 0 < compiled[2] == compiled[-1] <= 12 and len(compiled) == 36
+    plain, ours = (json.loads(f"[{','.join((tmp_path / out / 'metrics.jsonl').read_text().splitlines())}]") for out in ("plain", "compiled"))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
