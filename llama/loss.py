@@ -23,8 +23,8 @@ def answer_loss(model, batch):
     targets = batch.labels.flatten().roll(-1)                    # the shift by one, here and nowhere else
     targets[batch.labels.shape[1] - 1::batch.labels.shape[1]] = IGNORE        # nothing follows the last token
     rows = (targets != IGNORE).nonzero().flatten()               # (R,)
-    logits = model(batch.tokens, rows=rows.to(batch.tokens.device), layout=batch.layout)           # (R, V)
+    logits = model(batch.tokens, rows=rows.to(batch.tokens.device, non_blocking=True), layout=batch.layout)       # (R, V)
     # Backward wants three fp32 tensors as large as the logits, most of a step's peak: they are made anew, chunk by chunk.
-    chunks = zip(logits.split(CHUNK), targets[rows].to(logits.device).split(CHUNK))
+    chunks = zip(logits.split(CHUNK), targets[rows].to(logits.device, non_blocking=True).split(CHUNK))
     loss = sum(checkpoint(summed_cross_entropy, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
     return loss, batch.n_answer

@@ -63,7 +63,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
                               "return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight"),
     "stream_promoted_to_fp32": ("llama/model.py", "return F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
                                 "return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)"),
-    "logits_of_all_positions": ("llama/loss.py", "model(batch.tokens, rows=rows.to(batch.tokens.device), layout=batch.layout)",
+    "logits_of_all_positions": ("llama/loss.py", "model(batch.tokens, rows=rows.to(batch.tokens.device, non_blocking=True), layout=batch.layout)",
                                 "model(batch.tokens, layout=batch.layout).flatten(0, 1)[rows]"),
     "optimizer_given_frozen_weights": ("lora/lora_plus.py", "[p for p in model.parameters() if p.requires_grad]", "list(model.parameters())"),
     "stale_key_and_strictness": ("llama/checkpoint.py", "        check_keys(pieces, model, folder, file_name)", "        pass"),

@@ -152,6 +152,19 @@ def test_made_ahead_is_the_same_and_errors_arrive():
         next(items)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("share_prefix", [False, True], ids=["plain", "shared"])
+def test_nothing_waits_for_the_gpu_within_a_micro_batch(share_prefix):
+    model = tiny(n_kv_heads=2).cuda()
+    add_lora(model, LoRAConfig(r=4, dropout=0))
+    batch = pack(drawn(), share_prefix)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        answer_loss(model, batch.to(torch.device("cuda")))[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(base, data, tmp_path, monkeypatch):
     """Two graphs a kind of pass, made while the first rows come; no later length makes another."""
