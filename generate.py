@@ -10,7 +10,8 @@ import argparse
 import json
 import os
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -60,6 +61,7 @@ def parse_args(argv=None):
     flag("--beams", metavar="N", type=number(int, 1, 256), default=1, help="search with N beams (default: 1, greedy)")
     flag("--no-repeat-ngram", metavar="N", type=number(int, 0), default=0,
          help="never repeat N tokens in a row in an answer; 0: may (default: 0)")
+    flag("--verbose", action="store_true", help="say how many tokens a forward gave and a second, on stderr")
     add_hardware_flags(parser.add_argument_group("on what"))
     args = parser.parse_args(argv)
     if args.input and not args.instruction:
@@ -107,34 +109,56 @@ def load(args, device):
     return model, tokenizer, said
 
 
-def answer(model, tokenizer, example, args):
-    """Iterate over the ids of one answer."""
-    prompt = encode_prompt(example, tokenizer)
-    if args.beams > 1:
-        return beam_search(model, prompt, args.max_new_tokens, tokenizer.eos_id, args.beams, args.no_repeat_ngram)
-    return (token for _, token in generate(model, [prompt], args.max_new_tokens, tokenizer.eos_id, args.temperature,
-                                           args.top_k, args.top_p, args.no_repeat_ngram, args.seed))
+@contextmanager
+def tallied(model, ids, verbose):
+    """`ids` to iterate over; when done with, how many there were and how many forwards they took is said, if `verbose`."""
+    tokens = forwards = 0
+
+    def counted():
+        nonlocal tokens
+        for tokens, token in enumerate(ids, 1):
+            yield token
+
+    def ran(*_):
+        nonlocal forwards
+        forwards += 1
+    hook, began = model.register_forward_hook(ran), time.perf_counter()
+    try:
+        yield counted()
+    finally:
+        hook.remove()
+    if verbose:
+        print(f"{tokens} tokens in {forwards} forwards, {tokens / forwards:.2f} a forward; "
+              f"{tokens / (time.perf_counter() - began):.1f} tokens/s", file=sys.stderr, flush=True)
+
+
+def answers(model, tokenizer, examples, args):
+    """Iterate over (i, id): the next tokens of the answer to examples[i]."""
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    if args.beams == 1:
+        return generate(model, prompts, args.max_new_tokens, tokenizer.eos_id, args.temperature,
+                        args.top_k, args.top_p, args.no_repeat_ngram, args.seed)
+    return ((i, token) for i, prompt in enumerate(prompts) for token in beam_search(
+        model, prompt, args.max_new_tokens, tokenizer.eos_id, args.beams, args.no_repeat_ngram))
 
 
 def show(model, tokenizer, example, args):
-    for piece in stream(tokenizer, answer(model, tokenizer, example, args)):
-        print(piece, end="", flush=True)
-    print()
+    with tallied(model, answers(model, tokenizer, [example], args), args.verbose) as ids:
+        for piece in stream(tokenizer, (token for _, token in ids)):
+            print(piece, end="", flush=True)
+        print(flush=True)
 
 
 def answer_file(model, tokenizer, examples, args):
     """One JSON line an example on stdout, in their order; progress on stderr."""
     for start in range(0, len(examples), BATCH):
         some = examples[start:start + BATCH]
-        if args.beams > 1:
-            ids = [answer(model, tokenizer, example, args) for example in some]
-        else:
-            ids = [[] for _ in some]
-            for i, token in generate(model, [encode_prompt(example, tokenizer) for example in some], args.max_new_tokens,
-                                     tokenizer.eos_id, args.temperature, args.top_k, args.top_p, args.no_repeat_ngram, args.seed):
-                ids[i].append(token)
-        for example, answered in zip(some, ids):
-            print(json.dumps({**example, "answer": tokenizer.decode(answered)}, ensure_ascii=False), flush=True)
+        answered = [[] for _ in some]
+        with tallied(model, answers(model, tokenizer, some, args), args.verbose) as ids:
+            for i, token in ids:
+                answered[i].append(token)
+        for example, ids in zip(some, answered):
+            print(json.dumps({**example, "answer": tokenizer.decode(ids)}, ensure_ascii=False), flush=True)
         print(f"{start + len(some)}/{len(examples)} answered", file=sys.stderr, flush=True)
 
 

@@ -1,23 +1,54 @@
-"""Logits to text.  Without a KV cache each token is one forward over the whole row: simple, and right."""
+"""Logits to text.  Without a KV cache a token is one forward over the whole row: simple, and right; so a forward is
+made to give several tokens where the text allows it, and the rows of a batch share what they have in common."""
 import torch
 
-from .alpaca import pad_right
+from .alpaca import IGNORE
+from .packing import pack
+
+BLOCK = 16                                           # tokens: lengths are rounded up to a multiple, so that shapes repeat
+NGRAM, EACH = 4, 8                                   # a guess is as sure as what it follows is long: so many tokens for each
 
 
-def next_logits(model, rows, pad_id=0):
-    """rows: lists of ids, of any lengths -> fp32 logits (len(rows), V) of what follows each, on the CPU.
+def whole(length):
+    """The multiple of BLOCK that a row of this length takes."""
+    return -(-length // BLOCK) * BLOCK
 
-    Padding stands on the right, where the causal mask hides it, so a row gets what it would get alone.
-    Raises ValueError where weights have gone wrong and a logit is not a number.
+
+def next_logits(model, rows, guesses=None):
+    """rows: lists of ids, of any lengths -> list of fp32 logits on the CPU: (1 + g, V) of what follows each row and then
+    each of the g tokens of its guess, if there is one.
+
+    The rows stand one behind another in a single one, what they begin with alike only once, so a row gets what it
+    would get alone.  Raises ValueError where weights have gone wrong and a logit is not a number.
     """
     device = next(model.parameters()).device
-    tokens = pad_right(rows, pad_id).to(device)
-    last = torch.zeros_like(tokens, dtype=torch.bool)
-    last[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])] = True
-    logits = model(tokens, rows=last).float().cpu()
+    examples = []
+    for i, (row, guess) in enumerate(zip(rows, guesses or [[]] * len(rows))):
+        asked = [IGNORE] * len(row) + [i] * (1 + len(guess))         # labels: what predicts these places is wanted
+        padding = min(whole(len(asked)), model.args.max_seq_len) - len(asked)
+        examples.append(([*row, *guess, 0] + [0] * padding, asked + [IGNORE] * padding))
+    tokens, labels, _, layout = pack(examples, share_prefix=True)
+    places, = (labels[0] != IGNORE).nonzero(as_tuple=True)
+    logits = model(tokens.to(device), rows=(places - 1).to(device), layout=layout.to(device)).float().cpu()
     if logits.isnan().any():
         raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
-    return logits
+    return [logits[labels[0, places] == i] for i in range(len(rows))]
+
+
+def guess(row, most, otherwise=()):
+    """Up to `most` tokens that may follow `row`: what followed the last time that its last few tokens were there
+    (prompt lookup, Saxena 2023), the more of it the longer these are; where they are new, what `otherwise` says.
+
+    To check a token costs no more than its place in the forward, and nothing up to a whole BLOCK.
+    """
+    for n in range(min(NGRAM, len(row) - 1), 0, -1):
+        for i in range(len(row) - n - 1, -1, -1):
+            if row[i:i + n] == row[-n:]:
+                said, stop = row[:], min(len(row) + most, whole(len(row) + EACH * n + 1) - 1)
+                while len(said) < stop:
+                    said.append(said[i + n - len(row)])              # so far behind, it may copy what it has just said
+                return said[len(row):]
+    return list(otherwise[:min(most, whole(len(row) + 1) - 1 - len(row))])
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -54,15 +85,17 @@ def room(model, prompts, max_new_tokens):
 
 
 def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0):
-    """Iterate over (i, id): the next token of prompts[i] (lists of ids), a round at a time, until eos (not given).
+    """Iterate over (i, id): what comes next for prompts[i] (lists of ids), a round at a time, until eos (not given).
 
-    temperature 0 takes the likeliest token; above it, one is drawn from `filtered` with a generator for each
-    prompt, seeded alike, so that a prompt gets the same text alone and in any batch.  no_repeat_ngram n never
-    lets the answer repeat n tokens in a row.  Ends at model.args.max_seq_len as well.
+    temperature 0 takes the likeliest token, and a round then gives as many as were guessed right and one more: the
+    forward that says what follows a row says it of each guessed token too.  Above 0 one is drawn from `filtered`
+    with a generator for each prompt, seeded alike, so that a prompt gets the same text alone and in any batch.
+    no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at model.args.max_seq_len as well.
     Raises ValueError, at once, when a prompt leaves no room for an answer.
     """
     left = room(model, prompts, max_new_tokens)
 
+    @torch.inference_mode()
     def choose(logits, answer, generator):
         logits[repeats(answer, no_repeat_ngram)] = -torch.inf
         if logits.isneginf().all():
@@ -72,18 +105,28 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
         return torch.multinomial(filtered(logits, temperature, top_k, top_p), 1, generator=generator).item()
 
     def rounds():
-        answers = [[] for _ in prompts]
+        answers, beyond = [[] for _ in prompts], [[] for _ in prompts]
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-        going = list(range(len(prompts)))
+        going = range(len(prompts))
         while going:
+            rows = [prompts[i] + answers[i] for i in going]
+            most = [left[i] - len(answers[i]) - 1 if temperature == 0 else 0 for i in going]
+            guesses = [guess(row, n, beyond[i]) for i, row, n in zip(going, rows, most)]
             with torch.inference_mode():
-                logits = next_logits(model, [prompts[i] + answers[i] for i in going])
-                chosen = [choose(row, answers[i], generators[i]) for i, row in zip(going, logits)]
-            for i, token in zip(going, chosen):
-                if token != eos_id:
+                found = next_logits(model, rows, guesses)
+            still = []
+            for i, guessed, logits in zip(going, guesses, found):
+                for j, row in enumerate(logits):
+                    token = choose(row, answers[i], generators[i])
+                    if token == eos_id:
+                        break
                     answers[i].append(token)
                     yield i, token
-            going = [i for i, token in zip(going, chosen) if token != eos_id and len(answers[i]) < left[i]]
+                    if guessed[j:j + 1] != [token]:
+                        beyond[i] = logits[j + 1:].argmax(-1).tolist()       # said after a wrong guess, yet often right
+                        still += [i] * (len(answers[i]) < left[i])
+                        break
+            going = still
     return rounds()
 
 
@@ -97,7 +140,7 @@ def beam_search(model, prompt, max_new_tokens, eos_id, beams, no_repeat_ngram=0)
     left, = room(model, [prompt], max_new_tokens)
     alive, done = [(0.0, [])], []
     while alive:
-        logits = next_logits(model, [prompt + answer for _, answer in alive])
+        logits = torch.cat(next_logits(model, [prompt + answer for _, answer in alive]))
         for row, (_, answer) in zip(logits, alive):
             row[repeats(answer, no_repeat_ngram)] = -torch.inf
         scores = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf) + torch.tensor([[score] for score, _ in alive])

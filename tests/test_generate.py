@@ -1,30 +1,52 @@
 """llama/sampling.py and generate.py: the right tokens, whole characters, base and adapter and merged."""
 import io
 import json
+import re
 
 import pytest
 import torch
 
 import generate as command
 import train
-from llama import load_checkpoint
-from llama.sampling import beam_search, filtered, generate, repeats, stream
+from llama import load_checkpoint, sampling
+from llama.sampling import BLOCK, EACH, NGRAM, beam_search, filtered, generate, guess, repeats, stream
 
 from .conftest import EXAMPLES, tiny
 
 
 class Scripted(torch.nn.Module):
-    """A model whose next token is scripted by the length of the row; counts forwards and logits asked for."""
+    """A model whose next token is scripted by the length of the row; keeps what each place that it was asked about read."""
 
     def __init__(self, script, max_seq_len=64):
         super().__init__()
         self.nothing = torch.nn.Parameter(torch.zeros(1))
         self.args = type("Args", (), dict(max_seq_len=max_seq_len))
-        self.script, self.rows = script, []
+        self.script, self.asked = script, []
 
-    def forward(self, tokens, rows):
-        self.rows.append(rows[0].tolist())
-        return torch.nn.functional.one_hot(torch.tensor([self.script[tokens.shape[1]]]), 50).float()
+    def forward(self, tokens, rows, layout):
+        segments = tokens[0].split([length for length, _ in layout.segments])
+        begins = [sum(length for length, _ in layout.segments[:i]) for i in range(len(segments) + 1)]
+        which = [next(i for i in range(len(segments)) if place < begins[i + 1]) for place in rows.tolist()]
+        read = [torch.cat([*(segments[j] for j in layout.segments[i][1]), segments[i][:place + 1 - begins[i]]]).tolist()
+                for i, place in zip(which, rows.tolist())]
+        self.asked.append(read)
+        return torch.stack([self.says(ids) for ids in read])
+
+    def says(self, ids):
+        return torch.nn.functional.one_hot(torch.tensor(self.script[len(ids)]), 50).float()
+
+
+class Counted(torch.nn.Module):
+    """A model as it is, and how many forwards it ran and how many tokens and places each had."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.args, self.tokens, self.places = model, model.args, [], []
+
+    def forward(self, tokens, rows, layout):
+        self.tokens.append(tokens.shape[1])
+        self.places.append(len(rows))
+        return self.model(tokens, rows=rows, layout=layout)
 
 
 def one(model, prompt, *args, **settings):
@@ -32,18 +54,93 @@ def one(model, prompt, *args, **settings):
     return [token for _, token in generate(model, [prompt], *args, **settings)]
 
 
+def naive(model, prompt, max_new_tokens, eos_id, no_repeat_ngram=0):
+    """Greedy decoding as it is defined: the likeliest by the logits of a whole forward of the row alone, token by token."""
+    answer = []
+    while len(answer) < min(max_new_tokens, model.args.max_seq_len - len(prompt)):
+        logits = model(torch.tensor([prompt + answer]))[0, -1]
+        logits[repeats(answer, no_repeat_ngram)] = -torch.inf
+        token = logits.argmax().item()
+        if token == eos_id or logits.isneginf().all():
+            break
+        answer.append(token)
+    return answer
+
+
 def test_greedy_follows_the_likeliest_token_and_stops_at_eos():
     model = Scripted({3: 7, 4: 8, 5: 2, 6: 9})
     assert one(model, [1, 5, 6], 10, eos_id=2) == [7, 8]
-    assert model.rows == [[False] * n + [True] for n in (2, 3, 4)]           # logits at the last position only
+    assert model.asked == [[[1, 5, 6]], [[1, 5, 6, 7]], [[1, 5, 6, 7, 8]]]   # logits at the last position only
     assert one(model, [1, 5, 6], 1, eos_id=2) == [7]
 
 
-def test_greedy_equals_taking_the_argmax_of_all_logits():
-    model, ids = tiny(n_kv_heads=2), [1, 5, 9]
-    for _ in range(12):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-    assert one(model, [1, 5, 9], 12, eos_id=-1) == ids[3:]
+def test_a_guess_is_what_followed_the_last_time():
+    assert guess([5, 1, 2, 3, 4, 1, 2], 4) == [3, 4, 1, 2]
+    assert guess([1, 2, 8, 2, 9, 1, 2], 1) == [8]                            # the longer match, though the shorter is nearer
+    assert guess([2, 8, 2, 9, 2], 1) == [9]                                  # of equals the last
+    assert guess([4, 5, 6, 5, 6], 5) == [5, 6, 5, 6, 5]                      # it goes on in what it says
+    assert guess([1, 2, 3], 9) == guess([1], 9) == guess([7, 7], 0) == []
+    assert guess([1, 2, 3], 2, [4, 5, 6]) == [4, 5] and guess([3, 1, 2, 3], 1, [4]) == [1]
+
+
+def test_a_guess_is_longer_where_the_match_is_and_fills_the_block():
+    for n in range(1, NGRAM + 1):
+        row = [*range(10, 60), 1, *range(10, 10 + n)]                        # its last n tokens were there before
+        said = guess(row, 99)
+        assert said == [*range(10 + n, 60), 1, *range(10, 99)][:len(said)]
+        assert len(said) >= EACH * n and (len(row) + len(said) + 1) % BLOCK == 0
+    for length in range(2 * BLOCK, 3 * BLOCK):                               # one that is no more than hoped for takes free places alone
+        assert length + len(guess(list(range(length)), 99, [7] * 99)) + 1 in (2 * BLOCK, 3 * BLOCK, length + 1)
+
+
+def test_guesses_give_the_greedy_text_in_fewer_forwards():
+    """Against one token a forward: at each length of prompt and answer, to the end of the context, with eos amid a guess."""
+    for sizes in (dict(n_kv_heads=2), dict(vocab_size=12, dim=16)):
+        model = tiny(max_seq_len=48, **sizes)
+        for prompt in ([1], [1, 5, 9], [1, 5, 9, 5, 9, 5], [3, 4] * 15):
+            whole = naive(model, prompt, 99, -1)
+            assert len(whole) == 48 - len(prompt)
+            for most in (1, 2, 7, 99):
+                assert one(model, prompt, most, -1) == whole[:most]
+            for eos in whole:
+                assert one(model, prompt, 99, eos) == whole[:whole.index(eos)]
+            for n in (1, 2, 3):
+                assert one(model, prompt, 30, -1, no_repeat_ngram=n) == naive(model, prompt, 30, -1, n)
+    counted = Counted(tiny(vocab_size=12, dim=16, max_seq_len=300))
+    assert len(one(counted, [1, 5, 9], 200, -1)) == 200 and len(counted.tokens) < 100
+    assert all(n % BLOCK == 0 for n in counted.tokens) and len(set(counted.tokens)) < 20
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3, 9])
+def test_any_guess_gives_the_greedy_text(monkeypatch, wrong):
+    """Up to five tokens of which the first `wrong` are right: a forward gives these and one more."""
+    model = tiny()
+    text = naive(model, [1, 5, 9], 24, -1)
+
+    def oracle(row, most, otherwise):
+        ahead = text[len(row) - 3:][:min(most, 5)]
+        return [token if i < wrong else token + 1 for i, token in enumerate(ahead)]
+    monkeypatch.setattr(sampling, "guess", oracle)
+    counted = Counted(model)
+    assert one(counted, [1, 5, 9], 24, -1) == text
+    assert len(counted.tokens) == -(-24 // (min(wrong, 5) + 1))
+
+
+def test_what_is_said_after_a_wrong_guess_is_guessed_next():
+    """The model counts up whatever comes before; the guess 8, 9 after the second 7 is wrong, what is said after it right."""
+    class Counting(Scripted):
+        def says(self, ids):
+            return torch.nn.functional.one_hot(torch.tensor(len(ids)), 50).float()
+    model = Counting({})
+    assert one(model, [7, 8, 9, 7], 9, -1) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert [len(read) for read in model.asked][:2] == [9, 8] and model.asked[1][-1][:7] == [7, 8, 9, 7, 4, 5, 6]
+
+
+def test_what_is_drawn_or_searched_is_not_guessed():
+    counted = Counted(tiny())
+    one(counted, [1, 5, 5, 5, 5], 9, -1, temperature=1.0)
+    beam_search(counted, [1, 5, 5, 5, 5], 9, -1, 1)
+    assert counted.places == [1] * 18
 
 
 def test_the_context_ends_it():
@@ -83,8 +180,8 @@ def test_filters_at_a_border_and_at_a_tie():
 
 def test_what_is_drawn_follows_the_filtered_probabilities():
     class Four(Scripted):
-        def forward(self, tokens, rows):
-            return LOGITS[None].clone()
+        def says(self, ids):
+            return LOGITS.clone()
     for settings in (dict(temperature=1.0), dict(temperature=2.0), dict(temperature=1.0, top_k=2), dict(temperature=1.0, top_p=0.75)):
         drawn = torch.tensor([one(Four({}), [1], 1, -1, seed=seed, **settings)[0] for seed in range(3000)])
         assert torch.allclose(torch.bincount(drawn, minlength=4) / 3000, filtered(LOGITS, **settings), atol=0.04)
@@ -95,12 +192,14 @@ def test_a_seed_repeats_what_is_drawn():
     assert texts[0] == texts[1] != texts[2]
 
 
-PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 3, 20, 30], [1, 8]]
+PREAMBLE = [1, *range(300, 309)]
+PROMPTS = [[1, 5, 9], [1], [1, 7, 7, 7, 3, 20, 30], [1, 8], PREAMBLE, [*PREAMBLE, 5], [*PREAMBLE, 5], [*PREAMBLE, *range(310, 320), 4],
+           [*PREAMBLE, *range(310, 320)]]
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=1.5, seed=3), dict(temperature=1.0, top_k=5), dict(no_repeat_ngram=2)])
 def test_several_prompts_in_a_batch_give_what_each_gives_alone(settings):
-    """Of different lengths, and ending at different times."""
+    """Of different lengths, ending at different times; some begin alike, two are alike, one is the beginning of others."""
     model = tiny(n_kv_heads=2)
     eos = one(model, PROMPTS[0], 3, -1)[2]                                    # some token that comes up early
     together = [[] for _ in PROMPTS]
@@ -109,6 +208,15 @@ def test_several_prompts_in_a_batch_give_what_each_gives_alone(settings):
     assert together == [one(model, prompt, 10, eos, **settings) for prompt in PROMPTS]
     if not settings:
         assert len({len(answer) for answer in together}) > 1
+
+
+def test_a_batch_computes_what_its_prompts_share_once_and_no_padding():
+    """Each row takes a whole number of blocks, but for what it shares: with the last token of the prompt it begins to be its own."""
+    preamble = list(range(200, 240))
+    prompts = [[*preamble, 3], [*preamble, 4, 5], [*preamble, *range(250, 290), 6]]
+    counted = Counted(tiny())
+    [*generate(counted, prompts, 1, -1)]
+    assert counted.places == [3] and counted.tokens == [40 + (48 - 40) + (48 - 40) + (96 - 40)]
 
 
 def test_no_ngram_comes_twice():
@@ -140,9 +248,8 @@ def exhaustive(model, prompt, length, eos):
 class Table(Scripted):
     """Probabilities by the answer so far: of eos (id 0), a (1) and b (2)."""
 
-    def forward(self, tokens, rows):
-        answers = [tuple(row[:last.nonzero().item() + 1][1:].tolist()) for row, last in zip(tokens, rows)]
-        return torch.tensor([self.script.get(answer, [0.8, 0.1, 0.1]) for answer in answers]).log()
+    def says(self, ids):
+        return torch.tensor(self.script.get(tuple(ids[1:]), [0.8, 0.1, 0.1])).log()
 
 
 @pytest.mark.parametrize("beams, script, best", [
@@ -166,8 +273,8 @@ def test_an_answer_ends_where_every_token_is_banned():
     never = torch.tensor([-torch.inf, 0.0, 0.0, 0.0])                         # eos, id 0, can't be said
 
     class Mute(Scripted):
-        def forward(self, tokens, rows):
-            return never.repeat(len(tokens), 1)
+        def says(self, ids):
+            return never
     assert [sorted(beam_search(Mute({}), [9], 20, 0, beams, no_repeat_ngram=1)) for beams in (1, 2, 3)] == [[1, 2, 3]] * 3
 
 
@@ -299,6 +406,18 @@ def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, ba
         assert trained(*asked, "none", "--checkpoint", str(base)).out.endswith(f"\n{bare}\n")
         assert trained(*asked, "other/adapter.pt").out.endswith(f"\n{other}\n")
     assert len(loads) == 6                                                    # two sessions, four plain calls
+
+
+def test_verbose_says_tokens_a_forward_and_a_second(trained, data):
+    quiet = trained("--instruction", "Say blue please.")
+    said = trained("--instruction", "Say blue please.", "--verbose")
+    assert said.out == quiet.out and said.err.startswith(quiet.err)
+    lines = {flags: re.findall(r"^(\d+) tokens in (\d+) forwards, (\S+) a forward; \S+ tokens/s$", trained(*flags, "--verbose").err, re.M)
+             for flags in (("--instruction", "Say blue please."), ("--data", str(data)), ("--instruction", "Say", "--beams", "2"), ())}
+    assert [len(found) for found in lines.values()] == [1, 2, 1, 6]          # an answer, or a batch
+    for tokens, forwards, ratio in sum(lines.values(), []):
+        assert float(ratio) == pytest.approx(int(tokens) / int(forwards), abs=0.006)
+    assert float(lines["--data", str(data)][0][2]) > 2                       # eight prompts share a forward
 
 
 def test_several_dtypes_answer(trained):
