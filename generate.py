@@ -18,7 +18,8 @@ import torch
 
 from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import PROBE, load_checkpoint
-from llama.cli import DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, number, pick_hardware, shown, text, utf8
+from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, in_one_line, number, pick_hardware,
+                       shown, text, utf8)
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
@@ -88,7 +89,7 @@ def load(args, device):
         if not base["folder"]:
             raise ValueError(f"{args.adapter} does not say what its base is; name its folder with --checkpoint")
     elif args.adapter:
-        base = read_adapter(args.adapter)["base"]
+        base = read_adapter(adapter_at(args.adapter))["base"]
     folder, layers = args.checkpoint or base.get("folder", str(DEMO)), args.layers or base.get("layers")
     if not isinstance(folder, str) or not isinstance(layers, int | None):
         raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} and {layers!r}")
@@ -195,7 +196,7 @@ def interact(model, tokenizer, args):
                 with nullcontext() if adapter else lora_disabled(model):
                     show(model, tokenizer, {"instruction": line}, args)
         except (ValueError, OSError) as error:
-            print(f"generate.py: {error}", file=sys.stderr, flush=True)
+            print(f"generate.py: {in_one_line(error)}", file=sys.stderr, flush=True)
 
 
 def main(argv=None):

@@ -108,7 +108,7 @@ def joined_dim(pieces, shape):
         return None
     for dim in range(len(shape)):
         rest = [(*piece.shape[:dim], *piece.shape[dim + 1:]) for piece in pieces]
-        if pieces[0].dim() == len(shape) and set(rest) == {(*shape[:dim], *shape[dim + 1:])} \
+        if all(piece.dim() == len(shape) for piece in pieces) and set(rest) == {(*shape[:dim], *shape[dim + 1:])} \
                 and sum(piece.shape[dim] for piece in pieces) == shape[dim]:
             return dim
     raise ValueError(f"{' + '.join(str(tuple(piece.shape)) for piece in pieces)} for {tuple(shape)}")
@@ -193,7 +193,12 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     model.layers = model.layers[:layers]
     args.n_layers = len(model.layers)
     if init == "random":
-        model.to(dtype).to_empty(device=device)
+        size = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
+        try:                                                      # all at once: piece by piece it would be granted, then killed
+            torch.empty(size if torch.device(device).type == "cpu" else 0, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} describes a model of {size / 1e9:,.0f} GB, which this machine cannot hold") from error
+        model.to_empty(device=device)
         if args.tie_embeddings:
             model.output.weight = model.tok_embeddings.weight
         model.init_weights()
@@ -202,7 +207,10 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
         converts = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
         for name, parameter in layer.named_parameters(recurse=False):
             if init == "checkpoint" and not (args.tie_embeddings and path == "output"):
-                whole = join(pieces[file_name(f"{path}.{name}")], parameter.shape, None if converts else dtype, device)
+                parts = pieces[file_name(f"{path}.{name}")]
+                whole = join(parts, parameter.shape, None if converts else dtype, device)
+                if not (whole.is_meta or all(bound.isfinite() for part in parts for bound in part.aminmax())):     # one pass
+                    raise ValueError(f"{folder} holds values that are no finite numbers, in {file_name(f'{path}.{name}')}")
                 setattr(layer, name, nn.Parameter(huggingface.as_pairs(whole, huggingface.heads(path, args)) if hf else whole))
         if converts:                                              # of what the file holds; then cast
             model.set_submodule(path, convert(layer).to(dtype))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+LONGEST = 1000                                       # characters of an error message
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -101,6 +102,14 @@ def shown(path):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def in_one_line(error):
+    """What an error says, in one line of no more than LONGEST characters, each of which can be seen: files of others are
+    quoted there, and a terminal would obey what they hold."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= LONGEST else said[:LONGEST - 3] + "..."
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in said)
+
+
 @contextmanager
 def bad_input_ends_in_one_line(program):
     """Turn the ValueError or OSError that says what is wrong with an input into one line on stderr and exit 2.
@@ -113,8 +122,8 @@ def bad_input_ends_in_one_line(program):
         yield alike
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as caught:
-        error = f"{program}: {' '.join(str(caught).split())}"
+    except (ValueError, OSError, MemoryError, RecursionError) as caught:
+        error = f"{program}: {in_one_line(caught)}"
     said = [(error, alike)]
     if dist.is_initialized():
         said *= dist.get_world_size()

@@ -1,7 +1,10 @@
 """Files of others, read without trust, and files of ours, written whole or not at all."""
 import json
+import math
 import os
+import pickletools
 import shutil
+import zipfile
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +13,11 @@ import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAFETENSORS = ".safetensors"                          # by this suffix a file is the safetensors package's, else torch's
+JSON_BYTES, PICKLE_BYTES, RECORDS = 2 ** 24, 2 ** 21, 2 ** 15      # more is no description of a model or its tensors
+# What the pickles of torch.save call for a tensor's bytes.
+STORAGES = {f"torch {name}Storage": dtype for name, dtype in {
+    "Double": torch.float64, "Float": torch.float32, "BFloat16": torch.bfloat16, "Half": torch.float16, "Long": torch.int64,
+    "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8}.items()}
 
 
 def listed(keys, most=6):
@@ -17,7 +25,11 @@ def listed(keys, most=6):
 
 
 def read_object(path):
-    """The JSON object in a file.  Raises ValueError for what is none."""
+    """The JSON object in a file.  Raises FileNotFoundError, or ValueError for what is none."""
+    if not path.is_file():                                        # but a folder, or a pipe that would be waited for
+        raise FileNotFoundError(f"no file at {path}")
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: it describes no model or adapter")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:                 # bytes that are no text are a ValueError too
@@ -44,22 +56,162 @@ def read_tensors(path):
 
     Mapped: nothing is in memory until it is touched.  No pickled code runs.
     """
-    if path.is_file() and path.stat().st_size == 0:
-        raise ValueError(f"{path} is not a checkpoint of tensors: it is empty")
-    package = safetensors(path) if path.suffix == SAFETENSORS else None
-    try:
-        if package:
-            with package.safe_open(path, framework="pt") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:                                    # a broken file raises whatever it happens to hit
-        raise ValueError(f"{path} is not a checkpoint of tensors: {[*str(error).splitlines(), type(error).__name__][0]}") from error
-    if not isinstance(state, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS
-            and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in state.items()):
+    if path.suffix == SAFETENSORS:
+        package = safetensors(path)
+        with reading(path, "a checkpoint of tensors"), package.safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    else:
+        state = read_saved(path, mapped=True)
+    if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS
+                                              for name, tensor in state.items()):
         raise ValueError(f"{path} does not hold a dict of floating-point tensors in 16, 32 or 64 bit")
     return state
+
+
+def read_saved(path, what="a checkpoint of tensors", mapped=False):
+    """What torch.save wrote, made of dicts, lists, tuples, numbers, text and dense tensors, on the CPU.
+
+    mapped: tensors come into memory as they are touched.  Else they are copies, and a file that was torn or changed
+    anywhere is found by its checksums.  Raises ValueError, "PATH is not WHAT: ...", for anything else.
+    """
+    with reading(path, what):
+        return SavedFile(path, mapped).content()
+
+
+@contextmanager
+def reading(path, what):
+    """Make a ValueError of whatever a broken file happens to hit."""
+    if not path.is_file() or path.stat().st_size == 0:
+        raise ValueError(f"{path} is not {what}: it is {'empty' if path.is_file() else 'no file'}")
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is not {what}: {[*str(error).splitlines(), type(error).__name__][0]}") from error
+
+
+class SavedFile:
+    """A file of torch.save's: a zip of records, of which data.pkl, a pickle, says what to make of the others.
+
+    torch.load with weights_only runs no code of a file's either, but it makes byte strings and tensors as large as that
+    asks for.  Here the pickle is run by a dozen lines that know nothing more than torch.save's own words for plain
+    values, and what they make is no larger than the file: a tensor lies within its record, all of them together take at
+    most twice the file (a tied matrix is there twice), and what is there by reference counts each time.
+    """
+
+    def __init__(self, path, mapped):
+        self.mapped, size = mapped, path.stat().st_size
+        self.bytes, self.room = torch.UntypedStorage.from_file(str(path), False, size), 2 * size
+        with zipfile.ZipFile(path) as file:
+            records = file.infolist()
+            self.records = {record.filename: record for record in records}
+            if any(r.compress_type or r.compress_size != r.file_size for r in records) or sum(r.file_size for r in records) > size \
+                    or not len(self.records) == len(records) <= RECORDS:
+                raise ValueError("its records are compressed, overlap, or are too many")
+            self.folder = next((name.removesuffix("data.pkl") for name in self.records if name.endswith("/data.pkl")), "")
+            if self.record("data.pkl").file_size > PICKLE_BYTES:
+                raise ValueError(f"its data.pkl has {self.record('data.pkl').file_size:,} bytes")
+            if self.folder + "byteorder" in self.records and file.read(self.record("byteorder")) != b"little":
+                raise ValueError("its numbers are big-endian")
+            if not mapped and (damaged := file.testzip()):
+                raise ValueError(f"{damaged} in it is damaged")
+            self.pickled, self.storages = file.read(self.record("data.pkl")), {}
+
+    def record(self, name):
+        if self.folder + name not in self.records:
+            raise ValueError(f"it has no {name}")
+        return self.records[self.folder + name]
+
+    def storage(self, kind, dtype, name, device, numel):
+        """The bytes of a tensor, or of several."""
+        if name not in self.storages:
+            record = self.record(f"data/{name}")
+            lengths = self.bytes[record.header_offset + 26:record.header_offset + 30].tolist()         # of its name and what follows
+            start = record.header_offset + 30 + lengths[0] + 256 * lengths[1] + lengths[2] + 256 * lengths[3]
+            self.storages[name] = self.bytes[start:start + record.file_size]
+        return dtype, self.storages[name]
+
+    def tensor(self, storage, offset, size, stride, *_):
+        (dtype, stored), numel = storage, math.prod(size) if len(size) < 9 else math.inf
+        reach = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if numel else 0
+        if min([offset, *size, *stride]) < 0 or max(numel, offset + reach) * dtype.itemsize > stored.nbytes():
+            raise ValueError(f"a tensor of {size} in steps of {stride} is larger than its bytes")
+        self.room -= max(64, numel * dtype.itemsize)              # a tensor itself takes something too
+        if self.room < 0:
+            raise ValueError("its tensors are larger than the file")
+        tensor = torch.empty(0, dtype=dtype).set_(stored, offset, size, stride)
+        return tensor if self.mapped else tensor.clone()
+
+    def content(self):
+        names = {**STORAGES, "collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": self.tensor,
+                 "torch._utils _rebuild_parameter": lambda tensor, *_: tensor}
+        stack, marks, memo = [], [], {}
+
+        def pop(n=None):
+            """The last n, or what came since the last mark."""
+            at = marks.pop() if n is None else len(stack) - n
+            taken = stack[at:]
+            del stack[at:]
+            return taken
+        for code, value, _ in pickletools.genops(self.pickled):
+            match code.name:
+                case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                    stack.append(value)
+                case "NONE" | "NEWTRUE" | "NEWFALSE":
+                    stack.append({"NEWTRUE": True, "NEWFALSE": False}.get(code.name))
+                case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                    stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[code.name]())
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    stack.append(tuple(pop({"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}.get(code.name))))
+                case "APPEND" | "APPENDS":
+                    items = pop(1 if code.name == "APPEND" else None)
+                    stack[-1].extend(items)
+                case "SETITEM" | "SETITEMS":
+                    items = pop(2 if code.name == "SETITEM" else None)
+                    if not all(type(key) in (str, int) for key in items[::2]):         # a tuple may take for ever to hash
+                        raise ValueError("a key is neither text nor a whole number")
+                    stack[-1].update(zip(items[::2], items[1::2], strict=True))
+                case "BINPUT" | "LONG_BINPUT":
+                    memo[value] = stack[-1]
+                case "BINGET" | "LONG_BINGET":
+                    stack.append(memo[value])
+                case "GLOBAL":
+                    if value not in names:
+                        raise ValueError(f"it calls {value.replace(' ', '.')}; only plain values and dense numbers are read")
+                    stack.append(names[value])
+                case "BINPERSID":
+                    stack.append(self.storage(*stack.pop()))
+                case "REDUCE":
+                    function, values = pop(2)
+                    stack.append(function(*values))
+                case "BUILD":                                     # an OrderedDict's attributes: nothing reads them
+                    pop(1)
+                case "PROTO" | "STOP":
+                    pass
+                case other:
+                    raise ValueError(f"{other} in its pickle; only plain values and dense numbers are read")
+        content, = stack
+        self.check_plain(content, 8 * len(self.pickled))
+        return content
+
+    @staticmethod
+    def check_plain(content, room):
+        """Raise ValueError for a value of another kind, and for what grows beyond `room`: lists of lists of one list."""
+        todo = [content]
+        while todo:
+            item = todo.pop()
+            if isinstance(item, (str, dict, list, tuple)):
+                room -= len(item) + 1
+            if room < 0:
+                raise ValueError("it holds itself, or one thing too many times")
+            if isinstance(item, dict):
+                room -= sum(len(key) for key in item if isinstance(key, str))
+                todo += item.values()
+            elif isinstance(item, (list, tuple)):
+                todo += item
+            elif not isinstance(item, (str, int, float, torch.Tensor, type(None))):
+                raise ValueError(f"it holds a {type(item).__name__}, which is no plain value")
 
 
 def write_tensors(path, tensors):

@@ -33,7 +33,7 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        most = dict(dim=2 ** 20, n_layers=2 ** 12, n_heads=2 ** 12, n_kv_heads=2 ** 12, vocab_size=2 ** 24,
+        most = dict(dim=2 ** 20, n_layers=2 ** 9, n_heads=2 ** 12, n_kv_heads=2 ** 12, vocab_size=2 ** 24,
                     multiple_of=2 ** 20, max_seq_len=2 ** 30)
         for name, high in most.items():
             if not 1 <= getattr(self, name) <= high:
@@ -45,6 +45,8 @@ class ModelArgs:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even head width (RoPE turns pairs)")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.hidden_dim < 1:
+            raise ValueError(f"ffn_dim_multiplier {self.ffn_dim_multiplier} leaves SwiGLU no width")
 
     @property
     def hidden_dim(self):

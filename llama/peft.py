@@ -6,7 +6,7 @@ base's, lora_A has none.  VeRA stays here: one frozen B serves layers of both or
 import re
 from pathlib import Path
 
-from .files import SAFETENSORS, has_safetensors, read_object, read_tensors, write_json, write_tensors
+from .files import SAFETENSORS, has_safetensors, read_object, read_saved, read_tensors, write_json, write_tensors
 from .huggingface import as_halves, as_pairs, heads, ours, theirs
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."
@@ -44,15 +44,20 @@ def read_config(folder):
             config.get("base_model_name_or_path"))
 
 
-def adapter_at(path, args):
-    """What lora's read_adapter and load_adapter take: `path` itself or, where it is a PEFT folder, its content as
-    our file would hold it.
+def adapter_at(path, args=None):
+    """What lora's read_adapter and load_adapter take: the content of our file or, where `path` is a PEFT folder, its
+    content as our file would hold it.
 
-    args: the base's ModelArgs; their head counts order the rows.  Which layers are wrapped the tensors tell.
-    The base is None: PEFT does not say which it was.  Raises FileNotFoundError or ValueError.
+    args: the base's ModelArgs, for a PEFT folder; their head counts order the rows.  Which layers are wrapped the
+    tensors tell.  The base is None then: PEFT does not say which it was.  Raises FileNotFoundError or ValueError.
     """
     if not is_peft(path):
-        return path
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no adapter file at {path}")
+        content = read_saved(Path(path), "an adapter file")
+        if not isinstance(content, dict) or not isinstance(content.get("base"), dict):
+            raise ValueError(f"{path} is not an adapter file: it does not say what its base is")
+        return {**content, "path": str(path)}
     folder = Path(path)
     config, _ = read_config(folder)
     suffixes = (SAFETENSORS, ".bin") if has_safetensors() else (".bin", SAFETENSORS)

@@ -19,7 +19,7 @@ def next_logits(model, rows, guesses=None):
     each of the g tokens of its guess, if there is one.
 
     The rows stand one behind another in a single one, what they begin with alike only once, so a row gets what it
-    would get alone.  Raises ValueError where weights have gone wrong and a logit is not a number.
+    would get alone.  Raises ValueError where weights have gone wrong and a logit is no finite number.
     """
     device = next(model.parameters()).device
     examples = []
@@ -30,8 +30,8 @@ def next_logits(model, rows, guesses=None):
     tokens, labels, _, layout = pack(examples, share_prefix=True)
     places, = (labels[0] != IGNORE).nonzero(as_tuple=True)
     logits = model(tokens.to(device), rows=(places - 1).to(device), layout=layout.to(device)).float().cpu()
-    if logits.isnan().any():
-        raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
+    if not (logits < torch.inf).all():
+        raise ValueError("the model's logits are no finite numbers: are its weights, or the adapter's?")
     return [logits[labels[0, places] == i] for i in range(len(rows))]
 
 

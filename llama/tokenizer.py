@@ -20,7 +20,8 @@ class Tokenizer:
             raise ValueError(f"{name} is empty")
         try:
             self.sp = SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, TypeError) as error:
+            self.sp.id_to_piece(list(range(len(self.sp))))       # not every piece that it takes is UTF-8
+        except (RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a sentencepiece model") from error
         self.model = model                           # the file's bytes: a checkpoint takes its tokenizer along
         self.vocab_size = self.sp.get_piece_size()

@@ -49,8 +49,8 @@ class LoRAConfig:
             raise ValueError(f"init is {self.init!r}, must be kaiming or gaussian")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}, must be a whole number from 1")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha!r}, must be a number above 0")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 2 ** 53:
+            raise ValueError(f"alpha is {self.alpha!r}, must be a number above 0 and at most 2^53")
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, must be from 0 to below 1")
         if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
@@ -261,13 +261,18 @@ def read_adapter(source):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True) if path is source else source
         config, scales = LoRAConfig(**content["config"]), content.get("scales", {})               # of one in int8
-        tensors = {name: tensor * scales[name] if name in scales else tensor for name, tensor in content["tensors"].items()}
+        tensors = {name: tensor * scales[name].expand_as(tensor) if name in scales else tensor       # no wider than it is
+                   for name, tensor in content["tensors"].items()}
         base = None if content is source and content["base"] is None else dict(content["base"])
     except Exception as error:                       # a broken pickle raises whatever it happens to hit
         raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
                and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in tensors.items()):
         raise ValueError(f"{path} is not an adapter file: it holds something else among its tensors")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
+        raise ValueError(f"{path} holds values that are no finite numbers, in {wrong[0]}")
+    if base and not all(isinstance(value, (str, int, float, type(None))) for value in base.values()):
+        raise ValueError(f"{path} is not an adapter file: it names its base by nonsense")
     return {"path": str(path), "config": config, "base": base, "tensors": tensors}
 
 

@@ -71,6 +71,8 @@ class LoRALayer(nn.Module):
             kind = type(cls.options[name])
             if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
                 raise ValueError(f"{name} is {value!r}, must be like {cls.options[name]!r}")
+            if kind is not str and isinstance(value, int) and abs(value) > 2 ** 64:
+                raise ValueError(f"{name} is out of range")
         return {**cls.options, **options}
 
     def trained(self, *shape):

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 
 from .layers import LoRALayer, like
 
+WIDEST = 2 ** 14                 # r: nothing of a layer bounds it, and the pair is as large as it says
+
 
 class Pair(nn.Module):
     """A (r, d_in) and B (d_out, r), as large as the largest layer needs: uniform within sqrt(6 / columns) (Kaiming).
@@ -34,7 +36,7 @@ class VeRALinear(LoRALayer):
     a larger learning rate, about ten times LoRA's.  x (..., d_in) -> (..., d_out).
 
     options: seed of the pair, d_init, stored (the pair in the adapter's file too, where a seed will not do).
-    Raises ValueError for a seed out of range.  An embedding has no form in the paper.
+    Raises ValueError for a seed or an r out of range.  An embedding has no form in the paper.
     """
     options = {"seed": 0, "d_init": 0.1, "stored": False}
     keeps_input, keeps_results = False, 1                         # A is frozen; b needs what it multiplies
@@ -43,6 +45,8 @@ class VeRALinear(LoRALayer):
     def check(cls, config):
         if not 0 <= config.options["seed"] < 2 ** 63:
             raise ValueError(f"seed is {config.options['seed']}, must be from 0 to below 2^63")
+        if config.r > WIDEST:
+            raise ValueError(f"r is {config.r}, must be 1 to {WIDEST}")
         if not config.options["d_init"] or not math.isfinite(config.options["d_init"]):
             raise ValueError(f"d_init is {config.options['d_init']}, must be finite and not 0: nothing would get a gradient")
 

@@ -343,12 +343,14 @@ def test_the_adapter_answers_without_dropout(base, data, tmp_path, monkeypatch):
 
 def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
     content = torch.load("out/adapter.pt", weights_only=True)
-    content["tensors"]["layers.0.attention.wq.lora_B"].fill_(float("nan"))
-    torch.save(content, "out/adapter.pt")
-    for flags in ([], ["--temperature", "1"], ["--beams", "2"], ["--data", "examples.json"]):
-        with pytest.raises(SystemExit, match="2"):
-            trained(*flags)
-        assert "generate.py: the model's logits are not numbers" in capsys.readouterr().err
+    for value, message in ((float("nan"), "out/adapter.pt holds values that are no finite numbers, in layers.0.attention.wq.lora_B"),
+                           (3e38, "the model's logits are no finite numbers")):
+        content["tensors"]["layers.0.attention.wq.lora_B"].fill_(value)
+        torch.save(content, "out/adapter.pt")
+        for flags in ([], ["--temperature", "1"], ["--beams", "2"], ["--data", "examples.json"]):
+            with pytest.raises(SystemExit, match="2"):
+                trained(*flags)
+            assert f"generate.py: {message}" in capsys.readouterr().err
 
 
 def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, base, capsys):

@@ -124,7 +124,7 @@ def test_random_weights_start_at_uniform_guessing():
     (dict(dim=30), "dim 30 must be n_heads 4 times an even head width"),
     (dict(dim=36), "dim 36 must be n_heads 4 times an even head width"),
     (dict(n_kv_heads=3), "must be a multiple of n_kv_heads 3"),
-    (dict(n_layers=0), "n_layers is 0, must be 1 to 4096"),
+    (dict(n_layers=0), "n_layers is 0, must be 1 to 512"),
     (dict(dim=10 ** 12), "dim is 1000000000000, must be 1 to"),
     (dict(norm_eps=0.0), "norm_eps is 0.0, must be above 0 and at most 1"),
     (dict(rope_theta=float("nan")), "rope_theta is nan"),

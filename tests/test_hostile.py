@@ -1,0 +1,468 @@
+"""Files that mean harm, or were harmed: one line and exit code 2, none of their code run, nothing out of proportion.
+
+The slow test gives thousands of files, changed at random (tests/mutate.py), to the command lines.
+"""
+import copy
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+
+import generate
+import train
+from llama import checkpoint, load_checkpoint, save_checkpoint
+from llama.cli import bad_input_ends_in_one_line, in_one_line
+from llama.files import STORAGES, read_saved
+from llama.sampling import next_logits
+from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
+
+from . import mutate
+from .conftest import EXAMPLES, ROOT, tiny
+from .test_bad_input import refused              # noqa: F401
+
+needs_safetensors = pytest.mark.skipif(not find_spec("safetensors"), reason="needs safetensors: pip install safetensors")
+
+
+# ---- what torch.save wrote, or might have
+
+def saved(content, **settings):
+    file = io.BytesIO()
+    torch.save(content, file, **settings)
+    return file.getvalue()
+
+
+def plain(value):
+    """The pickle of a value without what stands around it."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def tensor(size, stride, numel=4, offset=0, name="0"):
+    storage = b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + plain(name) + plain("cpu") + plain(numel) + b"tQ"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + plain(offset) + plain(size) + plain(stride) + b"\x89}tR"
+
+
+def many(times):
+    """A list of that many tensors, for five bytes each."""
+    first = tensor((), ()).replace(b"_v2\n(", b"_v2\nq\xc8(").removesuffix(b"tR") + b"tq\xc9R"
+    return b"](" + first + b"h\xc8h\xc9R" * (times - 1) + b"e"
+
+
+def pickled(**items):
+    return b"\x80\x02}(" + b"".join(plain(name) + value for name, value in items.items()) + b"u."
+
+
+def zipped(pickled, stored=bytes(16), extra=b"", compression=0, **others):
+    """A zip as torch.save writes it; `extra` moves the bytes behind it to other addresses."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in {"data.pkl": pickled, **others, "data/0": stored}.items():
+            record = zipfile.ZipInfo(f"archive/{name}")
+            record.compress_type = compression
+            # Records of torch's begin at multiples of 64.
+            record.extra = b"FB" + struct.pack("<H", n := -(file.tell() + 30 + len(record.filename) + 4) % 64 + len(extra)) + bytes(n)
+            archive.writestr(record, content)
+    return file.getvalue()
+
+
+def with_directory(change):
+    """A zip of three records, whose directory `change` has had in its hands."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in (("data.pkl", pickled(a=tensor((4,), (1,)))), ("data/0", bytes(10_000)), ("data/1", b"")):
+            archive.writestr(f"archive/{name}", content)
+        change(archive.filelist)
+    return file.getvalue()
+
+
+def fifty_names(records):
+    """For one record."""
+    for i in range(50):
+        records.append(copy.copy(records[1]))
+        records[-1].filename = f"archive/data/{i + 2}"
+
+
+def nested(times, kind):
+    """A list or tuple of itself twice, `times` deep: 2 ** times of them to whoever walks or hashes it."""
+    value = kind()
+    for _ in range(times):
+        value = kind((value, value))
+    return value
+
+
+SAVED = {
+    "a byte string of 100 GB": (zipped(pickled(a=b"c__builtin__\nbytearray\n" + plain((10 ** 11,)) + b"R")), "it calls __builtin__.bytearray"),
+    "a tensor without a file": (zipped(pickled(a=b"ctorch\nFloatTensor\n" + plain((10 ** 11,)) + b"R")), "it calls torch.FloatTensor"),
+    "a view of a TB": (zipped(pickled(a=tensor((2 ** 20, 2 ** 20), (0, 0)))),
+                       "a tensor of (1048576, 1048576) in steps of (0, 0) is larger than its bytes"),
+    "a size that overflows": (zipped(pickled(a=tensor((2 ** 62, 4), (4, 1)))), "is larger than its bytes"),
+    "a thousand dims": (zipped(pickled(a=tensor((1,) * 1000, (1,) * 1000))), "is larger than its bytes"),
+    "bytes before it": (zipped(pickled(a=tensor((4,), (1,), offset=-4))), "is larger than its bytes"),
+    "bytes behind it": (zipped(pickled(a=tensor((4,), (1,), offset=1))), "is larger than its bytes"),
+    "steps back": (zipped(pickled(a=tensor((4,), (-1,)))), "is larger than its bytes"),
+    "a storage that says more": (zipped(pickled(a=tensor((2 ** 40,), (1,), numel=2 ** 40))), "is larger than its bytes"),
+    "a hundred names for one storage": (zipped(pickled(**{f"a{i}": tensor((4096,), (1,), 4096) for i in range(100)}), bytes(16384)),
+                                        "its tensors are larger than the file"),
+    "a tensor for five bytes": (zipped(pickled(a=many(10_000))), "its tensors are larger than the file"),
+    "no storage": (zipped(pickled(a=tensor((4,), (1,), name="7"))), "it has no data/7"),
+    "a key to hash for ever": (zipped(b"\x80\x02}(" + plain(nested(60, tuple)) + b"K\x01u."), "a key is neither text nor a whole number"),
+    "lists without end": (zipped(pickled(a=plain(nested(60, list)))), "it holds itself, or one thing too many times"),
+    "a list in itself": (zipped(b"\x80\x02]q\0h\0a."), "it holds itself"),
+    "a text many times": (zipped(pickled(a=plain(["x" * 10_000] * 10_000))), "one thing too many times"),
+    "a function": (zipped(pickled(a=b"ccollections\nOrderedDict\n")), "it holds a function, which is no plain value"),
+    "a function with other arguments": (zipped(pickled(a=b"ccollections\nOrderedDict\n" + plain(([["a", 1]],)) + b"R")), "takes 0 positional"),
+    "a later protocol": (zipped(pickle.dumps({"a": 1}, 4)), "FRAME in its pickle"),
+    "a pickle without end": (zipped(b"\x80\x02}"), "pickle exhausted before seeing STOP"),
+    "a value too many": (zipped(b"\x80\x02}}."), "too many values"),
+    "nothing to take from": (zipped(b"\x80\x02R."), "not enough values"),
+    "a pickle of 3 MB": (zipped(b"}" * 3_000_000), "its data.pkl has 3,000,000 bytes"),
+    "a bomb": (zipped(b"}" * 3_000_000, compression=zipfile.ZIP_DEFLATED), "its records are compressed, overlap, or are too many"),
+    "a compressed record": (zipped(pickled(a=tensor((4,), (1,))), random.Random(0).randbytes(9999), compression=zipfile.ZIP_DEFLATED),
+                            "its records are compressed"),
+    "names for one record": (with_directory(fifty_names), "its records are compressed, overlap, or are too many"),
+    "one name for two": (with_directory(lambda records: setattr(records[2], "filename", "archive/data/0")), "its records are compressed, overlap"),
+    "a record said to be compressed": (with_directory(lambda records: setattr(records[1], "compress_type", 8)), "its records are compressed"),
+    "a record that takes more room than it has": (with_directory(lambda records: setattr(records[1], "compress_size", 2 ** 31)),
+                                                  "its records are compressed, overlap"),
+    "the other byte order": (zipped(pickled(a=tensor((4,), (1,))), byteorder=b"big"), "its numbers are big-endian"),
+    "a zip of nothing": (b"PK\x05\x06" + bytes(18), "it has no data.pkl"),
+    "the format of torch before 1.6": (saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False), "File is not a zip file"),
+}
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_what_torch_save_might_have_written(tmp_path, case):
+    content, message = SAVED[case]
+    (tmp_path / "file").write_bytes(content)
+    for mapped in (False, True):
+        with pytest.raises(ValueError, match=rf"file is not an adapter file: .*{re.escape(message)}"):
+            read_saved(tmp_path / "file", "an adapter file", mapped)
+
+
+def test_a_hundred_thousand_records(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(zipped(pickled(a=tensor((4,), (1,)))))
+    assert read_saved(tmp_path / "file")["a"].tolist() == [0] * 4
+    monkeypatch.setattr("llama.files.RECORDS", 1)
+    with pytest.raises(ValueError, match="are too many"):
+        read_saved(tmp_path / "file")
+
+
+def test_what_torch_save_wrote_comes_back(tmp_path):
+    """A run's state: numbers, text, an optimizer's, the states of the random generators; views and a tied matrix too."""
+    layer = torch.nn.Linear(3, 4)
+    optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.randn(4, 3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}]}
+    content = {"model": layer.state_dict(), "optimizer": optimizer, "torch": torch.get_rng_state(), "python": random.getstate(),
+               "numpy": np.random.default_rng(0).bit_generator.state, "plain": [1, -5, 2.5, None, True, False, "\u00e9", (), (1,), {}, 2 ** 130],
+               "weight": layer.weight, "again": layer.weight, "turned": torch.arange(6.0).view(2, 3).T, "none": torch.zeros(0, 3),
+               "number": torch.tensor(3.5), **{str(dtype): torch.ones(3, dtype=dtype) for dtype in STORAGES.values()}}
+    (tmp_path / "file").write_bytes(saved(content))
+
+    def same(one, other):
+        if isinstance(one, dict):
+            return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+        if isinstance(one, (list, tuple)):
+            return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+        if isinstance(one, torch.Tensor):
+            return torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
+        return type(one) is type(other) and one == other
+    for mapped in (False, True):
+        assert same(content, read := read_saved(tmp_path / "file", mapped=mapped))
+        assert same(content, torch.load(io.BytesIO(saved(read)), weights_only=True))
+        assert read["weight"].untyped_storage().nbytes() == 48                 # a tensor's own bytes, not the file's
+        assert read["weight"].is_set_to(read["model"]["weight"]) == mapped       # tied still
+    read = read_saved(tmp_path / "file")
+    (tmp_path / "file").write_bytes(bytes(20_000))
+    assert same(content, read)
+    assert same({"a": torch.ones(4)}, unaligned(tmp_path))
+
+
+def unaligned(folder):
+    """Tensors of a zip that another program wrote, at any address."""
+    (folder / "other").write_bytes(zipped(pickled(a=tensor((4,), (1,))), torch.ones(4).numpy().tobytes(), b"xy"))
+    return read_saved(folder / "other", mapped=True)
+
+
+def test_a_file_that_was_torn_or_changed_anywhere_is_found(tmp_path):
+    whole = saved({"a": torch.arange(300.0), "b": [1, 2, 3]})
+    for at in range(0, len(whole), 41):
+        for broken in (whole[:at], whole[:at] + bytes(len(whole) - at), whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]):
+            (tmp_path / "file").write_bytes(broken)
+            try:
+                content = read_saved(tmp_path / "file")          # a byte that nothing is read from: padding, a date
+                assert content["b"] == [1, 2, 3] and torch.equal(content["a"], torch.arange(300.0)) and len(broken) == len(whole)
+            except ValueError as error:
+                assert "file is not a checkpoint of tensors: " in str(error)
+
+
+# ---- at every door
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tokenizer):
+    """A small file of each kind: base (Meta), hf, shards (with an index), adapter.pt, small.pt (int8), peft, data.json."""
+    folder = tmp_path_factory.mktemp("made")
+    save_checkpoint(tiny(tokenizer.vocab_size, n_layers=1, n_kv_heads=2), tokenizer, folder / "base")
+    model, _ = load_checkpoint(folder / "base")
+    save_checkpoint(model, tokenizer, folder / "hf", "hf", ".bin")
+    save_checkpoint(model, tokenizer, folder / "shards", "hf", ".bin", 60_000)
+    add_lora(model, LoRAConfig(r=2))
+    for weight in lora_state_dict(model).values():
+        torch.nn.init.normal_(weight)
+    save_adapter(model, folder / "adapter.pt")
+    for to in ("peft", "int8"):
+        checkpoint.main([str(folder / "base"), str(folder / to), "--to", to, "--adapter", str(folder / "adapter.pt"), *["--bin"] * (to == "peft")])
+    (folder / "data.json").write_text(json.dumps(EXAMPLES))
+    return folder
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A copy of them, as the current folder."""
+    shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def reads(name):
+    """Command lines that read the file of this name."""
+    top = name.split("/")[0]
+    if top == "data.json":
+        return [(train.main, "--checkpoint", "base", "--data", name), (generate.main, "--checkpoint", "base", "--adapter", "none", "--data", name)]
+    if top in ("base", "hf", "shards"):
+        return [(train.main, "--checkpoint", top, "--data", "data.json"), (generate.main, "--checkpoint", top, "--adapter", "none"),
+                (checkpoint.main, top, "new", "--to", "meta")]
+    adapter = "int8/adapter.pt" if top == "int8" else top
+    return [(train.main, "--checkpoint", "base", "--data", "data.json", "--adapter", adapter),
+            (generate.main, "--checkpoint", "base", "--adapter", adapter), (checkpoint.main, "base", "new", "--to", "int8", "--adapter", adapter)]
+
+
+TORCH = ["base/consolidated.00.pth", "hf/pytorch_model.bin", "shards/pytorch_model-00001-of-00003.bin", "adapter.pt", "peft/adapter_model.bin"]
+FILES = [*TORCH, "base/params.json", "base/tokenizer.model", "hf/config.json", "shards/pytorch_model.bin.index.json", "int8/adapter.pt",
+         "peft/adapter_config.json", "data.json"]
+
+
+class Plant:
+    """Pickled, it is this call."""
+
+    def __init__(self, function, argument):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_planted_pickle_does_not_run(refused, here):          # noqa: F811
+    model = tiny()
+    calls = Plant(os.mkdir, "planted"), Plant(os.system, "mkdir planted"), Plant(exec, "import os; os.mkdir('planted')")
+    for i, (call, write) in enumerate(zip(calls, (saved, lambda content: saved(content, _use_new_zipfile_serialization=False), pickle.dumps))):
+        pickle.loads(pickle.dumps(call))
+        (here / "planted").rmdir()                              # it is no dud
+        for name in FILES:
+            whole, lines = (here / name).read_bytes(), reads(name)
+            (here / name).write_bytes(write({"config": {"r": 2}, "base": call, "tensors": {"a": torch.ones(2)}}))
+            refused(*lines[i % len(lines)])
+            with pytest.raises(ValueError):
+                load_adapter(model, here / name)                # the library's own door, without the command lines' reader
+            (here / name).write_bytes(whole)
+        assert not (here / "planted").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_file_where_one_belongs(refused, here, name):        # noqa: F811
+    """A pipe would be waited for, and /dev/zero has no end."""
+    path, lines = here / name, itertools.cycle(reads(name))
+    for put in (lambda: os.mkfifo(path), path.mkdir, lambda: path.symlink_to("/dev/zero"), lambda: path.symlink_to(path.name),
+                lambda: path.symlink_to("nowhere"), path.touch):
+        path.unlink() if not path.is_dir() else path.rmdir()
+        put()
+        refused(*next(lines))
+
+
+def test_logits_that_are_infinite():
+    """In fp16 weights can be fine and logits not; drawing from them would not end in one line."""
+    model = tiny()
+    model.output.weight.data[0] = torch.inf
+    with pytest.raises(ValueError, match="the model's logits are no finite numbers"):
+        next_logits(model, [[1]])
+
+
+def change(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("json")])
+def test_json_that_is_none(refused, here, name):                # noqa: F811
+    lines = itertools.cycle(reads(name))
+    for content in (b"\xff\xfe{", b"{" * 10 ** 5, b'{"a":' * 10 ** 5, b"[" * 10 ** 6, b"\0" * 100, b'{"dim": ' + b"9" * 10 ** 5 + b"}", b'"x"', b"NaN",
+                    b'{"instruction": "\\ud800"}'):
+        (here / name).write_bytes(content)
+        assert len(refused(*next(lines))) < 1100
+
+
+@pytest.mark.parametrize("name", ["base/params.json", "hf/config.json", "shards/pytorch_model.bin.index.json", "peft/adapter_config.json"])
+def test_a_description_larger_than_any(refused, here, name):             # noqa: F811
+    with open(here / name, "a") as file:
+        file.write(" " * 2 ** 24)
+    assert "bytes: it describes no model or adapter" in refused(*reads(name)[1])
+
+
+@pytest.mark.parametrize("name, changes, message", [
+    ("base/params.json", dict(n_layers=9, dim=2 ** 20, n_heads=2 ** 12, vocab_size=2 ** 24), "the weights in base do not fit its params.json"),
+    ("base/params.json", dict(n_layers=513), "n_layers is 513, must be 1 to 512"),
+    ("base/params.json", dict(ffn_dim_multiplier=1e-300), "ffn_dim_multiplier 1e-300 leaves SwiGLU no width"),
+    ("base/params.json", dict(norm_eps=float("nan")), "norm_eps is nan"),
+    ("base/params.json", {"x\x1b[2J" * 1000: 1}, "base/params.json has 'x\\x1b[2J"),
+    ("hf/config.json", dict(hidden_size=2 ** 20, num_attention_heads=2 ** 12), "the weights in hf do not fit its config.json"),
+    ("hf/config.json", dict(hidden_act=["\x1b[2J\n\u2028"] * 1000), "hidden_act is ['\\x1b[2J"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "../base/consolidated.00.pth"}), "'../base/consolidated.00.pth', which is no file of this folder"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "/etc/passwd"}), "'/etc/passwd', which is no file of this folder"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "a\0b"}), "no a"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "a" * 5000}), "File name too long"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "tokenizer.model"}), "tokenizer.model is not a checkpoint of tensors"),
+    ("peft/adapter_config.json", dict(r=10 ** 400), "r is 1000"),
+    ("peft/adapter_config.json", dict(lora_alpha=10 ** 400), "must be a number above 0 and at most 2^53"),
+    ("peft/adapter_config.json", dict(lora_dropout=float("nan")), "dropout is nan"),
+])
+def test_json_that_lies(refused, here, name, changes, message):          # noqa: F811
+    change(here / name, **changes)
+    for line in reads(name):
+        error = refused(*line)
+        assert message in error and error.isascii() and error.strip().isprintable() and len(error) < 1100
+
+
+@pytest.mark.parametrize("name", [*TORCH, "int8/adapter.pt"])
+def test_values_that_are_no_numbers(refused, here, name):                # noqa: F811
+    content = torch.load(here / name, weights_only=True)
+    tensors = content.get("scales", content.get("tensors", content))
+    for line, value in zip(reads(name), (math.nan, math.inf, -math.inf)):
+        next(iter(tensors.values())).view(-1)[-1] = value
+        torch.save(content, here / name)
+        assert "holds values that are no finite numbers, in " in refused(*line)
+
+
+@pytest.mark.parametrize("other", [(4,), (), (2, 4, 1), (0, 4), (3, 4), (2, 5)])
+def test_shards_whose_pieces_make_no_whole(other):
+    for pieces in ([torch.ones(2, 4), torch.ones(other)], [torch.ones(other), torch.ones(2, 4)]):
+        with pytest.raises(ValueError, match=r"\(2, 4\).* for \(4, 4\)"):
+            checkpoint.joined_dim(pieces, (4, 4))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(config=dict(method="vera", r=10 ** 9)), "vera: r is 1000000000, must be 1 to 16384"),
+    (dict(config=dict(method="vera", options=dict(d_init=10 ** 400))), "vera: d_init is out of range"),
+    (dict(config=dict(r=10 ** 9)), "r is 1000000000, must be 1 to 32"),
+    (dict(config=dict(alpha=10 ** 400)), "must be a number above 0 and at most 2^53"),
+    (dict(config=dict(targets=["wq"] * 10 ** 4 + ["x" * 10 ** 4])), "no layer named x"),
+    (dict(config=dict(targets=[["wq"]])), "must be names of layers"),
+    (dict(config=dict(method=["lora"])), "unhashable"),
+    (dict(config=dict(dropout="\x1b[2J")), "dropout is '\\x1b[2J'"),
+    (dict(base=dict(fingerprint=torch.ones(2))), "it names its base by nonsense"),
+    (dict(base=dict(quantize=["nf4"])), "it names its base by nonsense"),
+    (dict(base=dict(fingerprint=None)), "was trained on another base"),
+    (dict(scales={"layers.0.attention.wq.lora_A": torch.ones(10 ** 5, 1)}), "is not an adapter file: The expanded size"),
+    (dict(scales={"layers.0.attention.wq.lora_A": "x"}), "is not an adapter file"),
+    (dict(tensors={"layers.0.attention.wq.lora_A": torch.ones(2)}), "adapter.pt does not fit"),
+    (dict(tensors=[1]), "is not an adapter file"),
+])
+def test_an_adapter_that_lies(refused, here, changes, message):          # noqa: F811
+    content = torch.load(here / "adapter.pt", weights_only=True)
+    for key, value in changes.items():
+        content[key] = {**content[key], **value} if key in ("config", "base") else value
+    torch.save(content, here / "adapter.pt")
+    for line in reads("adapter.pt"):
+        error = refused(*line)
+        assert message in error and error.strip().isprintable() and len(error) < 1200
+
+
+def test_a_base_that_an_adapter_names(refused, here):           # noqa: F811
+    content = torch.load(here / "adapter.pt", weights_only=True)
+    for folder in ("a\0b", "\ud800", "x" * 5000, "\x1b[2J", "/proc/self/mem", "/dev", "~", ""):
+        content["base"]["folder"] = folder
+        torch.save(content, here / "adapter.pt")
+        assert refused(generate.main, "--adapter", "adapter.pt").strip().isprintable()
+
+
+@pytest.mark.parametrize("piece", [b"\xff\xfe", b"", b"a" * 10 ** 6, b"<unk>"])
+def test_tokenizers_with_a_piece_that_is_none(refused, here, piece):     # noqa: F811
+    whole = (here / "base/tokenizer.model").read_bytes()
+    entry = b"\x0a" + mutate.as_varint(len(piece)) + piece + b"\x15" + struct.pack("<f", -1.0)
+    (here / "base/tokenizer.model").write_bytes(b"\x0a" + mutate.as_varint(len(entry)) + entry + whole)
+    for line in reads("base/tokenizer.model"):
+        assert "base/tokenizer.model is not a sentencepiece model" in refused(*line)
+
+
+def test_a_random_base_larger_than_memory(refused, here):       # noqa: F811
+    change(here / "base/params.json", n_layers=9, dim=2 ** 20, n_heads=2 ** 8, n_kv_heads=2 ** 8)
+    error = refused(train.main, "--checkpoint", "base", "--data", "data.json", "--init", "random")
+    assert "base describes a model of 474,993 GB, which this machine cannot hold" in error
+
+
+def header(**tensors):
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def entry(shape, *where, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(where)}
+
+
+@needs_safetensors
+@pytest.mark.parametrize("content", [
+    struct.pack("<Q", 2 ** 60) + b"{}", struct.pack("<Q", 2 ** 64 - 1) + b"{}", struct.pack("<Q", 10 ** 8) + b"{}", b"\x02" + bytes(7) + b"{}", b"\x01",
+    header(a=entry([4], 0, 16), b=entry([4], 8, 24)) + bytes(24), header(a=entry([4], -16, 0)) + bytes(16), header(a=entry([4], 16, 0)) + bytes(16),
+    header(a=entry([4], 16, 32)) + bytes(32), header(a=entry([2 ** 62, 4], 0, 16)) + bytes(16), header(a=entry([2 ** 40], 0, 2 ** 42)) + bytes(16),
+    header(a=entry([4], 0, 16, dtype="X")) + bytes(16), header(a=entry([-4, -1], 0, 16)) + bytes(16), header(a=[]), header(__metadata__={"a": 1}),
+    struct.pack("<Q", 10 ** 5) + b'{"a":' * 20_000 + bytes(16), header(a=entry([4], 0, 16, dtype="I32")) + bytes(16), header(),
+])
+def test_safetensors_that_lie(refused, here, content):          # noqa: F811
+    for name in ("hf/model.safetensors", "peft/adapter_model.safetensors"):
+        (here / name).write_bytes(content)
+        for line in reads(name):
+            refused(*line)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep")])
+def test_what_asks_for_too_much_ends_in_one_line_too(refused, error):    # noqa: F811
+    def main(flags):
+        with bad_input_ends_in_one_line("x"):
+            raise error
+    assert refused(main) == f"x: {str(error) or 'MemoryError'}\n"
+
+
+def test_what_is_quoted_can_be_seen():
+    assert in_one_line(ValueError("a\n b\x1b[31m \u202e\ud800\u00e9")) == "a b\\x1b[31m \\u202e\\ud800\u00e9"
+    assert in_one_line(MemoryError()) == "MemoryError" and len(in_one_line("x" * 10 ** 6)) == 1000
+
+
+# ---- at random
+
+@pytest.mark.slow
+def test_files_changed_at_random():
+    """2,400 files of all kinds: each is a success or the one-line error, within 10 seconds and 2 GB, in a process that lives."""
+    n, results = 2400, []
+    while len(results) < n:
+        done = subprocess.run([sys.executable, "-m", "tests.mutate", "0", str(len(results)), str(n)], cwd=ROOT, capture_output=True, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
+        got = [json.loads(line) for line in done.stdout.splitlines()]
+        results += got
+        if done.returncode:                                      # the case after the last line took the process with it
+            results.append([len(results), "WRONG", f"exit {done.returncode}", done.stderr[-1000:]])
+            assert got, results                                  # or nothing works
+    wrong = [result for result in results if result[1] == "WRONG"]
+    assert not wrong, wrong
+    kinds = Counter(kind for _, _, kind, *_ in results)
+    assert min(kinds.values()) > 20 and Counter(outcome for _, outcome, *_ in results)["ok"] > n / 8, kinds
