@@ -22,20 +22,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from llama.alpaca import SupervisedDataset, ahead, in_order, plan_epoch, read_examples, windows
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, save_weights
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, named_values, number,
-                       peak_memory_mb, pick_hardware, progress, sum_over_ranks, text)
+                       peak_memory_mb, pick_hardware, progress, text)
 from llama.evaluate import evaluate
 from llama.loss import answer_loss
 from llama.packing import pack
 from llama.peft import adapter_at
-from llama.preflight import check_data, check_gradients, describe, trying_batch
-from llama.state import begin, claim_out
-from lora import LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
+from llama.preflight import check_data, check_gradients, describe, memory_of_a_step, out_of_memory_ends_in_one_line, trying_batch
+from llama.state import Run, add_flags as add_survival_flags
+from lora import AdapterState, LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
 from lora.adapter import METHODS
 from lora.lora_plus import lora_plus_groups
 from lora.quantize import KINDS as QUANTIZED, quantizer
@@ -58,7 +59,7 @@ def parse_args(argv=None):
     flag("--val-data", metavar="FILE", type=text, help="held-out examples (default: the demo's with the demo's data, else none)")
     flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),
          help="hold this share of --data out instead")
-    flag("--out", metavar="DIR", type=text, help="where the run goes; one that holds a run is refused (default: out, replaced)")
+    flag("--out", metavar="DIR", type=text, help="where the run goes (default: out, where it replaces the last)")
     flag("--seed", metavar="N", type=number(int, 0), default=0, help="of weights, order and dropout (default: 0)")
     flag("--dry-run", action="store_true", help="check everything that can be checked without the weights, then stop")
 
@@ -99,12 +100,17 @@ def parse_args(argv=None):
     flag("--quantize", choices=("none", *QUANTIZED), help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or --adapter's)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10, help="optimizer steps a printed line (default: 10)")
+    add_survival_flags(parser)
 
     args = parser.parse_args(argv)
     if args.val_data is not None and args.val_fraction is not None:
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.data is None and args.val_data is None and args.val_fraction is None:
         args.val_data = str(DEMO / "held_out.json")
+    if args.early_stop and args.val_data is None and args.val_fraction is None:
+        parser.error("--early-stop watches the held-out loss: give --val-data or --val-fraction")
+    if args.resume and args.overwrite:
+        parser.error("--resume goes on with a run, --overwrite replaces it; give one")
     if args.adapter and any(getattr(args, name) != parser.get_default(name) for name in SETTINGS):
         parser.error(f"--adapter brings its own settings; leave --{', --'.join(SETTINGS)} out")
     if args.method == "full" and args.quantize not in (None, "none"):
@@ -132,22 +138,26 @@ def setup_distributed():
     """(rank, world size, rank on this machine) as torchrun tells them; one process is rank 0 of 1."""
     if not dist.is_torchelastic_launched():
         return 0, 1, 0
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+    store, rank, world_size = next(rendezvous("env://"))
+    # The store outlives a restart by torchrun, and in it stand the addresses of the ranks that are gone.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank, world_size=world_size)
+    return rank, world_size, int(os.environ["LOCAL_RANK"])
 
 
 def load_data(args, tokenizer):
     """(training set, held-out set or None)."""
-    examples, held_out = read_examples(args.data), None
+    examples, held_out, numbers = read_examples(args.data), None, None
     if args.val_data:
         held_out = read_examples(args.val_data)
     elif args.val_fraction:
         n = round(len(examples) * args.val_fraction)
         if not 1 <= n < len(examples):
             raise ValueError(f"--val-fraction {args.val_fraction} of {len(examples)} examples leaves one side empty")
-        examples = [examples[i] for i in np.random.default_rng(args.seed).permutation(len(examples))]
-        examples, held_out = examples[n:], examples[:n]
-    return (SupervisedDataset(examples, tokenizer, args.max_seq_len, args.data),
+        order = np.random.default_rng(args.seed).permutation(len(examples)).tolist()
+        numbers = [i + 1 for i in order[n:]]
+        examples, held_out = ([examples[i] for i in part] for part in (order[n:], order[:n]))
+    return (SupervisedDataset(examples, tokenizer, args.max_seq_len, args.data, numbers),
             held_out and SupervisedDataset(held_out, tokenizer, args.max_seq_len, args.val_data or args.data))
 
 
@@ -163,6 +173,13 @@ def load_model(args, lora, device, init):
         for block in model.layers:
             block.compile(dynamic=True)                      # once, for rows of any length
     return model, wrapped
+
+
+def estimate(args, train_set, device, world_size):
+    """Bytes of tensors that a step with these flags would take."""
+    model, wrapped = load_model(args, lora_config(args), torch.device("meta"), "random")
+    steps = plan(args, train_set, world_size)
+    return sum(memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size)[0].values())
 
 
 def plan(args, train_set, world_size):
@@ -189,8 +206,9 @@ def mixed_precision(args, device):
     return torch.autocast(device.type, DTYPES[args.precision], enabled=args.method == "full" and args.precision != "fp32")
 
 
-def train(args, model, train_set, val_set, steps, collate, device, out, rank, world_size):
-    """The loop.  Rank 0 writes metrics.jsonl, one row an optimizer step."""
+def train(args, model, trained, train_set, val_set, steps, collate, device, run, save_best):
+    """The loop.  trained: what of the model it moves, as a save holds it; save_best(path) writes what there is then."""
+    rank, world_size = run.rank, run.world_size
     # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -203,13 +221,14 @@ def train(args, model, train_set, val_set, steps, collate, device, out, rank, wo
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     def held_out_loss():
         return evaluate(model, in_order(val_set, collate, args.batch_size, rank, world_size), device, autocast)
-    if val_set:
+    with bad_input_ends_in_one_line("train.py"):
+        run.connect(device, save_best, model=trained, optimizer=optimizer, schedule=schedule, scaler=scaler)
+    if val_set and not run.step:
         print(f"before    held-out loss {held_out_loss():.4f}", flush=True)
     model.train()
-    metrics, row = open(out / "metrics.jsonl" if rank == 0 else os.devnull, "w"), {}
-    began = step_began = time.perf_counter()
-    for step, window in enumerate(ahead(windows(train_set, collate, steps, rank)), 1):
-        noted = begin_step(model, step, row.get("loss"))                 # by the adapter's method, if it acts around a step
+    step_began = time.perf_counter()
+    for step, window in enumerate(ahead(windows(train_set, collate, steps[run.step:], rank)), run.step + 1):
+        noted = begin_step(model, step, run.loss)                        # by the adapter's method, if it acts around a step
         loss = torch.zeros((), device=device)
         for i, batch in enumerate(window.batches, 1):
             # DDP talks once a step, on the last micro-batch; it takes note in forward, so forward is inside too.
@@ -219,26 +238,25 @@ def train(args, model, train_set, val_set, steps, collate, device, out, rank, wo
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach() / world_size
         scaler.unscale_(optimizer)                                       # first, so that clipping sees true gradients
-        grad_norm = clip_grad_norm_(trainable, args.clip_grad_norm or math.inf)
-        loss_scale, lr = scaler.get_scale(), schedule.get_last_lr()[0]
-        scaler.step(optimizer)
-        scaler.update()
+        grad_norm = clip_grad_norm_(trainable, args.clip_grad_norm or math.inf).item()
+        loss, loss_scale, lr = run.add(loss), scaler.get_scale(), schedule.get_last_lr()[0]
+        if sound := math.isfinite(loss) and math.isfinite(grad_norm):    # on all ranks: both are of all ranks
+            scaler.step(optimizer)
+            schedule.step()                                              # which waits where a step is skipped
+        scaler.update()                                                  # lowers the scale after an overflow in fp16
         optimizer.zero_grad(set_to_none=True)
-        if not (skipped := scaler.get_scale() < loss_scale):             # by an overflow in fp16, which lowers the scale
-            schedule.step()                                              # and then the schedule waits too
-        row = dict(step=step, epoch=window.epoch, loss=sum_over_ranks(loss).item(), lr=lr,
-                   grad_norm=grad_norm.item(), tokens=window.n_tokens, answer_tokens=window.n_answer)
+        row = dict(step=step, epoch=window.epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=window.n_tokens,
+                   answer_tokens=window.n_answer)
         row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
         row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale, **noted)
         if val_set and (window.epoch.is_integer() or step == len(steps)):
             row["val_loss"] = held_out_loss()
-        metrics.write(json.dumps({key: value if value is None or math.isfinite(value) else None    # JSON has no NaN
-                                  for key, value in row.items()}) + "\n")
-        metrics.flush()
-        if step % args.log_every == 0 or step in (1, len(steps)) or "val_loss" in row or skipped:
-            print(progress(row, len(steps), time.perf_counter() - began) + " | overflow, step skipped" * skipped, flush=True)
+        remark = run.record(row, sound, overflow=scaler.get_scale() < loss_scale)
+        if step % args.log_every == 0 or step in (1, len(steps)) or "val_loss" in row or remark:
+            print(progress(row, len(steps), time.perf_counter() - run.began) + remark, flush=True)
+        if run.ends():
+            break
         step_began = time.perf_counter()                                 # collating the next window is part of its step
-    metrics.close()
 
 
 def save(args, model, tokenizer, lora, out):
@@ -265,11 +283,16 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")                   # one rank speaks for all
     with bad_input_ends_in_one_line("train.py") as alike:    # on whichever rank it is
         args = parse_args(argv)
+        run = Run(args, rank, world_size)
+        alike.append(run.step)
+    if run.finished:
+        print(f"resume    {run.out} is finished: nothing is left to do, nothing was changed")
+        return leave(0) if world_size > 1 else None
+    with bad_input_ends_in_one_line("train.py") as alike:
         device, args.precision = pick_hardware(args.device, args.precision, local_rank, args.fast_matmul)
         args.device = str(device)
         if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a CPU")
-        out = claim_out(args) if rank == 0 else Path(args.out or "out")
         model_args, tokenizer = read_params(args.checkpoint)
         train_set, val_set = load_data(args, tokenizer)
         check_data(train_set, args.max_seq_len, args.data)
@@ -283,19 +306,23 @@ def main(argv=None):
             vars(args).update({name: getattr(config, name) for name in SETTINGS}, method_options=config.options)
         args.quantize = args.quantize or "none"
         lora = lora_config(args)
+        run.check(train_set, val_set, steps)
         # Sizes without memory: a wrong target, rank or ratio, and what it will take, show before the weights load.
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
         lora_plus_groups(model, args.lr, args.lora_plus_ratio)
+        need = functools.partial(estimate, train_set=train_set, device=device, world_size=world_size)
         describe(args, model, wrapped, train_set, val_set, steps, device, world_size)
         if args.dry_run:
             check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta"), layout=batch.layout.to("meta")).sum())
         else:
             torch.manual_seed(args.seed)                     # before the first weight is drawn
-            model, wrapped = load_model(args, lora, device, args.init)
-            if args.adapter:
-                load_adapter(model, adapter)
-            with mixed_precision(args, device):
-                check_gradients(model, wrapped, lambda: answer_loss(model, batch.to(device))[0])
+            with out_of_memory_ends_in_one_line(args, need):
+                model, wrapped = load_model(args, lora, device, args.init)
+                if args.adapter:
+                    load_adapter(model, adapter)
+                with mixed_precision(args, device):
+                    check_gradients(model, wrapped, lambda: answer_loss(model, batch.to(device))[0])
+            run.must_be("base", model.origin.get("fingerprint"), "it was begun over another base")
             torch.manual_seed(args.seed + rank)              # each rank drops other elements
         paths = ("checkpoint", "adapter", "data", "val_data", "out", "device")       # these may differ from machine to machine
         alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin.get("fingerprint"),
@@ -304,11 +331,13 @@ def main(argv=None):
         print("dry run   nothing was trained, nothing was written")
         return leave(0) if world_size > 1 else None
     with bad_input_ends_in_one_line("train.py"):             # only now that all ranks are well is a file touched
+        run.begin()
+    trained, write = (AdapterState(model), save_adapter) if lora else (model, save_weights)
+    with run.survives(), out_of_memory_ends_in_one_line(args, need, "; --resume goes on from the last save, --batch-size or --checkpointing changed or not"):
+        train(args, model, trained, train_set, val_set, steps, collate, device, run, functools.partial(write, model))
         if rank == 0:
-            begin(args, out)
-    train(args, model, train_set, val_set, steps, collate, device, out, rank, world_size)
-    if rank == 0:
-        save(args, model, tokenizer, lora, out)
+            save(args, model, tokenizer, lora, run.out)
+        run.finish()
     peak = peak_memory_mb(device)
     print(f"total     {time.perf_counter() - began:.1f} s" + (f", peak memory {peak:,.0f} MiB" if peak else ""))
     if world_size > 1:
@@ -319,5 +348,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("train.py: interrupted, and nothing was saved", file=sys.stderr)
+        print("train.py: interrupted; what was saved is whole", file=sys.stderr)
         sys.exit(130)

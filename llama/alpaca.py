@@ -126,11 +126,13 @@ def check_example(example, where, required):
 class SupervisedDataset(torch.utils.data.Dataset):
     """Encoded examples; [i] is (tokens, labels).  `cut` and `dropped` count what max_seq_len did.
 
+    numbers[i] is what to call it: its place in the file, from 1, unless `numbers` says otherwise of the examples.
     Rows with no answer token left are dropped.  Raises ValueError when that leaves none.
     """
 
-    def __init__(self, examples, tokenizer, max_seq_len=512, name="the data"):
+    def __init__(self, examples, tokenizer, max_seq_len=512, name="the data", numbers=None):
         rows = [encode_example(example, tokenizer, max_seq_len) for example in examples]
+        self.numbers = [number for number, row in zip(numbers or range(1, len(rows) + 1), rows) if row[1][-1] != IGNORE]
         self.rows = [row for row in rows if row[1][-1] != IGNORE]
         self.dropped = len(rows) - len(self.rows)
         self.cut = sum(labels[-1] != tokenizer.eos_id for _, labels in self.rows)

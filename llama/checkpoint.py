@@ -226,12 +226,8 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     return model, tokenizer
 
 
-def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS, shard_bytes=SHARD):
-    """Write `model` as a folder in Meta's or ("hf") Hugging Face's layout, in the dtype it has; each file is whole or
-    not there.  suffix (or .bin) and shard_bytes are of the latter's files.
-
-    Merged adapters are part of the weights.  Raises ValueError while an adapter is not merged.
-    """
+def weights(model):
+    """{name: tensor} as a checkpoint has them.  Raises ValueError while an adapter is not merged."""
     if any(getattr(module, "merged", True) is False for module in model.modules()):
         raise ValueError("merge the adapter first (merge_lora): a checkpoint has no place for lora_A and lora_B")
     if any(hasattr(module, "dequantize") for module in model.modules()):
@@ -239,7 +235,21 @@ def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS,
     state = {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if ".lora_" not in key}
     if state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr():
         del state["output.weight"]                                # tied: stored once
-    folder = Path(folder)
+    return state
+
+
+def save_weights(model, path):
+    """Write the weights alone, as consolidated.00.pth has them."""
+    write_tensors(Path(path), weights(model))
+
+
+def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS, shard_bytes=SHARD):
+    """Write `model` as a folder in Meta's or ("hf") Hugging Face's layout, in the dtype it has; each file is whole or
+    not there.  suffix (or .bin) and shard_bytes are of the latter's files.
+
+    Merged adapters are part of the weights.  Raises ValueError while an adapter is not merged.
+    """
+    state, folder = weights(model), Path(folder)
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} holds a checkpoint in several files; write to another folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ def bad_input_ends_in_one_line(program):
         dist.all_gather_object(said, (error, alike))
     error = next(filter(None, (error for error, _ in said)), None)
     if not error and any(other != alike for _, other in said):
-        error = f"{program}: the ranks were not started alike: compare their flags, their data and their base"
+        error = f"{program}: the ranks were not started alike: compare their flags, their data, their base and what they see in --out"
     if error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             print(error, file=sys.stderr)
@@ -150,6 +150,15 @@ def leave(code):
         dist.barrier()
         sys.stdout.flush()
         sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def end(line, code):
+    """Say why on stderr and exit, without a word to other ranks: they are somewhere else, and torchrun ends them."""
+    print(line, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -227,7 +227,7 @@ def write_tensors(path, tensors):
             torch.save(tensors, file)                 # through an open handle: given a path, it would write the file's name
     try:
         write_whole(path, write)
-    except (OSError, RuntimeError, *([package.SafetensorError] if package else [])) as error:      # a full disk, say
+    except package.SafetensorError if package else () as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 
 
@@ -235,15 +235,25 @@ def write_json(path, content):
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
-def write_whole(path, write):
-    """Call write(file) on a file beside `path`, then rename it: `path` is the old file or the new, never a part."""
+def write_whole(path, write, previous=None):
+    """Call write(file) on a file beside `path`, then rename it: `path` is the old file or the new, never a part.
+
+    previous: where the old one goes; between its renaming and the new one's it is the only one.  Raises OSError.
+    """
     beside = path.with_name(path.name + ".tmp")
     try:
         with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:          # torch.save makes the latter of a full disk
+        said = error
+        while said.__context__ and not isinstance(said, OSError):
+            said = said.__context__
+        raise OSError(f"{path} cannot be written: {getattr(said, 'strerror', None) or said}") from error
     finally:
         beside.unlink(missing_ok=True)
 

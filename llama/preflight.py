@@ -1,8 +1,11 @@
 """Before step 1: say what is about to be trained, what memory it will take, and stop what cannot learn."""
+from argparse import Namespace
+from contextlib import contextmanager
+
 import torch
 
 from .alpaca import count_answer
-from .cli import DTYPES, shown
+from .cli import DTYPES, end, shown
 from .loss import CHUNK
 from .packing import SHORT
 
@@ -116,6 +119,45 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
     return kinds, "in a block" if in_block > at_head else "at the logits"
 
 
+def memory_of_a_step(model, wrapped, train_set, steps, precision, device, world_size):
+    """What estimate_memory says of the largest micro-batches of a plan."""
+    _, tokens, answers, pairs = largest(train_set, steps)
+    return estimate_memory(model, wrapped, tokens, answers, precision, device, world_size, pairs if device.type == "cpu" else 0)
+
+
+def knobs(args, estimate):
+    """[(flags, bytes less)]: what would lower estimate(args), a number of bytes, the most effective first."""
+    tries = [dict(checkpointing=True)] * (not args.checkpointing) + [dict(precision="bf16")] * (args.precision == "fp32")
+    if args.tokens_per_batch:
+        tries.append(dict(tokens_per_batch=max(1, args.tokens_per_batch // 2)))
+    elif args.batch_size > 1:                                    # the same examples a step
+        smaller = max(n for n in range(1, args.batch_size) if args.batch_size % n == 0)
+        tries.append(dict(batch_size=smaller, accumulation_steps=args.accumulation_steps * args.batch_size // smaller))
+    if args.method == "full":
+        tries.append(dict(method="lora"))
+    elif args.quantize == "none" and args.method != "delta-lora":
+        tries.append(dict(quantize="nf4"))
+    now = estimate(args)
+    less = {" ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in flags.items()):
+            now - estimate(Namespace(**vars(args) | flags)) for flags in tries}
+    return sorted(((flags, size) for flags, size in less.items() if size > 0), key=lambda knob: -knob[1])
+
+
+@contextmanager
+def out_of_memory_ends_in_one_line(args, estimate, then=""):
+    """Turn out of memory into one line that names the knobs in order of effect, and exit 3."""
+    try:
+        yield
+    except RuntimeError as error:                                # torch.OutOfMemoryError is one; elsewhere than on CUDA it has no name
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        caught = ". ".join(str(error).splitlines()[0].split(". ")[:2])       # what was asked for; then come addresses and advice
+    else:
+        return
+    help = ", ".join(f"{flags} (by estimate {mib(less)} MiB less)" for flags, less in knobs(args, estimate))
+    end(f"train.py: {caught}; try {help or 'a smaller base or a larger device'}{then}", 3)
+
+
 def mib(size):
     return f"{size / 2 ** 20:,.{0 if size >= 100 * 2 ** 20 else 1}f}"
 
@@ -135,7 +177,6 @@ def describe(args, model, wrapped, train_set, val_set, steps, device, world_size
     own = "".join(f", {name} {value}" for name, value in args.method_options.items())
     adapter = f"r {args.r}, alpha {args.alpha:g}{own} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
-    _, tokens, answers, pairs = largest(train_set, steps)
     if args.tokens_per_batch:
         filled = sum(len(train_set[i][0]) for _, ranks in steps for batches in ranks for batch in batches for i in batch)
         filled /= sum(len(batches) for _, ranks in steps for batches in ranks) * args.tokens_per_batch
@@ -144,7 +185,6 @@ def describe(args, model, wrapped, train_set, val_set, steps, device, world_size
         a_step = (f"{args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
                   f"{args.batch_size * args.accumulation_steps * world_size} examples a step")
     print(f"steps     {a_step}; {len(steps)} steps, {steps[-1][0]:.3g} epochs")
-    kinds, where = estimate_memory(model, wrapped, tokens, answers, args.precision, device, world_size,
-                                   pairs if device.type == "cpu" else 0)
+    kinds, where = memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size)
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{' a rank' * (world_size > 1)}, the most {where}: "
           + ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items()), flush=True)

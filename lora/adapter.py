@@ -171,6 +171,29 @@ def lora_state_dict(model):
     return {name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}
 
 
+class AdapterState:
+    """All of an adapter that training moves, for a run that is interrupted and goes on: as an optimizer has it.
+
+    load_state_dict raises ValueError, with the model as it was, where the adapter is another.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def state_dict(self):
+        return {"tensors": lora_state_dict(self.model),
+                "methods": {path: layer.state() for path, layer in lora_layers(self.model).items()}}
+
+    def load_state_dict(self, state):
+        own, tensors = self.state_dict(), state["tensors"]
+        if own["methods"].keys() != state["methods"].keys() or {name: tensor.shape for name, tensor in own["tensors"].items()} \
+                != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError("the adapter's layers or their sizes are others")
+        self.model.load_state_dict(tensors, strict=False)            # the base is not in it
+        for path, layer in lora_layers(self.model).items():
+            layer.load_state(state["methods"][path])
+
+
 @contextmanager
 def lora_disabled(model):
     """Within the block `model` is its base, bit for bit.  Raises ValueError while the adapter is merged."""
@@ -244,6 +267,9 @@ def save_adapter(model, path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:         # torch.save makes the latter of a full disk
+        said = error if isinstance(error, OSError) else error.__context__
+        raise OSError(f"{path} cannot be written: {getattr(said, 'strerror', None) or error}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -64,6 +64,13 @@ class DyLoRA(LoRALayer):
             self.drawn = random.Random(f"{own['seed']}, {step}").randint(own["rank_min"], self.r)
         return {"rank": self.drawn}
 
+    def state(self):
+        return {"rank": self.settings["rank"], "by_loss": dict(vars(self.by_loss))}           # all layers share the two
+
+    def load_state(self, state):
+        self.settings["rank"] = state["rank"]
+        vars(self.by_loss).update(state["by_loss"])
+
 
 def set_rank(model, b):
     """Use rank b outside of training.  Raises ValueError where there is no such rank, or the adapter is merged."""

@@ -54,6 +54,13 @@ class LoRALayer(nn.Module):
     def after_step(self):
         """Called when the optimizer has stepped."""
 
+    def state(self):
+        """What else of the method has changed since it began, beside its tensors, for a run that goes on."""
+        return {}
+
+    def load_state(self, state):
+        """Take back what `state` gave."""
+
     def __init__(self, base, r, alpha, dropout, **options):
         super().__init__()
         self.base = base.requires_grad_(False)

@@ -328,11 +328,11 @@ def test_the_default_out_is_replaced_and_a_named_one_is_not(run, base, data, tmp
     assert (tmp_path / "out/adapter.pt").read_bytes() != before
     run("named", "--max-steps", "1")
     before = {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()}
-    assert before.keys() == {"adapter.pt", "args.json", "metrics.jsonl"}
+    assert before.keys() == {"adapter.pt", "args.json", "metrics.jsonl", "state.pt"}
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         run("named", "--max-steps", "1")
-    assert "named holds a run or a model already; name another folder with --out" in capsys.readouterr().err
+    assert "named holds a run already: --resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()} == before
 
 
