@@ -5,6 +5,7 @@
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
     python generate.py --interactive               type instructions; `:adapter PATH` or `:adapter none` switches
     python generate.py --data questions.json > answers.jsonl
+    python generate.py --data held_out.json --score       how good are the answers, with the adapter and without?
 """
 import argparse
 import json
@@ -20,6 +21,7 @@ from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import PROBE, load_checkpoint
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, in_one_line, number, pick_hardware,
                        shown, text, utf8)
+from llama.evaluate import Exam, intervals
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
@@ -51,14 +53,18 @@ def parse_args(argv=None):
     flag("--instruction", metavar="TEXT", type=text, help="what to do")
     flag("--data", metavar="FILE", type=text, help="answer a .json or .jsonl file of examples: JSON lines on stdout")
     flag("--interactive", action="store_true", help="answer what is typed, a line an instruction")
+    group.add_argument("--score", action="store_true",
+                       help="of --data, say how good base and adapter are at its outputs: one JSON line on stdout")
+    group.add_argument("--choices", metavar="A,B,...", type=lambda names: utf8(names).split(","),
+                       help="answers to choose from with --score (default: the outputs in --data, where they are up to 20)")
     group.add_argument("--input", metavar="TEXT", type=utf8, default="", help="what to do it with")
     flag = parser.add_argument_group("how").add_argument
-    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="tokens an answer (default: 128)")
+    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="tokens an answer (default: 128; with --score also at most twice the longest output)")
     flag("--temperature", metavar="F", type=number(float, 0), default=0.0, help="0: always the likeliest token (default: 0)")
     flag("--top-k", metavar="N", type=number(int, 0), default=0, help="draw from the N likeliest; 0: from all (default: 0)")
     flag("--top-p", metavar="F", type=number(float, 0, 1, open_low=True), default=1.0,
          help="draw from the likeliest that together reach this probability (default: 1)")
-    flag("--seed", metavar="N", type=number(int, 0, 2 ** 63 - 1), default=0, help="of what is drawn (default: 0)")
+    flag("--seed", metavar="N", type=number(int, 0, 2 ** 63 - 1), default=0, help="of what is drawn, by --score too (default: 0)")
     flag("--beams", metavar="N", type=number(int, 1, 256), default=1, help="search with N beams (default: 1, greedy)")
     flag("--no-repeat-ngram", metavar="N", type=number(int, 0), default=0,
          help="never repeat N tokens in a row in an answer; 0: may (default: 0)")
@@ -71,6 +77,14 @@ def parse_args(argv=None):
         parser.error("--top-k and --top-p choose what is drawn from; nothing is drawn without --temperature")
     if args.beams > 1 and args.temperature > 0:
         parser.error("--beams searches and --temperature draws; give one")
+    if args.score and not args.data:
+        parser.error("--score needs --data, whose outputs are what is right")
+    if args.choices and not args.score:
+        parser.error("--choices are what --score chooses from")
+    if args.choices and (len(args.choices) < 2 or len(set(args.choices)) < len(args.choices) or not all(map(str.strip, args.choices))):
+        parser.error(f"--choices {','.join(args.choices)}: give two answers or more, each once, with commas between them")
+    if args.score and (args.temperature > 0 or args.beams > 1 or args.no_repeat_ngram):
+        parser.error("--score takes the likeliest tokens as they come: no --temperature, --beams or --no-repeat-ngram")
     args.adapter_by_default = args.adapter is None
     if args.adapter is None and os.path.exists("out/adapter.pt"):
         args.adapter = "out/adapter.pt"
@@ -163,6 +177,23 @@ def answer_file(model, tokenizer, examples, args):
         print(f"{start + len(some)}/{len(examples)} answered", file=sys.stderr, flush=True)
 
 
+def score(model, exam, args):
+    """One JSON line: what Exam knows of the examples, then [value, low, high] of each measure for the base and, where
+    there is one, for the adapter and for the difference between the two."""
+    tables = {}
+
+    def take(name):
+        tables[name] = exam.take(model, lambda n: print(f"{name}: {n}/{len(exam.rows)} answered", file=sys.stderr, flush=True))
+    if args.adapter:
+        take("adapter")
+        if args.merge:
+            unmerge_lora(model)
+    with lora_disabled(model):
+        take("base")
+    line = {"data": args.data, **exam.about(), "seed": args.seed, **intervals(tables, args.seed)}
+    print(json.dumps(line, ensure_ascii=False))
+
+
 def interact(model, tokenizer, args):
     """Read instructions from stdin until it ends.  An adapter is switched on the base that is loaded already."""
     if hasattr(sys.stdin, "reconfigure"):
@@ -205,7 +236,7 @@ def main(argv=None):
     with bad_input_ends_in_one_line("generate.py"):
         args = parse_args(argv)
         device, args.precision = pick_hardware(args.device, args.precision)
-        examples = read_examples(args.data, required=("instruction",)) if args.data else INSTRUCTIONS
+        examples = read_examples(args.data, required=("instruction", "output")[:1 + args.score]) if args.data else INSTRUCTIONS
         if args.instruction:
             examples = [{"instruction": args.instruction, "input": args.input}]
         try:
@@ -214,11 +245,14 @@ def main(argv=None):
             hint = f"; {args.adapter} was taken because it is there, --adapter none leaves it out"
             hint *= args.adapter_by_default and args.adapter is not None
             raise ValueError(f"{error}{hint}") from error
-        # A prompt that is too long shows before the first is answered.
+        # What is too long, or no choice, shows before the first is answered.
+        exam = args.score and Exam(examples, tokenizer, model.args.max_seq_len, args.choices, args.max_new_tokens, args.data)
         room(model, [encode_prompt(example, tokenizer) for example in examples], args.max_new_tokens)
         print(said, file=sys.stderr, flush=True)
         if args.interactive:
             interact(model, tokenizer, args)
+        elif args.score:
+            score(model, exam, args)
         elif args.data:
             answer_file(model, tokenizer, examples, args)
         else:

@@ -26,9 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from llama.alpaca import SupervisedDataset, ahead, in_order, plan_epoch, read_examples, windows
+from llama.alpaca import SupervisedDataset, ahead, plan_epoch, read_examples, windows
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, save_weights
-from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, leave, named_values, number,
+from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, held_out, leave, named_values, number,
                        peak_memory_mb, pick_hardware, progress, text)
 from llama.evaluate import evaluate
 from llama.loss import answer_loss
@@ -219,12 +219,12 @@ def train(args, model, trained, train_set, val_set, steps, collate, device, run,
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: lr_factor(n, len(steps), warmup, args.schedule))
     autocast = mixed_precision(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    def held_out_loss():
-        return evaluate(model, in_order(val_set, collate, args.batch_size, rank, world_size), device, autocast)
+    def scores():
+        return evaluate(model, val_set, args.tokens_per_batch or args.batch_size * args.max_seq_len, autocast, rank, world_size)
     with bad_input_ends_in_one_line("train.py"):
         run.connect(device, save_best, model=trained, optimizer=optimizer, schedule=schedule, scaler=scaler)
     if val_set and not run.step:
-        print(f"before    held-out loss {held_out_loss():.4f}", flush=True)
+        print(f"before    {held_out(scores())}", flush=True)
     model.train()
     step_began = time.perf_counter()
     for step, window in enumerate(ahead(windows(train_set, collate, steps[run.step:], rank)), run.step + 1):
@@ -250,7 +250,7 @@ def train(args, model, trained, train_set, val_set, steps, collate, device, run,
         row["tokens_per_second"] = row["tokens"] / (time.perf_counter() - step_began)
         row |= dict(peak_memory_mb=peak_memory_mb(device), loss_scale=loss_scale, **noted)
         if val_set and (window.epoch.is_integer() or step == len(steps)):
-            row["val_loss"] = held_out_loss()
+            row |= scores()
         remark = run.record(row, sound, overflow=scaler.get_scale() < loss_scale)
         if step % args.log_every == 0 or step in (1, len(steps)) or "val_loss" in row or remark:
             print(progress(row, len(steps), time.perf_counter() - run.began) + remark, flush=True)

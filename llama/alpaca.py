@@ -169,13 +169,6 @@ class DataCollatorForSupervisedDataset:
         return Batch(pad_right(tokens, self.pad_id), pad_right(labels, IGNORE), sum(map(count_answer, labels)))
 
 
-def in_order(dataset, collate, batch_size, rank=0, world_size=1):
-    """Yield this rank's share of the dataset as micro-batches in file order: for held-out loss."""
-    mine = range(rank, len(dataset), world_size)
-    for i in range(0, len(mine), batch_size):
-        yield collate([dataset[j] for j in mine[i:i + batch_size]])
-
-
 def plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size=1, tokens_per_batch=None):
     """The optimizer steps of an epoch: [step][rank][micro-batch] -> indices into `lengths`, the examples' tokens.
 

@@ -183,5 +183,11 @@ def progress(row, steps, seconds):
         columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
     columns.append(f"{left // 60}:{left % 60:02} left")
     if "val_loss" in row:
-        columns.append(f"held-out loss {row['val_loss']:.4f}")
+        columns.append(held_out(row))
     return " | ".join(columns)
+
+
+def held_out(row):
+    """What was found on held-out examples, as columns of that line."""
+    classes = f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}" if "val_accuracy" in row else ""
+    return f"held-out loss {row['val_loss']:.4f}{classes}"

@@ -6,6 +6,7 @@ import torch
 
 from .alpaca import count_answer
 from .cli import DTYPES, end, shown
+from .evaluate import class_answers
 from .loss import CHUNK
 from .packing import SHORT
 
@@ -173,7 +174,8 @@ def describe(args, model, wrapped, train_set, val_set, steps, device, world_size
     print(f"data      {shown(args.data)}: {len(train_set)} examples, longest {longest} tokens, {train_set.cut} cut at "
           f"{args.max_seq_len}, {train_set.dropped} dropped; {len(train_set) - train_set.cut} end in eos")
     if val_set:
-        print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped")
+        print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped"
+              + (f"; answers of {len(choices)} classes" if (choices := class_answers(val_set, args.max_seq_len)) else ""))
     own = "".join(f", {name} {value}" for name, value in args.method_options.items())
     adapter = f"r {args.r}, alpha {args.alpha:g}{own} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
     print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama.alpaca import (DataCollatorForSupervisedDataset, SupervisedDataset, encode_example, encode_prompt,
-                          format_prompt, in_order, read_examples)
+                          format_prompt, read_examples)
 
 from .conftest import epoch_windows
 
@@ -108,15 +108,6 @@ def test_ranks_share_each_step_without_a_duplicate_and_none_goes_without_a_batch
         assert [counts for _, *counts in steps] == [counts for _, *counts in dealt(4, 2, n=n)]
         assert all(batches for batches, *_ in steps)
     assert (second[-1] == []) == (n == 17 or n == 201)                   # one example left: rank 1 masks its batch whole
-
-
-def test_in_order_keeps_the_order():
-    rows = [([1, i, 2], [_, i, 2]) for i in range(5)]
-    batches = list(in_order(rows, DataCollatorForSupervisedDataset(0), 2))
-    assert [batch.tokens[:, 1].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
-    shares = [[batch.tokens[:, 1].tolist() for batch in in_order(rows, DataCollatorForSupervisedDataset(0), 2, rank, 2)]
-              for rank in (0, 1)]
-    assert shares == [[[0, 2], [4]], [[1, 3]]]
 
 
 def test_json_and_jsonl_give_the_same(tmp_path):

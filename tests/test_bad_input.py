@@ -132,6 +132,14 @@ def test_data_that_is_wrong(refused, base, tmp_path, content, message):
     (["--beams", "0"], "--beams: 0 is out of range"),
     (["--beams", "2", "--temperature", "1"], "--beams searches and --temperature draws; give one"),
     (["--no-repeat-ngram", "-1"], "--no-repeat-ngram: -1 is out of range"),
+    (["--score"], "--score needs --data, whose outputs are what is right"),
+    (["--choices", "a,b"], "--choices are what --score chooses from"),
+    (["--score", "--data", "examples.json", "--choices", "a"], "--choices a: give two answers or more, each once"),
+    (["--score", "--data", "examples.json", "--choices", "a,b,a"], "--choices a,b,a: give two answers or more, each once"),
+    (["--score", "--data", "examples.json", "--choices", "a, "], "--choices a, : give two answers or more, each once"),
+    (["--score", "--data", "examples.json", "--choices", "a,\udcff"], "argument --choices: is not UTF-8 text"),
+    (["--score", "--data", "examples.json", "--choices", "a,b"], "examples.json, example 1: its output 'blue ' is none of the choices a, b"),
+    (["--score", "--data", "examples.json", "--beams", "2"], "--score takes the likeliest tokens as they come"),
 ])
 def test_generate(refused, base, data, tmp_path, flags, message):
     common = ["--checkpoint", str(base), "--data", str(data), "--layers", "1", "--max-steps", "1", "--accumulation-steps", "1"]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,22 @@ def test_the_adapter_answers_what_the_base_does_not(trained):
     right = [sum(answer == example["output"] for answer, example in zip(said, examples)) for said in (base, adapted)]
     print(f"\nheld-out answers exactly right: base {right[0]} of {len(examples)}, base + adapter {right[1]} of {len(examples)}")
     assert right[0] <= 0.05 * len(examples) and right[1] >= 0.7 * len(examples)
+
+
+def test_the_adapter_feels_what_the_base_does_not(trained, monkeypatch, capsys):
+    """Happy or sad, about sentences that neither has seen: chance by the base's likelihoods, and what it writes is no answer."""
+    monkeypatch.chdir(trained[0])
+    feelings = [example for example in read_examples(DEMO / "held_out.json") if example.get("input") and example["output"] in ("happy", "sad")]
+    Path("feelings.json").write_text(json.dumps(feelings))
+    capsys.readouterr()
+    command.main(["--data", "feelings.json", "--score"])
+    found = json.loads(capsys.readouterr().out)
+    base, adapter, difference = (found[name] for name in ("base", "adapter", "difference"))
+    print(f"\nhappy or sad, {len(feelings)} sentences: accuracy {base['accuracy'][0]:.0%} by the base, {adapter['accuracy'][0]:.0%} "
+          f"with the adapter (difference {difference['accuracy'][1]:.0%} to {difference['accuracy'][2]:.0%}); majority {found['majority']['accuracy']:.0%}")
+    assert len(feelings) == 20 and base["accuracy"][0] <= 0.7 and adapter["accuracy"][0] >= 0.9
+    assert difference["accuracy"][1] > 0 and difference["mcc"][1] > 0 and difference["loss"][2] < 0
+    assert base["exact_match"][0] == 0 and adapter["exact_match"][0] >= 0.9
 
 
 def test_generate_shows_it(trained, monkeypatch, capsys):

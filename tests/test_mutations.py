@@ -19,7 +19,8 @@ MUTATIONS = {                                           # trap: (file, ours, the
     "no_answer_in_the_batch": ("llama/loss.py", "return loss, batch.n_answer", "return loss / batch.n_answer * batch.n_answer, batch.n_answer"),
     "loss_without_a_graph": ("llama/loss.py", "    logits = model(batch.tokens, rows=rows.to",
                              "    if not len(rows):\n        return torch.zeros(()), 0\n    logits = model(batch.tokens, rows=rows.to"),
-    "validation_by_batches": ("llama/evaluate.py", "torch.tensor([loss.item(), n])", "torch.tensor([loss.item() / n, 1])"),
+    "validation_by_batches": ("llama/evaluate.py", "(1, len(own), -scores[right][0], scores[right][1])",
+                              "(1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group), scores[right][1])"),
     "shift_by_one": ("llama/loss.py", "batch.labels.flatten().roll(-1)", "batch.labels.flatten().clone()"),
     "prompt_is_no_target": ("llama/alpaca.py", "([IGNORE] * len(prompt) + answer)", "(prompt + answer)"),
     "eos_is_a_target": ("llama/alpaca.py", "pad_right(labels, IGNORE),",
@@ -75,7 +76,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
                               "    frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]\n"
                               "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n"
                               "    [p.requires_grad_(False) for p in frozen]\n"),
-    "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, in_order", "return evaluate(parallel, in_order"),
+    "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, val_set", "return evaluate(parallel, val_set"),
 }
 TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)
 

@@ -351,7 +351,7 @@ def test_best_and_last(flags, monkeypatch, capsys):
     """best.pt is the adapter of the lowest held-out loss, adapter.pt the last; --early-stop ends after so many without a better one."""
     losses = iter([5.0, 4.0, 3.0, 3.5, math.nan, 2.0])                 # before the first step, then each epoch's
     saved, honest = [], train.save_adapter
-    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     monkeypatch.setattr(train, "save_adapter", lambda model, path: (saved.append(path.name), honest(model, path)))
     train.main([*flags, "--out", "early", "--epochs", "9", "--early-stop", "2"])
     rows, kept = left("early")

@@ -9,7 +9,7 @@ import generate
 import llama.evaluate
 import train
 from llama import load_checkpoint
-from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, in_order, read_examples
+from llama.alpaca import DataCollatorForSupervisedDataset, SupervisedDataset, read_examples
 
 from .conftest import EXAMPLES
 
@@ -31,12 +31,13 @@ def run(base, data, tmp_path, monkeypatch):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(see) has see(model, batch) called before each loss of the run, the pre-flight's left out."""
+    """watch(see) has see(model, batch) called before each forward of the run, the pre-flight's left out."""
     def watch(see):
-        honest = train.answer_loss
         monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-        for place in train, llama.evaluate:
-            monkeypatch.setattr(place, "answer_loss", lambda model, batch: see(model, batch) or honest(model, batch))
+        for place, name in (train, "answer_loss"), (llama.evaluate, "log_likelihoods"):
+            def watched(model, batch, honest=getattr(place, name)):
+                return see(model, batch) or honest(model, batch)
+            monkeypatch.setattr(place, name, watched)
     return watch
 
 
@@ -187,7 +188,7 @@ def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(
     modes = []
     watch(lambda model, batch: modes.append((model.training, torch.is_grad_enabled())))
     run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2", "--epochs", "2")
-    assert modes == ([(False, False)] * 2 + [(True, True)] * 2) * 2 + [(False, False)] * 2
+    assert modes == ([(False, False)] + [(True, True)] * 2) * 2 + [(False, False)]
 
 
 def test_each_epoch_has_an_order_of_its_own(run, watch):
@@ -292,11 +293,11 @@ def test_learning_rate_at_its_corners():
 
 
 def test_held_out_loss_is_a_sum_by_a_count(run, base, tokenizer, data):
-    losses = [run(str(n), "--val-data", str(data), "--batch-size", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
-              for n in (1, 5, 12)]
+    losses = [run(str(n), "--val-data", str(data), "--tokens-per-batch", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
+              for n in (1, 300, 3000)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     model, _ = load_checkpoint(base)
-    batch, = in_order(SupervisedDataset(read_examples(data), tokenizer), DataCollatorForSupervisedDataset(2), 12)
+    batch = DataCollatorForSupervisedDataset(2)(SupervisedDataset(read_examples(data), tokenizer).rows)
     logits = model(batch.tokens)[:, :-1].flatten(0, 1)
     assert losses[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten()).item(), rel=1e-5)
 
