@@ -220,7 +220,7 @@ def train(args, model, trained, train_set, val_set, steps, collate, device, run,
     autocast = mixed_precision(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     def scores():
-        return evaluate(model, val_set, args.tokens_per_batch or args.batch_size * args.max_seq_len, autocast, rank, world_size)
+        return evaluate(model, val_set, min(args.tokens_per_batch or args.batch_size * args.max_seq_len, 2048), autocast, rank, world_size)
     with bad_input_ends_in_one_line("train.py"):
         run.connect(device, save_best, model=trained, optimizer=optimizer, schedule=schedule, scaler=scaler)
     if val_set and not run.step:

@@ -51,7 +51,7 @@ def lay(asked):
 
     What all prompts begin with stands once, the rest of each once, and behind it the answers, each of which continues
     that prompt alone.  targets are the answers' tokens, one answer behind another; places[m] is where targets[m] is
-    predicted.  An answer's first token is predicted by the prompt's last, and its own last (eos) predicts nothing: it is not read.
+    predicted: an answer's first token by the prompt's last.  Its own last, eos, predicts nothing and is not read.
     """
     shared = len(commonprefix([prompt[:-1] for prompt, _ in asked])) if len(asked) > 1 else 0
     shared = shared if shared >= LEAST else 0
@@ -232,5 +232,6 @@ def intervals(tables, seed=0, resamples=RESAMPLES):
     def line(name, measure):
         draws = torch.cat([some[name][measure] for some in drawn])
         ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        return [value if math.isfinite(value) else None for value in (whole[name][measure].item(), *ends.tolist())]    # JSON has no NaN
+        entry = whole[name][measure].item(), *ends.tolist()
+        return [value if math.isfinite(value) else None for value in entry]              # JSON has no NaN
     return {name: {measure: line(name, measure) for measure in found} for name, found in whole.items()}

@@ -152,7 +152,8 @@ def out_of_memory_ends_in_one_line(args, estimate, then=""):
     except RuntimeError as error:                                # torch.OutOfMemoryError is one; elsewhere than on CUDA it has no name
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        caught = ". ".join(str(error).splitlines()[0].split(". ")[:2])       # what was asked for; then come addresses and advice
+        said = str(error).splitlines()[0].rpartition("err == 0. ")[2]
+        caught = ". ".join(said.split(". ")[:2])                 # what was asked for; then come addresses and advice
     else:
         return
     help = ", ".join(f"{flags} (by estimate {mib(less)} MiB less)" for flags, less in knobs(args, estimate))

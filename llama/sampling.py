@@ -1,32 +1,33 @@
-"""Logits to text.  Without a KV cache a token is one forward over the whole row: simple, and right; so a forward is
-made to give several tokens where the text allows it, and the rows of a batch share what they have in common."""
+"""Logits to text.  Without a KV cache each forward computes the whole row again: simple, and right.  To check a guess of
+what comes next costs little more then, so a forward may give several tokens; a batch computes what its rows share once.
+"""
 import torch
 
 from .alpaca import IGNORE
 from .packing import pack
 
-BLOCK = 16                                           # tokens: lengths are rounded up to a multiple, so that shapes repeat
-NGRAM, EACH = 4, 8                                   # a guess is as sure as what it follows is long: so many tokens for each
+BLOCK = 16                                           # tokens: rows are filled up to a multiple, so that shapes repeat
+NGRAM, EACH = 4, 8                                   # the longest match looked for; guessed tokens for each of the match's
 
 
 def whole(length):
-    """The multiple of BLOCK that a row of this length takes."""
+    """`length` rounded up to whole BLOCKs."""
     return -(-length // BLOCK) * BLOCK
 
 
 def next_logits(model, rows, guesses=None):
-    """rows: lists of ids, of any lengths -> list of fp32 logits on the CPU: (1 + g, V) of what follows each row and then
-    each of the g tokens of its guess, if there is one.
+    """rows: lists of ids, of any lengths -> list of fp32 logits on the CPU, (1 + g, V) for each row: of what follows it,
+    and of what follows each of the g tokens of its guess.
 
-    The rows stand one behind another in a single one, what they begin with alike only once, so a row gets what it
-    would get alone.  Raises ValueError where weights have gone wrong and a logit is no finite number.
+    The rows stand one behind another, with what several begin with only once, so each gets what it would get alone.
+    Raises ValueError where weights have gone wrong and a logit is no finite number.
     """
     device = next(model.parameters()).device
     examples = []
     for i, (row, guess) in enumerate(zip(rows, guesses or [[]] * len(rows))):
-        asked = [IGNORE] * len(row) + [i] * (1 + len(guess))         # labels: what predicts these places is wanted
-        padding = min(whole(len(asked)), model.args.max_seq_len) - len(asked)
-        examples.append(([*row, *guess, 0] + [0] * padding, asked + [IGNORE] * padding))
+        wanted = [IGNORE] * len(row) + [i] * (1 + len(guess))        # labels: row i wants what predicts these places
+        filling = min(whole(len(wanted)), model.args.max_seq_len) - len(wanted)
+        examples.append(([*row, *guess, 0] + [0] * filling, wanted + [IGNORE] * filling))
     tokens, labels, _, layout = pack(examples, share_prefix=True)
     places, = (labels[0] != IGNORE).nonzero(as_tuple=True)
     logits = model(tokens.to(device), rows=(places - 1).to(device), layout=layout.to(device)).float().cpu()
@@ -35,20 +36,20 @@ def next_logits(model, rows, guesses=None):
     return [logits[labels[0, places] == i] for i in range(len(rows))]
 
 
-def guess(row, most, otherwise=()):
-    """Up to `most` tokens that may follow `row`: what followed the last time that its last few tokens were there
-    (prompt lookup, Saxena 2023), the more of it the longer these are; where they are new, what `otherwise` says.
+def guess(row, most, otherwise):
+    """Up to `most` tokens that may follow `row`: what followed when its last few tokens were there before (prompt
+    lookup, Saxena 2023), the more of it the more of them match; `otherwise`, in free places alone, where none does.
 
-    To check a token costs no more than its place in the forward, and nothing up to a whole BLOCK.
+    Places are free up to a whole BLOCK, which is computed in any case.
     """
     for n in range(min(NGRAM, len(row) - 1), 0, -1):
-        for i in range(len(row) - n - 1, -1, -1):
+        for i in range(len(row) - n - 1, -1, -1):                    # the last time first
             if row[i:i + n] == row[-n:]:
                 said, stop = row[:], min(len(row) + most, whole(len(row) + EACH * n + 1) - 1)
                 while len(said) < stop:
-                    said.append(said[i + n - len(row)])              # so far behind, it may copy what it has just said
+                    said.append(said[i + n - len(row)])              # past the end of the row it copies what it has said
                 return said[len(row):]
-    return list(otherwise[:min(most, whole(len(row) + 1) - 1 - len(row))])
+    return otherwise[:min(most, whole(len(row) + 1) - 1 - len(row))]
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -87,10 +88,10 @@ def room(model, prompts, max_new_tokens):
 def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0):
     """Iterate over (i, id): what comes next for prompts[i] (lists of ids), a round at a time, until eos (not given).
 
-    temperature 0 takes the likeliest token, and a round then gives as many as were guessed right and one more: the
-    forward that says what follows a row says it of each guessed token too.  Above 0 one is drawn from `filtered`
-    with a generator for each prompt, seeded alike, so that a prompt gets the same text alone and in any batch.
-    no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at model.args.max_seq_len as well.
+    temperature 0 takes the likeliest token; a round gives those that were guessed right and the one after them, the
+    text being what a token a round would give.  Above 0 one is drawn from `filtered` with a generator for each prompt,
+    seeded alike.  Either way a prompt gets the same text alone and in any batch, but for what 16 bits round otherwise
+    at another length.  no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at max_seq_len as well.
     Raises ValueError, at once, when a prompt leaves no room for an answer.
     """
     left = room(model, prompts, max_new_tokens)
@@ -123,7 +124,7 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
                     answers[i].append(token)
                     yield i, token
                     if guessed[j:j + 1] != [token]:
-                        beyond[i] = logits[j + 1:].argmax(-1).tolist()       # said after a wrong guess, yet often right
+                        beyond[i] = logits[j + 1:].argmax(-1).tolist()       # said after a wrong token, yet often right
                         still += [i] * (len(answers[i]) < left[i])
                         break
             going = still

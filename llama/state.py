@@ -146,7 +146,7 @@ def examples(step):
     return [i for batches in ranks for batch in batches for i in batch]
 
 
-def shown(name, value):
+def as_flag(name, value):
     """An argument as it would stand on the command line."""
     return f"--{name.replace('_', '-')} {value}" if value is not None else f"no --{name.replace('_', '-')}"
 
@@ -180,7 +180,7 @@ class Run:
         now = json.loads(json.dumps(vars(self.args)))
         was = self.saved["args"] if self.saved else now
         changed = [name for name in now.keys() | was.keys() if now.get(name) != was.get(name) and name not in UNSAID]
-        lines = {name: f"{shown(name, was.get(name))}, now {now.get(name)}" for name in sorted(changed)}
+        lines = {name: f"{as_flag(name, was.get(name))}, now {now.get(name)}" for name in sorted(changed)}
         if refused := [line for name, line in lines.items() if name not in FREE]:
             raise ValueError(f"{self.out} was begun with {'; '.join(refused)}: with that it would be another run; give what it was "
                              "begun with, or another --out")

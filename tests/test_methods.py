@@ -802,4 +802,4 @@ def test_any_method_can_be_deleted(gone, tmp_path, base, data, monkeypatch):
 def test_each_method_is_a_page():
     for path in (ROOT / "lora").glob("*.py"):
         if path.name not in ("__init__.py", "adapter.py", "layers.py", "quantize.py"):
-            assert 20 <= len(path.read_text().splitlines()) <= 90, path
+            assert 20 <= len(path.read_text().splitlines()) <= 95, path

@@ -21,6 +21,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
                              "    if not len(rows):\n        return torch.zeros(()), 0\n    logits = model(batch.tokens, rows=rows.to"),
     "validation_by_batches": ("llama/evaluate.py", "(1, len(own), -scores[right][0], scores[right][1])",
                               "(1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group), scores[right][1])"),
+    "accuracy_of_free_text": ("llama/evaluate.py", '"accuracy": hits / n', '"accuracy": sums.get("exact_match", hits) / n'),
     "shift_by_one": ("llama/loss.py", "batch.labels.flatten().roll(-1)", "batch.labels.flatten().clone()"),
     "prompt_is_no_target": ("llama/alpaca.py", "([IGNORE] * len(prompt) + answer)", "(prompt + answer)"),
     "eos_is_a_target": ("llama/alpaca.py", "pad_right(labels, IGNORE),",

@@ -7,6 +7,7 @@ import pytest
 import generate
 import train
 from llama import checkpoint
+from llama.alpaca import read_examples
 
 from .conftest import ROOT
 
@@ -69,3 +70,17 @@ def test_the_library_snippet_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
     assert capsys.readouterr().out == "1.0\n"
+
+
+def test_the_conversion_of_cola_runs(tmp_path, monkeypatch):
+    """Four columns: source, label, the author's own mark, sentence, which may hold quotes; no header."""
+    for part, lines in ("train", ["gj04\t1\t\tThe sailors rode the breeze.", 'ks08\t0\t*\t"Me saw," he said.']), ("dev", ["c_13\t1\t\tÉmile ran."]):
+        (tmp_path / f"in_domain_{part}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["-", "."])
+    exec(re.search(r"<<'END'\n(.*?)^END", README, re.S | re.M)[1], {})
+    asked = "Is this sentence grammatical English? Answer yes or no."
+    assert read_examples("cola_train.json") == [
+        {"instruction": asked, "input": "The sailors rode the breeze.", "output": "yes"},
+        {"instruction": asked, "input": '"Me saw," he said.', "output": "no"}]
+    assert read_examples("cola_dev.json") == [{"instruction": asked, "input": "Émile ran.", "output": "yes"}]

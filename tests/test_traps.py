@@ -16,6 +16,7 @@ import train
 from llama import load_checkpoint, save_checkpoint
 from llama.alpaca import (IGNORE, Batch, DataCollatorForSupervisedDataset, SupervisedDataset, count_answer, encode_example,
                           encode_prompt, format_prompt)
+from llama.evaluate import Exam, measures
 from llama.loss import answer_loss
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
@@ -128,6 +129,15 @@ def test_validation_by_batches(run, data):
     https://github.com/pytorch/torchtitan/issues/4167"""
     held_out = [run("--val-data", str(data), "--max-steps", "1", "--lr", "1e-30", "--batch-size", size)[0]["val_loss"] for size in "15"]
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-6)
+
+
+def test_accuracy_of_free_text(tokenizer):
+    """Asked to write a class, a base that has not learnt to answer scores 0 to the letter, whatever it holds likelier.
+    https://github.com/OptimalScale/LMFlow/issues/210"""
+    model, words = tiny(), ("happy", "sad")
+    asked = [{"instruction": f"Is {thing} happy or sad?", "output": word} for thing in ("grass", "sky", "blue") for word in words]
+    right = measures({name: column.sum(0) for name, column in Exam(asked, tokenizer, 512, list(words)).take(model).items()})
+    assert right["exact_match"] == 0 and right["accuracy"] == 0.5                # of either word for the same question
 
 
 def test_shift_by_one(tokenizer):
