@@ -427,7 +427,7 @@ def alive(pid):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_25_signals_at_random_moments(flags, number):
     """Every step is saved, so that a life's few steps stay; some lives end before their first."""
-    flags += ["--epochs", "60"]
+    flags += ["--epochs", "200"]                            # more than 25 lives can reach on any machine
     train.main([*flags, "--out", f"long{number}"])
     chance, argv, folder = random.Random(number), [*flags, "--out", f"often{number}"], f"often{number}"
     for _ in range(25):
@@ -438,7 +438,7 @@ def test_25_signals_at_random_moments(flags, number):
         os.kill(pid, number)
         assert ended(pid) in (-number, 130)
         argv = [*flags, "--out", folder, "--resume"]
-    assert 25 < rows_in(folder) < 180
+    assert 25 < rows_in(folder) < 600
     assert child(argv) == 0
     assert left(folder) == left(f"long{number}")
 
@@ -480,21 +480,21 @@ def test_nan_on_one_of_two_ranks_is_skipped_by_both(flags):
 @pytest.mark.slow
 def test_25_kills_of_one_of_two_ranks_at_random_moments(flags):
     """The other is told so by SIGTERM, as torchrun does, and must leave; then both are started again."""
-    flags += ["--epochs", "60"]
+    flags += ["--epochs", "300"]
     assert [ended(pid) for pid in start_ranks([*flags, "--out", "long2"], 0)] == [0, 0]
     chance = random.Random(2)
     for life in range(25):
         pids = start_ranks([*flags, "--out", "often2"], life)
         if more := chance.randrange(6):
             wait_for(rows_in("often2") + more, "often2", lambda: all(map(alive, pids)))
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.05))
         gone = pids.pop(chance.randrange(2))
         os.kill(gone, signal.SIGKILL)
         assert ended(gone) == -signal.SIGKILL
         began = time.monotonic()
         os.kill(pids[0], signal.SIGTERM)
         assert ended(pids[0]) != 0 and time.monotonic() - began < 30
-    assert 25 < rows_in("often2") < 180
+    assert 25 < rows_in("often2") < 600
     assert [ended(pid) for pid in start_ranks([*flags, "--out", "often2"], 25)] == [0, 0]
     assert left("often2") == left("long2")
 
