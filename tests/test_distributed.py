@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 
+import train
+
 from .conftest import EXAMPLES, ROOT
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0"]
@@ -43,7 +45,7 @@ def test_one_process_and_two_ranks_give_the_same_run(flags, data, tmp_path):
     that every second step is smaller."""
     flags += ["--epochs", "3", "--val-data", str(data)]
     for out, *cut in (("8", "--batch-size", "8", "--accumulation-steps", "1"), ("4x2", "--batch-size", "4", "--accumulation-steps", "2")):
-        subprocess.run([sys.executable, ROOT / "train.py", *flags, *cut, "--out", out], cwd=tmp_path, check=True, capture_output=True)
+        train.main([*flags, *cut, "--out", str(tmp_path / out)])
     done = torchrun(tmp_path, ROOT / "train.py", *flags, "--batch-size", "2", "--accumulation-steps", "2", "--out", "2x2x2", "--checkpointing")
     assert done.returncode == 0, done.stderr
     assert "2 examples x 2 micro-batches x 2 ranks = 8 examples a step; 6 steps" in done.stdout
@@ -60,8 +62,9 @@ def test_one_process_and_two_ranks_give_the_same_run(flags, data, tmp_path):
         assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-5) for name in tensors[0])
 
 
-def test_uneven_ranks_see_every_example_once_and_gradients_are_reduced_once_a_step(flags, tmp_path, launcher):
-    """201 examples in steps of 2 x 4 x 2: the last step has 9, then 1 is left in steps of 8; rank 1 has none of it."""
+@pytest.mark.parametrize("accumulation, steps", [(4, 13), pytest.param(2, 26, marks=pytest.mark.slow)])
+def test_uneven_ranks_see_every_example_once_and_gradients_are_reduced_once_a_step(flags, tmp_path, launcher, accumulation, steps):
+    """201 examples in steps of 2 x 4 x 2: the last step has 9; in steps of 8 1 is left, and rank 1 has none of it."""
     examples = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(201)]
     (tmp_path / "many.json").write_text(json.dumps(examples))
     script = launcher("""
@@ -85,23 +88,27 @@ def seen(data, collate, *rest):                          # the pre-flight's batc
     return windows(data, noted, *rest)
 windows, train.windows = train.windows, seen
 """)
-    for accumulation, steps in ((4, 13), (2, 26)):
-        done = torchrun(tmp_path, script, *flags, "--data", "many.json", "--batch-size", "2", "--accumulation-steps", str(accumulation),
-                        "--epochs", "1", "--out", f"a{accumulation}")
-        assert done.returncode == 0, done.stderr
-        seen = [line for rank in (0, 1) for line in (tmp_path / f"seen{rank}").read_text().splitlines()]
-        assert len(seen) == len(set(seen)) == 201
-        for rank in (0, 1):
-            assert len((tmp_path / f"reduced{rank}").read_text().splitlines()) == steps == len(rows(tmp_path / f"a{accumulation}"))
+    done = torchrun(tmp_path, script, *flags, "--data", "many.json", "--batch-size", "2", "--accumulation-steps", str(accumulation),
+                    "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    seen = [line for rank in (0, 1) for line in (tmp_path / f"seen{rank}").read_text().splitlines()]
+    assert len(seen) == len(set(seen)) == 201
+    for rank in (0, 1):
+        assert len((tmp_path / f"reduced{rank}").read_text().splitlines()) == steps == len(rows(tmp_path / "out"))
 
 
 def test_bad_input_on_one_rank_ends_all_with_one_line(flags, launcher, tmp_path):
-    for command in ([launcher("if rank == 1: argv += ['--data', 'nowhere.json']"), *flags], [ROOT / "train.py", *flags, "--r", "0"]):
-        began = time.perf_counter()
-        done = torchrun(tmp_path, *command)
-        assert done.returncode != 0 and time.perf_counter() - began < 60
-        assert sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
-        assert 'File "' + str(ROOT) not in done.stderr and not (tmp_path / "out" / "args.json").exists()
+    began = time.perf_counter()
+    done = torchrun(tmp_path, launcher("if rank == 1: argv += ['--data', 'nowhere.json']"), *flags)
+    assert done.returncode != 0 and time.perf_counter() - began < 60
+    assert sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
+    assert 'File "' + str(ROOT) not in done.stderr and not (tmp_path / "out" / "args.json").exists()
+
+
+@pytest.mark.slow
+def test_bad_flags_on_all_ranks_end_in_one_line(flags, tmp_path):
+    done = torchrun(tmp_path, ROOT / "train.py", *flags, "--r", "0")
+    assert done.returncode != 0 and sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.slow

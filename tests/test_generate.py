@@ -2,13 +2,14 @@
 import io
 import json
 import re
+import shutil
 
 import pytest
 import torch
 
 import generate as command
 import train
-from llama import load_checkpoint, sampling
+from llama import load_checkpoint, sampling, save_checkpoint
 from llama.sampling import BLOCK, EACH, NGRAM, beam_search, filtered, generate, guess, repeats, stream, whole
 
 from .conftest import EXAMPLES, tiny
@@ -303,12 +304,24 @@ def test_half_a_character_at_the_end_is_shown_not_lost(tokenizer):
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids) != "a"
 
 
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory, tokenizer):
+    """The folder of a run whose adapter says something else than the base, which is the `base` of conftest.py."""
+    folder = tmp_path_factory.mktemp("learnt")
+    save_checkpoint(tiny(tokenizer.vocab_size, n_kv_heads=2), tokenizer, folder / "base")
+    (folder / "data.json").write_text(json.dumps(EXAMPLES))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main(["--checkpoint", "base", "--data", "data.json", "--targets", "all", "--lr", "1e-2",
+                    "--epochs", "40", "--accumulation-steps", "1", "--dropout", "0"])
+    return folder / "out"
+
+
 @pytest.fixture
-def trained(base, data, tmp_path, monkeypatch, capsys):
-    """A run in ./out whose adapter says something else than the base."""
+def trained(learnt, base, data, tmp_path, monkeypatch, capsys):
+    """say(*flags) where ./out holds that run."""
     monkeypatch.chdir(tmp_path)
-    train.main(["--checkpoint", str(base), "--data", str(data), "--targets", "all", "--lr", "1e-2",
-                "--epochs", "40", "--accumulation-steps", "1", "--dropout", "0"])
+    shutil.copytree(learnt, "out")
     capsys.readouterr()
 
     def say(*flags):
@@ -322,7 +335,7 @@ def test_base_adapter_and_merged(trained, base, tokenizer):
     adapted, alone, merged = trained(*asked), trained(*asked, "--adapter", "none", "--checkpoint", str(base)), trained(*asked, "--merge")
     assert adapted.out == merged.out != alone.out
     assert adapted.out == "\n### Say blue please.\nblue \n"                  # learnt, and stops by itself
-    assert "base base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all" in adapted.err
+    assert re.search(r"^base \S+/base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all$", adapted.err, re.M)
     assert "merged: 100.0 % of the update survives in float32; logits of up to" in merged.err
     assert "; adapter" not in alone.err
 

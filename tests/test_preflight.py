@@ -80,8 +80,8 @@ def test_the_estimate_is_what_two_steps_allocate(precision, checkpointing, lora,
     assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
-@pytest.mark.parametrize("dropout", [0, 0.1])
+@pytest.mark.parametrize("dropout, checkpointing", [
+    (0, True), (0.1, False), *(pytest.param(*rest, marks=pytest.mark.slow) for rest in ((0, False), (0.1, True)))])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_estimate_of_every_method(method, dropout, checkpointing):
     """What a method keeps beside LoRA's, its file says itself; over a quantised base too, where there can be one."""
@@ -190,8 +190,9 @@ def test_what_is_printed_for_the_demo_is_what_its_step_takes(tmp_path, monkeypat
     """The printed total against every tensor that train.py has alive, data and optimizer and all."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "llama/demo/train.json", "data.json")
+    Path("held_out.json").write_text(json.dumps(json.loads(Path("data.json").read_text())[:40]))
     with LiveBytes() as memory:
-        train.main(["--data", "data.json", "--val-data", "data.json", "--max-steps", "1", "--batch-size", "32", "--accumulation-steps", "2"])
+        train.main(["--data", "data.json", "--val-data", "held_out.json", "--max-steps", "1", "--batch-size", "32", "--accumulation-steps", "2"])
     printed = float(capsys.readouterr().out.split("memory    about ")[1].split()[0].replace(",", ""))
     assert printed == pytest.approx(memory.peak / 2 ** 20, rel=0.1)
 
