@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.util import find_spec
@@ -27,6 +28,12 @@ def first_to_go():
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
+def begin_cell():
+    """In a process for a cell: it ends with the one that waits for it, however that ends."""
+    first_to_go()
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def within_memory(function, *args):
     """function(*args); OutOfMemory where torch, CUDA or Python cannot allocate."""
     try:
@@ -39,7 +46,7 @@ def within_memory(function, *args):
 
 def fresh(function, *args):
     """function(*args) in a process of its own, which starts without what the last one left in memory or caches."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), first_to_go) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_cell) as pool:
         try:
             return pool.submit(within_memory, function, *args).result()
         except BrokenProcessPool:

@@ -6,19 +6,19 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmark
-from benchmarks import ablation, measure, methods, peers, runs, tables
-from llama import ModelArgs
+from benchmarks import ablation, measure, methods, peers, roofline, runs, tables
+from llama import ModelArgs, checkpoint
 from llama.alpaca import count_answer
 from llama.packing import pack
 from lora import LoRAConfig, add_lora
@@ -265,28 +265,36 @@ def test_a_picture_of_numbers_and_of_words(args):
 
 # The whole, at a tiny size
 
-def run(*flags):
-    done = subprocess.run([sys.executable, ROOT / "benchmark.py", *map(str, flags), "--device", "cpu", "--repeats", "1"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def table(monkeypatch, tmp_path, capsys):
+    """(table, flags) -> its lines; cells are measured in this process, which takes no time to start."""
+    for page in (tables, roofline, methods):
+        monkeypatch.setattr(page, "fresh", tables.within_memory)
+    monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
+
+    def made(name, *flags):
+        capsys.readouterr()
+        benchmark.main([name, "--out", str(tmp_path / "out"), *map(str, flags)])
+        said = capsys.readouterr().out
+        assert said == (tmp_path / f"out/{name}.md").read_text()
+        return said.splitlines()
+    return made
 
 
 @pytest.mark.slow
-def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path):
-    command = ["ablation", "--checkpoint", base, "--data", data, "--batch-size", "4", "--out", tmp_path / "out"]
+def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path, table):
+    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
     path = tmp_path / "out/ablation.json"
-    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", *map(str, command), "--device", "cpu", "--repeats", "1"], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", "ablation", "--out", tmp_path / "out", *map(str, flags)], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = json.loads(path.read_text())["cells"]
-    done = run(*command)
+    lines = table("ablation", *flags)
     cells = json.loads(path.read_text())["cells"]
-    assert len(cells) == 20 and cells[:len(kept)] == kept
-    assert done.stdout == (tmp_path / "out/ablation.md").read_text() and done.stdout.count("\n| lora |") == 12
+    assert len(cells) == 20 and cells[:len(kept)] == kept and sum(line.startswith("| lora | ") for line in lines) == 12
     for cell in cells:
         found = cell["result"]
         assert found["tokens_per_second"] > 0 and found["peaks"].keys() >= {"start", "weights", "forward", "backward", "step"}
@@ -295,28 +303,52 @@ def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_scaling_and_roofline_to_the_end(base, data, tmp_path):
-    done = run("scaling", "--checkpoint", base, "--data", data, "--out", tmp_path)
-    assert {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")} == {
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux lists them")
+def test_a_cell_s_process_ends_with_the_one_that_waits():
+    script = "import time; from benchmarks.tables import fresh\nif __name__ == '__main__': fresh(time.sleep, 600)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (cells := [pid for pid in children.read_text().split() if "spawn_main" in command_of(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(6)                                                # until it has imported what it needs
+    process.kill()
+    process.wait()
+    while any("spawn_main" in command_of(pid) for pid in cells) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cells and not any("spawn_main" in command_of(pid) for pid in cells)
+
+
+def command_of(pid):
+    try:
+        return open(f"/proc/{pid}/cmdline").read()
+    except OSError:
+        return ""
+
+
+@pytest.mark.slow
+def test_scaling_and_roofline_to_the_end(base, data, table):
+    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
+    lines = table("scaling", *flags)
+    assert {line.split("|")[1].strip() for line in lines if line.startswith("| ")} == {
         "along", "examples a micro-batch", "tokens an example", "layers", "r", "ranks"}
-    ranks = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ranks")]
+    ranks = [line.split(" | ") for line in lines if line.startswith("| ranks")]
     assert int(ranks[1][2]) > int(ranks[0][2])                   # twice the examples a step
-    done = run("roofline", "--checkpoint", base, "--data", data, "--out", tmp_path)
-    assert done.stdout.count("4 P") == done.stdout.count("6 P") == 3
+    said = "\n".join(table("roofline", *flags))
+    assert said.count("4 P") == said.count("6 P") == 3
 
 
 @pytest.mark.slow
-def test_methods_to_the_end(base, data, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "benchmark.py", "methods", "--checkpoint", base, "--data", data, "--val-data", data,
-                           "--epochs", "1", "--seeds", "0", "--lrs", "1e-2", "--out", tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(f"| {name} | 0.01 |" in done.stdout for name in methods.FAMILY)
+def test_methods_to_the_end(base, data, table):
+    lines = table("methods", "--checkpoint", base, "--data", data, "--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
+    assert [line.split(" | ")[:2] for line in lines if " | 0.01 | " in line] == [[f"| {name}", "0.01"] for name in methods.FAMILY]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("peft"), reason="transformers and peft are not installed")
-def test_peers_to_the_end(base, tmp_path):
+@pytest.mark.skipif(not find_spec("peft") or not find_spec("transformers"), reason="transformers and peft are not installed")
+def test_peers_to_the_end(base, tmp_path, table):
     """In fp32, greedy: the same text as transformers, cache or not."""
-    done = run("peers", "--checkpoint", base, "--against", "transformers", "--out", tmp_path, "--steps", "2",
-               "--prompts", "2", "--cells", "train fp32 batch 4,train bf16 batch 32*,generate fp32 64*")
-    assert "| train bf16 batch 32 share-prefix |" in done.stdout and done.stdout.count("| yes |") >= 2 and "| no |" not in done.stdout
+    checkpoint.main([str(base), str(tmp_path / "hf"), "--to", "hf"])
+    said = "\n".join(table("peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps", "1",
+                           "--cells", "train bf16 batch 32*,generate fp32 64*"))
+    assert "| train bf16 batch 32 share-prefix |" in said and said.count("| yes |") == 2 and "| no |" not in said
