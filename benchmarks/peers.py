@@ -14,8 +14,6 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 import train
 from llama.alpaca import count_answer
 from llama.checkpoint import is_huggingface, load_checkpoint
