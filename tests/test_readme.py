@@ -60,9 +60,9 @@ def test_requirements_are_four_and_pinned():
 
 
 def test_no_framework_in_what_is_shipped():
-    ours = [*ROOT.glob("*.py"), *ROOT.glob("llama/**/*.py"), *ROOT.glob("lora/**/*.py")]
+    ours = [*ROOT.glob("*.py"), *(path for room in ("llama", "lora", "benchmarks") for path in ROOT.glob(f"{room}/**/*.py"))]
     for path in ours:
-        assert not re.search(r"^\s*(import|from) (transformers|peft|accelerate|lightning|datasets)\b", path.read_text(), re.M), path
+        assert not re.search(r"^\s*(import|from) (transformers|peft|litgpt|accelerate|lightning|datasets)\b", path.read_text(), re.M), path
 
 
 def test_the_library_snippet_runs(tmp_path, monkeypatch, capsys):

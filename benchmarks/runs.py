@@ -1,0 +1,281 @@
+"""A run of train.py as a cell: its own loop over rows in file order, from a checkpoint or at a shape with random weights."""
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import train
+from llama.alpaca import IGNORE, SupervisedDataset, count_answer, read_examples
+from llama.checkpoint import TOKENIZER, read_params
+from llama.cli import add_hardware_flags, number, pick_hardware, text
+from llama.files import write_json
+from llama.preflight import memory_of_a_step
+from llama.state import METRICS, Run
+
+from .measure import Peaks, counted, multiplied
+from .tables import OutOfMemory, cell, tried, within_memory
+
+SHAPES = {                                                       # Hugging Face's words, which the peers read too
+    "135m": dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536,
+                 vocab_size=49152, tie_word_embeddings=True),
+    "7b": dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, intermediate_size=11008,
+               vocab_size=32000, tie_word_embeddings=False),
+    "13b": dict(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40, intermediate_size=13824,
+                vocab_size=32000, tie_word_embeddings=False),
+}
+SAYS = {"batch_size": "examples a step", "warm": "steps before the first that counts", "steps": "steps that count",
+        "repeats": "how often; the median counts"}
+
+
+def add_flags(parser, **sizes):
+    """What is run; sizes: of SAYS, with their defaults."""
+    flag = parser.add_argument
+    flag("--checkpoint", metavar="DIR", type=text, help="model (default: the --shape)")
+    flag("--shape", choices=SHAPES, help="a model of these sizes with random weights (default: 135m)")
+    flag("--layers", metavar="N", type=number(int, 1), help="the first N blocks only (default: all)")
+    flag("--data", metavar="FILE", type=text, help="examples (default: random ids, as long as Alpaca's)")
+    add_hardware_flags(parser)
+    for name, default in sizes.items():
+        flag("--" + name.replace("_", "-"), metavar="N", type=number(int, name != "warm"), default=default,
+             help=f"{SAYS[name]} (default: {default})")
+
+
+def settle(args):
+    """Decide what the flags leave open: device, precision, folder.  Raises ValueError for what contradicts itself."""
+    if args.checkpoint and args.shape:
+        raise ValueError("--checkpoint and --shape both name a model; give one")
+    if args.data and not args.checkpoint:
+        raise ValueError("--data needs the tokenizer of a --checkpoint")
+    device, args.precision = pick_hardware(args.device, args.precision)
+    args.device, args.folder = str(device), args.checkpoint or shape_folder(args.shape or "135m", args.out)
+
+
+def base_flags(args):
+    """train.py's flags for the model, the data and the machine."""
+    return ["--checkpoint", str(args.folder), "--init", "checkpoint" if args.checkpoint else "random", "--device", args.device,
+            "--precision", args.precision, *(["--layers", str(args.layers)] if args.layers else []),
+            *(["--data", args.data] if args.data else [])]
+
+
+def run_of(args, *flags, **settings):
+    """Settings of one run: train.py's flags, and what is done with it."""
+    return dict(flags=[*base_flags(args), *flags], autocast=False, data=args.data, length=None, warm=args.warm, steps=args.steps,
+                repeats=args.repeats, count=False, ranks=1) | settings
+
+
+def shape_folder(name, out):
+    """A folder of these sizes without weights, with the demo's tokenizer; train.py takes it too, with --init random."""
+    folder = out / f"shape-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                                        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
+                                        **SHAPES[name]})
+    shutil.copyfile(train.DEMO / TOKENIZER, folder / TOKENIZER)
+    return folder
+
+
+class Rows(list):
+    """[(tokens, labels)] as train.py's loop reads a dataset."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.rows, self.numbers = rows, range(1, len(rows) + 1)
+
+
+def drawn_rows(vocab_size, length=None, n=200, seed=0):
+    """n rows of random ids, as long as Alpaca's are with LLaMA's tokenizer and with two preambles as there; or all of one
+    length, half of it answer."""
+    rng, rows = np.random.default_rng(seed), []
+    preambles = rng.integers(3, vocab_size, (2, 38)).tolist()
+    for _ in range(n):
+        alone = int(rng.random() < 0.4)                              # an instruction without an input: the shorter preamble
+        own = max(4, round((33, 18)[alone] * rng.lognormal(0, 0.4)))
+        prompt = [1, *preambles[alone][:(38, 28)[alone]], *rng.integers(3, vocab_size, own).tolist()]
+        answer = min(max(2, round(rng.lognormal(3.4, 1.15))), 340)
+        if length:
+            prompt, answer = (prompt * length)[:length // 2], length - length // 2
+        answer = [*rng.integers(3, vocab_size, answer - 1).tolist(), 2]
+        rows.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    return rows
+
+
+def rows_of(run):
+    """The rows that a run reads, in their order."""
+    args = train.parse_args(run["flags"])
+    model_args, tokenizer = read_params(args.checkpoint)
+    if not run["data"]:
+        return Rows(drawn_rows(model_args.vocab_size, run["length"]))
+    return Rows(SupervisedDataset(read_examples(args.data), tokenizer, args.max_seq_len, args.data).rows)
+
+
+def in_file_order(rows, run, batch_size, accumulation, world_size=1):
+    """train.py's steps over the rows in their order, from the first again when they end: the warm-up's, then each repeat's."""
+    at = (i % len(rows) for i in count())
+    steps = [(0.5, [[[next(at) for _ in range(batch_size)] for _ in range(accumulation)] for _ in range(world_size)])
+             for _ in range(run["warm"] + run["steps"])]
+    return steps[:run["warm"]] + steps[run["warm"]:] * run["repeats"]
+
+
+def load(args, run, device, init):
+    """train.py's model for the flags.  run["autocast"]: a frozen base in fp32 under autocast, which train.py never does."""
+    kind = argparse.Namespace(**{**vars(args), "precision": "fp32" if run["autocast"] else args.precision})
+    return train.load_model(kind, train.lora_config(args), device, init)
+
+
+def measured(run):
+    """{tokens_per_second, seconds a step, loss, peaks in MiB by phase, and if run["count"] bytes and FLOP by kind} of
+    train.py's own loop; None on ranks above 0."""
+    args = train.parse_args(run["flags"])
+    rank, world_size, local_rank = train.setup_distributed()
+    device, args.precision = pick_hardware(args.device, args.precision, local_rank, args.fast_matmul)
+    peaks, rows = Peaks(device), rows_of(run)
+    steps = in_file_order(rows, run, args.batch_size, args.accumulation_steps, world_size)
+    peaks("start")
+    torch.manual_seed(args.seed)
+    model, _ = load(args, run, device, args.init)
+    peaks("weights")
+    if run["autocast"]:
+        args.method = "full"                                         # is all that makes train.py's loop take it
+    collate = functools.partial(train.pack, share_prefix=args.share_prefix)
+    with tempfile.TemporaryDirectory() as args.out, quietly(), phases(model, peaks) as sizes:
+        kept = Run(args, rank, world_size)
+        kept.check(rows, None, steps)
+        kept.begin()
+        train.train(args, model, model, rows, None, steps, collate, device, kept, None)
+        log = read_metrics(args.out) if rank == 0 else []
+    if world_size > 1:
+        dist.destroy_process_group()
+    if rank:
+        return None
+    timed = log[run["warm"]:]
+    some = [timed[i:i + run["steps"]] for i in range(0, len(timed), run["steps"])]
+    tokens = sum(row["tokens"] for row in some[0])
+    speed = statistics.median(tokens / sum(row["tokens"] / row["tokens_per_second"] for row in repeat) for repeat in some)
+    result = dict(tokens_per_second=speed, seconds=tokens / speed / run["steps"], loss=log[-1]["loss"], peaks=peaks.mb)
+    if run["count"]:
+        batches = [collate([rows[i] for i in batch]).to(device) for batch in steps[-1][1][0]]
+        kinds = counted(model, batches, train.mixed_precision(args, device))
+        weights = sum(p.nbytes for p in model.parameters())
+        result["bytes"] = dict(parameters=weights + kinds["copies"], **sizes, activations=kinds["activations"])
+        result |= {kind: kinds[kind] / log[-1]["tokens"] for kind in ("forward", "flop")}      # of a token
+    return result
+
+
+@contextlib.contextmanager
+def quietly():
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (Path(out) / METRICS).read_text().splitlines()]
+
+
+def finished(argv):
+    """(arguments, rows of metrics.jsonl) of a whole run of train.py.  Raises ValueError where it refuses."""
+    args = train.parse_args(argv)
+    try:
+        with quietly():
+            train.main(argv)
+    except SystemExit:
+        raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
+    return args, read_metrics(args.out)
+
+
+@contextlib.contextmanager
+def phases(model, peaks):
+    """Tell `peaks` where each phase of train.py's loop ends, by what the loop calls.  Yields a dict that gets the bytes of
+    gradients and of the optimizer's state."""
+    loss, last, sizes = train.answer_loss, "step", {}
+
+    def marked_loss(*batch):
+        nonlocal last
+        peaks("backward" if last == "forward" else None)
+        result = loss(*batch)
+        peaks(last := "forward")
+        return result
+
+    def before_step(optimizer, *_):
+        peaks("backward")
+        sizes["gradients"] = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+
+    def after_step(optimizer, *_):
+        nonlocal last
+        peaks(last := "step")
+        sizes["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    hooks = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
+    train.answer_loss = marked_loss
+    try:
+        yield sizes
+    finally:
+        train.answer_loss = loss
+        for hook in hooks:
+            hook.remove()
+
+
+def estimated(run):
+    """{estimate: bytes by kind, as llama/preflight.py has them before any weight is loaded; P, as measure.py has it}."""
+    args, rows = train.parse_args(run["flags"]), rows_of(run)
+    model, wrapped = load(args, run, torch.device("meta"), "random")
+    steps = in_file_order(rows, run, args.batch_size, args.accumulation_steps, run["ranks"])
+    kinds, _ = memory_of_a_step(model, wrapped, rows, steps, args.precision, torch.device(args.device), run["ranks"])
+    if run["autocast"] and not args.checkpointing:                   # each frozen matrix once more, in 16 bit, until backward
+        kinds["weights"] += 2 * sum(p.numel() for p in model.parameters() if p.dim() == 2 and not p.requires_grad)
+    used = [rows[i] for _, ranks in steps for batches in ranks for batch in batches for i in batch]
+    share = sum(count_answer(labels) for _, labels in used) / sum(len(tokens) for tokens, _ in used)
+    return dict(estimate=kinds, P=multiplied(model.args, share))
+
+
+def taken(args, name, run):
+    """estimated(run) and measured(run) as one dict; without the latter's keys where memory did not suffice."""
+    result = cell(args, run, lambda: estimated(run) | tried(measured if run["ranks"] == 1 else on_ranks, run))
+    say(name, result)
+    return result
+
+
+def say(name, result):
+    speed = f"{result['tokens_per_second']:,.1f} tokens/s, peak {most(result):,.0f} MiB" if "peaks" in result else "out of memory"
+    print(f"{name}: {speed}", file=sys.stderr, flush=True)
+
+
+def rank_of(run):
+    try:
+        return within_memory(measured, run)
+    except OutOfMemory:
+        sys.exit(3)
+
+
+def on_ranks(run):
+    """measured(run) in as many processes as run["ranks"], as torchrun starts them: on a thread each, if nothing says otherwise."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(1, 1, run["ranks"], rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="spawn")
+    try:
+        return elastic_launch(config, rank_of)(run)[0]
+    except ChildFailedError as error:
+        if any(failure.exitcode in (3, -9) for failure in error.failures.values()):
+            raise OutOfMemory(f"{run['ranks']} ranks ran out of memory") from None
+        raise ValueError(f"one of {run['ranks']} ranks failed, as it says above") from None
+
+
+def most(result, phase="process"):
+    """MiB at the peak of this phase, or of all."""
+    return result["peaks"][phase]
+
+
+def mib(size):
+    return f"{size / 2 ** 20:,.0f}"

@@ -1,0 +1,354 @@
+"""benchmark.py and benchmarks/: cells that are kept, tables, what is counted, and Table 1's arithmetic.
+
+    pytest tests/test_benchmark.py; pytest -m slow tests/test_benchmark.py makes each table at a tiny size.
+"""
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import benchmark
+from benchmarks import ablation, measure, methods, peers, roofline, runs, tables
+from llama import ModelArgs, checkpoint
+from llama.alpaca import count_answer
+from llama.packing import pack
+from lora import LoRAConfig, add_lora
+
+from .conftest import ROOT, tiny
+
+
+@pytest.fixture
+def args(tmp_path):
+    return SimpleNamespace(out=tmp_path, table="tried", on="here", said="`this`")
+
+
+def test_a_finished_cell_is_kept_and_a_changed_setting_is_another(args):
+    made = []
+
+    def compute(result):
+        return lambda: made.append(result) or {"value": result}
+    assert tables.cell(args, {"n": 1, "flags": ("a",)}, compute(1)) == {"value": 1}
+    assert tables.cell(args, {"n": 1, "flags": ["a"]}, compute(2)) == {"value": 1}             # JSON knows no tuples
+    assert tables.cell(args, {"n": 2, "flags": ["a"]}, compute(3)) == {"value": 3}
+    args.on = "elsewhere"
+    assert tables.cell(args, {"n": 1, "flags": ["a"]}, compute(4)) == {"value": 4}
+    assert made == [1, 3, 4]
+    kept = json.loads((args.out / "tried.json").read_text())["cells"]
+    assert [cell["result"]["value"] for cell in kept] == made and kept[0]["command"] == "`this`"
+
+
+def test_what_ends_in_the_middle_goes_on(args):
+    done = []
+
+    def run(until):
+        def compute(i):
+            if i == until:
+                raise KeyboardInterrupt
+            done.append(i)
+            return {"i": i}
+        return [tables.cell(args, {"i": i}, lambda: compute(i))["i"] for i in range(4)]
+    with pytest.raises(KeyboardInterrupt):
+        run(until=2)
+    assert len(json.loads((args.out / "tried.json").read_text())["cells"]) == 2
+    assert run(until=None) == [0, 1, 2, 3] and done == [0, 1, 2, 3]
+
+
+def test_the_code_and_the_files_are_part_of_a_figure(tmp_path):
+    (tmp_path / "a").write_text("1")
+    before = tables.code(tmp_path / "a")
+    assert before == tables.code(tmp_path / "a") != tables.code()
+    (tmp_path / "a").write_text("2")
+    assert before != tables.code(tmp_path / "a")
+
+
+def test_markdown():
+    assert tables.markdown(["a", "b"], [["1", "2"], ["", "x"]]) == ["| a | b |", "|---|---|", "| 1 | 2 |", "|  | x |"]
+
+
+def test_memory_that_ends_is_told_from_an_error():
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(tables.OutOfMemory):
+            tables.within_memory(exec, "raise error", {"error": error})
+    with pytest.raises(RuntimeError, match="shapes") as raised:
+        tables.within_memory(exec, "raise error", {"error": RuntimeError("shapes do not fit")})
+    assert not isinstance(raised.value, ValueError)
+    assert tables.within_memory(max, 1, 2) == 2
+
+
+@pytest.mark.skipif(not measure.CLEAR.exists(), reason="no high-water mark to set back")
+def test_peaks_belong_to_their_phase():
+    peaks = measure.Peaks(torch.device("cpu"))
+    peaks("before")
+    torch.ones(2 ** 25).sum()                                    # 128 MiB
+    peaks("large")
+    peaks("after")
+    peaks(None)
+    assert set(peaks.mb) == {"before", "large", "after", "process"}
+    assert peaks.mb["large"] - peaks.mb["before"] > 100 and peaks.mb["large"] - peaks.mb["after"] > 100
+    torch.ones(2 ** 26).sum()
+    peaks(None)                                                  # of no phase, but of the process
+    assert peaks.mb["process"] > peaks.mb["large"] + 100 and max(peaks.mb.values()) == peaks.mb["process"]
+
+
+def test_without_a_mark_to_set_back_the_peak_is_the_process_s(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "CLEAR", tmp_path / "no" / "such")
+    peaks = measure.Peaks(torch.device("cpu"))
+    peaks("forward")
+    assert list(peaks.mb) == ["process"] and peaks.mb["process"] > 10
+
+
+ROWS = [([1, 5, 6, 7, 8, 9, 2], [-100] * 4 + [8, 9, 2]), ([1, 4, 2], [-100, -100, 2])]
+
+
+def products(model, rows):
+    """FLOP of the model's products in one forward pass, by hand: 2 for each weight and token, and attention's two."""
+    args, n = model.args, sum(len(tokens) for tokens, _ in rows)
+    answers = sum(count_answer(labels) for _, labels in rows)
+    attention = sum(2 * 2 * len(tokens) ** 2 * args.dim for tokens, _ in rows) * args.n_layers
+    return 2 * n * measure.multiplied(args, answers / n) + attention
+
+
+def test_flop_counted_is_flop_by_hand():
+    """Training everything: backward makes two products for each of forward's, but none for what no gradient goes to."""
+    model = tiny(n_kv_heads=2)
+    found = measure.counted(model, [pack(ROWS)], contextlib.nullcontext())
+    forward = products(model, ROWS)
+    assert found["forward"] == forward and found["flop"] == 3 * forward
+    model.checkpointing = True                                   # the blocks' forward again, up to before w2's product, whose
+    a = model.args                                               # result nothing keeps; not the head's
+    spared = 2 * 4 * a.dim * a.vocab_size + a.n_layers * 2 * 10 * a.dim * a.hidden_dim
+    assert measure.counted(model, [pack(ROWS)], contextlib.nullcontext())["flop"] == 4 * forward - spared
+    model.checkpointing = False
+    assert measure.counted(model, [pack(ROWS)] * 2, contextlib.nullcontext())["forward"] == 2 * forward
+
+
+def test_multiplied_weights_of_the_7b():
+    """32 x (4 x 4096^2 + 3 x 4096 x 11008), and the output matrix for those tokens that need it."""
+    args, blocks = ModelArgs(), 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
+    assert measure.multiplied(args, 0) == blocks == 6_476_005_376 and measure.multiplied(args, 1) == blocks + 4096 * 32000
+    assert [measure.flop_a_token(10), measure.flop_a_token(10, checkpointing=True), measure.flop_a_token(10, full=True)] == [40, 60, 60]
+
+
+def test_copies_under_autocast_are_counted_as_such():
+    """2 bytes a weight of each matrix that a gradient passes: not of those that read the embedding, which needs none."""
+    model = tiny()
+    add_lora(model, LoRAConfig(r=2, dropout=0.0))
+    assert measure.counted(model, [pack(ROWS)], contextlib.nullcontext())["copies"] == 0
+    found = measure.counted(model, [pack(ROWS)], torch.autocast("cpu", torch.bfloat16))
+    spared = [f"layers.0.attention.{name}" for name in ("wq.base.weight", "wq.lora_A", "wk.weight", "wv.base.weight", "wv.lora_A")]
+    assert found["copies"] == 2 * sum(p.numel() for name, p in model.named_parameters()
+                                      if p.dim() == 2 and name not in (*spared, "tok_embeddings.weight"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_rows_as_long_as_alpaca_s():
+    """Alpaca's first 200 have 121 tokens on average with LLaMA's tokenizer, 56 of them the answer's."""
+    rows = runs.drawn_rows(32000)
+    assert rows == runs.drawn_rows(32000) and len(rows) == 200
+    answers = [count_answer(labels) for _, labels in rows]
+    assert 105 < sum(len(tokens) for tokens, _ in rows) / 200 < 135 and 45 < sum(answers) / 200 < 65
+    for tokens, labels in rows:
+        prompt = labels.count(-100)
+        assert tokens[0] == 1 and tokens[-1] == 2 and labels == [-100] * prompt + tokens[prompt:] and len(tokens) <= 512
+    assert len({tuple(tokens[:29]) for tokens, _ in rows}) == 2                               # its two preambles
+    assert {(len(tokens), count_answer(labels)) for tokens, labels in runs.drawn_rows(50, 64)} == {(64, 32)}
+
+
+def test_steps_take_the_rows_in_order_and_repeat_what_is_measured():
+    run = dict(warm=1, steps=2, repeats=2)
+    steps = [micro for _, micro in runs.in_file_order(range(5), run, batch_size=1, accumulation=2)]
+    assert steps == [[[[0], [1]]], [[[2], [3]]], [[[4], [0]]], [[[2], [3]]], [[[4], [0]]]]
+    assert runs.in_file_order(range(9), run, 2, 1, 2)[0][1] == [[[0, 1]], [[2, 3]]]
+
+
+def result(parameters=8, gradients=8, optimizer=16, activations=40, forward=2e6, flop=6e6, seconds=1.0):
+    return dict(bytes={"parameters": parameters * 2 ** 20, "gradients": gradients * 2 ** 20, "optimizer": optimizer * 2 ** 20,
+                       "activations": activations * 2 ** 20}, forward=forward, flop=flop, seconds=seconds, tokens_per_second=10.0,
+                peaks={"start": 100.0, "weights": 110.0, "forward": 150.0, "backward": 160.0, "step": 130.0, "process": 160.0}, P=1_000_000,
+                estimate={kind: n * 2 ** 20 for kind, n in dict(weights=8, gradients=8, optimizer=16, activations=30, logits=1).items()})
+
+
+def grid():
+    """What the runs of one ablation might have given."""
+    found = {key: result() for key in [ablation.PLAIN, *(after for _, after, _ in ablation.CHANGES.values())]}
+    found["full", "fp32", True, False] = result(activations=5)
+    found["full", "fp32", False, True] = result(activations=4, flop=8e6, seconds=1.05)
+    found["full", "autocast", False, False] = result(parameters=12, activations=22, seconds=0.5)
+    found["lora", "fp32", False, False] = result(parameters=8.1, gradients=0.1, optimizer=0.2, forward=2.1e6, flop=4.1e6)
+    return found
+
+
+def test_table_1_says_what_changes_and_where_the_report_is_wrong():
+    rows, wrong = ablation.changes(grid())
+    accumulation, checkpointing, mixed, lora = rows[:4]
+    assert accumulation == ["gradient accumulation", "8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –", "40.0 → 5.0 ↓ (report ↓)",
+                            "2.0 → 2.0 –", "6.0 → 6.0 –", "1.00 → 1.00 –"]
+    assert checkpointing[4] == "40.0 → 4.0 ↓ (report ↓)" and checkpointing[6] == "6.0 → 8.0 ↑ (report ↑)"
+    assert checkpointing[7] == "1.00 → 1.05 –"                   # seconds are no counts: a tenth is noise
+    assert mixed[1] == "8.0 → 12.0 ↑ **(report ↓)**" and mixed[3] == "16.0 → 16.0 – (report –)" and mixed[7] == "1.00 → 0.50 ↓"
+    assert lora[1:7] == ["8.0 → 8.1 ↑ (report ↑)", "8.0 → 0.1 ↓ (report ↓)", "16.0 → 0.2 ↓ (report ↓)", "40.0 → 40.0 –",
+                         "2.0 → 2.1 ↑", "6.0 → 4.1 ↓ (report ↓)"]
+    assert wrong[0].startswith("mixed precision, parameters: the report says ↓, here it is ↑: autocast leaves")
+
+
+def test_table_1_falls_back_on_closed_form_where_memory_ended():
+    found = grid()
+    for key in ("bytes", "peaks"):
+        del found[ablation.PLAIN][key]
+    row = ablation.changes(found)[0][1]
+    assert row[:5] == ["checkpointing (by estimate)", "8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –", "31.0 → 31.0 – **(report ↓)**"]
+    assert row[6:] == ["6.0 → 8.0 ↑ (report ↑)", ""]
+
+
+def test_out_of_memory_is_a_row(args, monkeypatch):
+    """In the grid, among the peers, along an axis."""
+    def killed(function, *_):
+        raise tables.OutOfMemory("killed")
+    monkeypatch.setattr(tables, "fresh", killed)
+    args = benchmark.parse_args(["ablation", "--shape", "135m", "--layers", "1", "--device", "cpu", "--out", str(args.out)])
+    args.said = args.on = "this"
+    lines = ablation.make(args)
+    rows = [line for line in lines if line.startswith(("| full |", "| lora |"))]
+    assert len(rows) == 20 and all("out of memory" in row for row in rows)
+    assert all(re.search(r"out of memory \| [\d,]{3,} \|", row) for row in rows)              # the estimate stands beside it
+    header, row = peers.versus({"ours": [result()], "transformers": [{}]}, False)
+    assert row == ["10.0", "160", "out of memory", "", "", ""] and len(header) == len(row)
+
+
+def test_versus_takes_medians_and_ratios():
+    def run(speed, peak, ids):
+        return dict(tokens_per_second=speed, peaks={"a": 1.0, "process": peak}, ids=ids)
+    header, row = peers.versus({"ours": [run(30, 100, [1]), run(10, 120, [1]), run(20, 110, [1])],
+                                    "transformers, KV cache": [run(10, 220, [1]), run(40, 200, [1]), run(5, 230, [1])]}, True)
+    assert header == ["ours, tokens/s", "MiB", "transformers, KV cache, tokens/s", "MiB", "speed, ours / theirs", "memory", "same text"]
+    assert row == ["20.0", "110", "10.0", "220", "2.00", "0.50", "yes"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["ablation", "--shape", "7b", "--checkpoint", "x"], "both name a model"), (["ablation", "--data", "x"], "needs the tokenizer"),
+    (["methods", "--data", "x"], "go together"), (["peers", "--repeats", "0"], "at least 1"), (["nothing"], "invalid choice"), ([], "required"),
+])
+def test_bad_flags_end_in_one_line(flags, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(flags)
+    assert left.value.code == 2 and re.fullmatch(rf"benchmark.py: .*{said}.*\n", capsys.readouterr().err)
+
+
+def test_cells_and_peers_that_are_not_there(tmp_path, capsys):
+    for flags, said in ((["--cells", "nothing"], "is none of: train bf16 batch 4;"), (["--against", "nothing"], "is none of transformers"),
+                        (["--peer-python", "false"], "no --peer-python has")):
+        with pytest.raises(SystemExit) as left:
+            benchmark.main(["peers", "--device", "cpu", "--out", str(tmp_path), *flags])
+        assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_the_best_product_is_a_speed():
+    assert 1e6 < measure.matmul_peak(torch.float32, torch.device("cpu"), sizes=(64, 128), repeats=2) < 1e15
+
+
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+def test_a_picture_of_numbers_and_of_words(args):
+    lines = {name: [(1, 2.0), (16, 3.0)] for name in "abcdefghi"}
+    words = {"a": [("one", 1.0), ("two", 2.0)]}
+    tables.picture(args, [("numbers", "x", "y", lines), ("words", "", "y", words), ("nothing", "", "", {})])
+    assert (args.out / "tried.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The whole, at a tiny size
+
+@pytest.fixture
+def table(monkeypatch, tmp_path, capsys):
+    """(table, flags) -> its lines; cells are measured in this process, which takes no time to start."""
+    for page in (tables, roofline, methods):
+        monkeypatch.setattr(page, "fresh", tables.within_memory)
+    monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
+
+    def made(name, *flags):
+        capsys.readouterr()
+        benchmark.main([name, "--out", str(tmp_path / "out"), *map(str, flags)])
+        said = capsys.readouterr().out
+        assert said == (tmp_path / f"out/{name}.md").read_text()
+        return said.splitlines()
+    return made
+
+
+@pytest.mark.slow
+def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path, table):
+    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
+    path = tmp_path / "out/ablation.json"
+    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", "ablation", "--out", tmp_path / "out", *map(str, flags)], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    kept = json.loads(path.read_text())["cells"]
+    lines = table("ablation", *flags)
+    cells = json.loads(path.read_text())["cells"]
+    assert len(cells) == 20 and cells[:len(kept)] == kept and sum(line.startswith("| lora | ") for line in lines) == 12
+    for cell in cells:
+        found = cell["result"]
+        assert found["tokens_per_second"] > 0 and found["peaks"].keys() >= {"start", "weights", "forward", "backward", "step"}
+        assert set(found["bytes"]) == {"parameters", "gradients", "optimizer", "activations"}
+    assert not (tmp_path / "out/ablation.json.tmp").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux lists them")
+def test_a_cell_s_process_ends_with_the_one_that_waits():
+    script = "import time; from benchmarks.tables import fresh\nif __name__ == '__main__': fresh(time.sleep, 600)"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    while not (cells := [pid for pid in children.read_text().split() if "spawn_main" in command_of(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(6)                                                # until it has imported what it needs
+    process.kill()
+    process.wait()
+    while any("spawn_main" in command_of(pid) for pid in cells) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cells and not any("spawn_main" in command_of(pid) for pid in cells)
+
+
+def command_of(pid):
+    try:
+        return open(f"/proc/{pid}/cmdline").read()
+    except OSError:
+        return ""
+
+
+@pytest.mark.slow
+def test_scaling_and_roofline_to_the_end(base, data, table):
+    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
+    lines = table("scaling", *flags)
+    assert {line.split("|")[1].strip() for line in lines if line.startswith("| ")} == {
+        "along", "examples a micro-batch", "tokens an example", "layers", "r", "ranks"}
+    ranks = [line.split(" | ") for line in lines if line.startswith("| ranks")]
+    assert int(ranks[1][2]) > int(ranks[0][2])                   # twice the examples a step
+    said = "\n".join(table("roofline", *flags))
+    assert said.count("4 P") == said.count("6 P") == 3
+
+
+@pytest.mark.slow
+def test_methods_to_the_end(base, data, table):
+    lines = table("methods", "--checkpoint", base, "--data", data, "--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
+    assert [line.split(" | ")[:2] for line in lines if " | 0.01 | " in line] == [[f"| {name}", "0.01"] for name in methods.FAMILY]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("peft") or not find_spec("transformers"), reason="transformers and peft are not installed")
+def test_peers_to_the_end(base, tmp_path, table):
+    """In fp32, greedy: the same text as transformers, cache or not."""
+    checkpoint.main([str(base), str(tmp_path / "hf"), "--to", "hf"])
+    said = "\n".join(table("peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps", "1",
+                           "--cells", "train bf16 batch 32*,generate fp32 64*"))
+    assert "| train bf16 batch 32 share-prefix |" in said and said.count("| yes |") == 2 and "| no |" not in said
