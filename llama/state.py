@@ -28,8 +28,9 @@ from .cli import end, leave, number, sum_over_ranks
 from .files import read_saved, write_json, write_whole
 
 ARGS, METRICS, STATE, PREVIOUS, BEST = "args.json", "metrics.jsonl", "state.pt", "state.previous.pt", "best.pt"
+PICTURE = "loss.png"
 RESULTS = ("adapter.pt", BEST, PARAMS, WEIGHTS, TOKENIZER)
-RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, *RESULTS)            # what runs leave in --out
+RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)   # what runs leave in --out
 # What may change while a run goes on: where things are, what is said and kept, and how a step's examples are cut up.
 FREE = {"checkpoint", "adapter", "data", "val_data", "out", "device", "log_every", "save_every", "max_bad_steps", "early_stop",
         "batch_size", "accumulation_steps", "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
@@ -224,7 +225,8 @@ class Run:
                     open(self.out / ARGS, "x").close()
                 except FileExistsError:
                     raise ValueError(f"another run has just begun in {self.out}; name another folder with --out") from None
-            (self.out / PREVIOUS).unlink(missing_ok=True)                # another run's, as what this now replaces
+            for name in (PREVIOUS, PICTURE):
+                (self.out / name).unlink(missing_ok=True)                # another run's, as what this now replaces
             self.write({}, [], 0, previous=None)
         write_json(self.out / ARGS, vars(self.args))
         self.metrics = open(metrics, "r+b" if metrics.exists() else "wb", buffering=0)       # unbuffered: a row is one write
