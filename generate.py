@@ -236,15 +236,16 @@ def main(argv=None):
     with bad_input_ends_in_one_line("generate.py"):
         args = parse_args(argv)
         device, args.precision = pick_hardware(args.device, args.precision)
-        examples = read_examples(args.data, required=("instruction", "output")[:1 + args.score]) if args.data else INSTRUCTIONS
+        required = ("instruction", "output") if args.score else ("instruction",)
+        examples = read_examples(args.data, required) if args.data else INSTRUCTIONS
         if args.instruction:
             examples = [{"instruction": args.instruction, "input": args.input}]
         try:
             model, tokenizer, said = load(args, device)
         except (ValueError, OSError) as error:
-            hint = f"; {args.adapter} was taken because it is there, --adapter none leaves it out"
-            hint *= args.adapter_by_default and args.adapter is not None
-            raise ValueError(f"{error}{hint}") from error
+            if not (args.adapter and args.adapter_by_default):
+                raise
+            raise ValueError(f"{error}; {args.adapter} was taken because it is there, --adapter none leaves it out") from error
         # What is too long, or no choice, shows before the first is answered.
         exam = args.score and Exam(examples, tokenizer, model.args.max_seq_len, args.choices, args.max_new_tokens, args.data)
         room(model, [encode_prompt(example, tokenizer) for example in examples], args.max_new_tokens)
