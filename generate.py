@@ -59,7 +59,8 @@ def parse_args(argv=None):
                        help="answers to choose from with --score (default: the outputs in --data, where they are up to 20)")
     group.add_argument("--input", metavar="TEXT", type=utf8, default="", help="what to do it with")
     flag = parser.add_argument_group("how").add_argument
-    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="tokens an answer (default: 128; with --score also at most twice the longest output)")
+    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128,
+         help="tokens an answer (default: 128; with --score also at most twice the longest output)")
     flag("--temperature", metavar="F", type=number(float, 0), default=0.0, help="0: always the likeliest token (default: 0)")
     flag("--top-k", metavar="N", type=number(int, 0), default=0, help="draw from the N likeliest; 0: from all (default: 0)")
     flag("--top-p", metavar="F", type=number(float, 0, 1, open_low=True), default=1.0,
