@@ -76,6 +76,12 @@ def test_the_table_of_traps_is_what_the_tests_say():
     assert rows == [(" ".join(sentence.split()), link, name) for name, sentence, link in docs] and len(rows) > 50
 
 
+def test_pictures_are_there_and_small():
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert shown and {ROOT / path for path in shown} == set((ROOT / "pictures").iterdir())
+    assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
+
+
 def test_requirements_are_four_and_pinned():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in lines] == ["torch", "sentencepiece", "numpy", "pytest"] and all("==" in l for l in lines)
