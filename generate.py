@@ -59,7 +59,8 @@ def parse_args(argv=None):
                        help="answers to choose from with --score (default: the outputs in --data, where they are up to 20)")
     group.add_argument("--input", metavar="TEXT", type=utf8, default="", help="what to do it with")
     flag = parser.add_argument_group("how").add_argument
-    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128, help="tokens an answer (default: 128; with --score also at most twice the longest output)")
+    flag("--max-new-tokens", metavar="N", type=number(int, 1), default=128,
+         help="tokens an answer (default: 128; with --score also at most twice the longest output)")
     flag("--temperature", metavar="F", type=number(float, 0), default=0.0, help="0: always the likeliest token (default: 0)")
     flag("--top-k", metavar="N", type=number(int, 0), default=0, help="draw from the N likeliest; 0: from all (default: 0)")
     flag("--top-p", metavar="F", type=number(float, 0, 1, open_low=True), default=1.0,
@@ -236,15 +237,16 @@ def main(argv=None):
     with bad_input_ends_in_one_line("generate.py"):
         args = parse_args(argv)
         device, args.precision = pick_hardware(args.device, args.precision)
-        examples = read_examples(args.data, required=("instruction", "output")[:1 + args.score]) if args.data else INSTRUCTIONS
+        required = ("instruction", "output") if args.score else ("instruction",)
+        examples = read_examples(args.data, required) if args.data else INSTRUCTIONS
         if args.instruction:
             examples = [{"instruction": args.instruction, "input": args.input}]
         try:
             model, tokenizer, said = load(args, device)
         except (ValueError, OSError) as error:
-            hint = f"; {args.adapter} was taken because it is there, --adapter none leaves it out"
-            hint *= args.adapter_by_default and args.adapter is not None
-            raise ValueError(f"{error}{hint}") from error
+            if not (args.adapter and args.adapter_by_default):
+                raise
+            raise ValueError(f"{error}; {args.adapter} was taken because it is there, --adapter none leaves it out") from error
         # What is too long, or no choice, shows before the first is answered.
         exam = args.score and Exam(examples, tokenizer, model.args.max_seq_len, args.choices, args.max_new_tokens, args.data)
         room(model, [encode_prompt(example, tokenizer) for example in examples], args.max_new_tokens)

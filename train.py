@@ -34,6 +34,7 @@ from llama.evaluate import evaluate
 from llama.loss import answer_loss
 from llama.packing import pack
 from llama.peft import adapter_at
+from llama.pictures import picture_of
 from llama.preflight import check_data, check_gradients, describe, memory_of_a_step, out_of_memory_ends_in_one_line, trying_batch
 from llama.state import Run, add_flags as add_survival_flags
 from lora import AdapterState, LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
@@ -340,6 +341,8 @@ def main(argv=None):
         run.finish()
     peak = peak_memory_mb(device)
     print(f"total     {time.perf_counter() - began:.1f} s" + (f", peak memory {peak:,.0f} MiB" if peak else ""))
+    if rank == 0:
+        print(f"picture   {picture_of(run.out)}")
     if world_size > 1:
         leave(0)
 

@@ -53,13 +53,13 @@ def lay(asked):
     that prompt alone.  targets are the answers' tokens, one answer behind another; places[m] is where targets[m] is
     predicted: an answer's first token by the prompt's last.  Its own last, eos, predicts nothing and is not read.
     """
-    shared = len(commonprefix([prompt[:-1] for prompt, _ in asked])) if len(asked) > 1 else 0
-    shared = shared if shared >= LEAST else 0
-    tokens, segments = asked[0][0][:shared], [(shared, ())] * bool(shared)
-    above, places, targets = (0,) * bool(shared), [], []
+    shared = commonprefix([prompt[:-1] for prompt, _ in asked]) if len(asked) > 1 else []
+    shared = shared if len(shared) >= LEAST else []
+    segments, above = ([(len(shared), ())], (0,)) if shared else ([], ())
+    tokens, places, targets = [*shared], [], []
     for prompt, answers in asked:
-        tokens += prompt[shared:]
-        segments.append((len(prompt) - shared, above))
+        tokens += prompt[len(shared):]
+        segments.append((len(prompt) - len(shared), above))
         last, context = len(tokens) - 1, (*above, len(segments) - 1)
         for answer in answers:
             places += [last, *range(len(tokens), len(tokens) + len(answer) - 1)]

@@ -25,6 +25,11 @@ def listed(keys, most=6):
     return ", ".join(sorted(keys)[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
+def first_line(error):
+    """Of what an error says, or its kind where it says nothing."""
+    return [*str(error).splitlines(), type(error).__name__][0]
+
+
 def read_object(path):
     """The JSON object in a file.  Raises FileNotFoundError, or ValueError for what is none."""
     if not path.is_file():                                        # but a folder, or a pipe that would be waited for
@@ -87,7 +92,7 @@ def reading(path, what):
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path} is not {what}: {[*str(error).splitlines(), type(error).__name__][0]}") from error
+        raise ValueError(f"{path} is not {what}: {first_line(error)}") from error
 
 
 class SavedFile:

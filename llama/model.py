@@ -184,8 +184,9 @@ class Transformer(nn.Module):
         rope, attend = (rope[:, layout.positions], layout.attend) if layout else (rope, causal)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(layer, h, rope, attend, use_reentrant=False)    # the reentrant kind gives LoRA no
-            else:                                                              # gradient: h needs none itself
+                # Of the reentrant kind LoRA gets no gradient: over a frozen base h needs none itself.
+                h = checkpoint(layer, h, rope, attend, use_reentrant=False)
+            else:
                 h = layer(h, rope, attend)
         if rows is not None:
             h = h[rows] if rows.dtype == torch.bool else h.flatten(0, 1)[rows]                     # (R, D)

@@ -42,10 +42,10 @@ class Layout:
         def seen(pieces, i):
             context = self.segments[i][1]
             return torch.cat([pieces[j] for j in (*context, i)], dim=1) if context else pieces[i]
-        return torch.cat([attend(q[i], seen(k, i), seen(v, i)) for i in range(len(lengths))], dim=1)
+        return torch.cat([after_context(q[i], seen(k, i), seen(v, i)) for i in range(len(lengths))], dim=1)
 
 
-def attend(q, k, v):
+def after_context(q, k, v):
     """q (1, L, H, hd), k and v (1, S, K, hd), S >= L -> (1, L, H, hd): causal, the last query sees all S keys."""
     (L, H, hd), (S, K) = q.shape[1:], k.shape[1:3]
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                               # (1, H|K, L|S, hd)

@@ -14,7 +14,8 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.mo
 METHODS = {"lora": {}, "lora-fa": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 FLAGS = {                        # whatever sets these to something else computes something else (pissa: over another base)
-    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, True), "use_dora": (False, True), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, True), "use_dora": (False, True),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
 HARMLESS = {                     # of any other key, whatever is not empty is refused: it is a feature we lack
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern", "base_model_name_or_path",

@@ -25,11 +25,12 @@ import torch.distributed as dist
 
 from .checkpoint import PARAMS, TOKENIZER, WEIGHTS
 from .cli import end, leave, number, sum_over_ranks
-from .files import read_saved, write_json, write_whole
+from .files import first_line, read_saved, write_json, write_whole
 
 ARGS, METRICS, STATE, PREVIOUS, BEST = "args.json", "metrics.jsonl", "state.pt", "state.previous.pt", "best.pt"
+PICTURE = "loss.png"
 RESULTS = ("adapter.pt", BEST, PARAMS, WEIGHTS, TOKENIZER)
-RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, *RESULTS)            # what runs leave in --out
+RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)   # what runs leave in --out
 # What may change while a run goes on: where things are, what is said and kept, and how a step's examples are cut up.
 FREE = {"checkpoint", "adapter", "data", "val_data", "out", "device", "log_every", "save_every", "max_bad_steps", "early_stop",
         "batch_size", "accumulation_steps", "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
@@ -111,7 +112,7 @@ def load_state(path):
                 ("args", dict), ("about", dict), ("metrics", int), ("launch", str), ("parts", dict), ("random", list))):
             raise ValueError("it lacks a part")
     except Exception as error:                            # a broken file raises whatever it happens to hit
-        raise ValueError(f"{path} is no whole save of a run ({[*str(error).splitlines(), type(error).__name__][0]})") from error
+        raise ValueError(f"{path} is no whole save of a run ({first_line(error)})") from error
     return state
 
 
@@ -153,6 +154,9 @@ def as_flag(name, value):
 
 class Run:
     """A run in its folder: what of it is done, what it saves, and when it stops.
+
+    Its life: check and must_be before the weights load, begin, and in the block of survives first connect; then each step
+    calls add, record and ends, and after the last comes finish.
 
     step, loss: the last step that is done, from 1, and its loss.  Raises ValueError or OSError if a run must not or
     cannot go to --out, or if there is none that can go on.
@@ -224,7 +228,8 @@ class Run:
                     open(self.out / ARGS, "x").close()
                 except FileExistsError:
                     raise ValueError(f"another run has just begun in {self.out}; name another folder with --out") from None
-            (self.out / PREVIOUS).unlink(missing_ok=True)                # another run's, as what this now replaces
+            for name in (PREVIOUS, PICTURE):
+                (self.out / name).unlink(missing_ok=True)                # another run's, as what this now replaces
             self.write({}, [], 0, previous=None)
         write_json(self.out / ARGS, vars(self.args))
         self.metrics = open(metrics, "r+b" if metrics.exists() else "wb", buffering=0)       # unbuffered: a row is one write
@@ -245,7 +250,7 @@ class Run:
                     part.load_state_dict(self.saved["parts"][name])
                 set_random_state(self.saved["random"][self.rank], device)
             except Exception as error:                    # each part complains in its own way
-                raise ValueError(f"{self.path} does not fit this run: {[*str(error).splitlines(), type(error).__name__][0]}") from error
+                raise ValueError(f"{self.path} does not fit this run: {first_line(error)}") from error
         self.saved = None
 
     def save(self):

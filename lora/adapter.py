@@ -281,15 +281,16 @@ def read_adapter(source):
     formats make it; "base" may be None there: it is not known.
     Raises FileNotFoundError, or ValueError for what is not an adapter file.
     """
-    path = source["path"] if isinstance(source, dict) else source
-    if path is source and not Path(path).is_file():
+    from_file = not isinstance(source, dict)
+    path = source if from_file else source["path"]
+    if from_file and not Path(path).is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True) if path is source else source
+        content = torch.load(path, map_location="cpu", weights_only=True) if from_file else source
         config, scales = LoRAConfig(**content["config"]), content.get("scales", {})               # of one in int8
         tensors = {name: tensor * scales[name].expand_as(tensor) if name in scales else tensor       # no wider than it is
                    for name, tensor in content["tensors"].items()}
-        base = None if content is source and content["base"] is None else dict(content["base"])
+        base = None if content["base"] is None and not from_file else dict(content["base"])
     except Exception as error:                       # a broken pickle raises whatever it happens to hit
         raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error
     if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()

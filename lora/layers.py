@@ -30,7 +30,8 @@ class LoRALayer(nn.Module):
     """What every adapter layer shares: the base, factors and scale, the switch, merge and unmerge.
 
     A subclass has `forward` and `delta()`, the update in the base weight's shape.  What more there is to a method
-    it says by overriding what stands first here, so that nothing outside of its file has to know it.
+    it says by overriding the values that stand first here and the methods that stand last and do nothing, so that
+    nothing outside of its file has to know it.
     Raises ValueError for an r that the layer is too small for, or settings that the method does not have.
     """
     options = {}                 # settings of the method's own and their defaults; an adapter's file carries them
@@ -39,28 +40,6 @@ class LoRALayer(nn.Module):
     keeps_input = True           # for its backward pass: x, as wide as the layer reads; or else only what is r wide
     keeps_results = 0            # for its backward pass: how many tensors as wide as the layer's result
 
-    @classmethod
-    def check(cls, config):
-        """Raise ValueError for a LoRAConfig that the method cannot have."""
-
-    @classmethod
-    def connect(cls, layers, config):
-        """Called once when all `layers` of a model stand: for what they share.  `config` is what will be saved."""
-
-    def begin_step(self, step, loss):
-        """Called before optimizer step `step` (from 1) with the last one's loss over all ranks; returns what to log."""
-        return {}
-
-    def after_step(self):
-        """Called when the optimizer has stepped."""
-
-    def state(self):
-        """What else of the method has changed since it began, beside its tensors, for a run that goes on."""
-        return {}
-
-    def load_state(self, state):
-        """Take back what `state` gave."""
-
     def __init__(self, base, r, alpha, dropout, **options):
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -68,19 +47,6 @@ class LoRALayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.settings = self.settled(options)
         self.enabled, self.merged = True, False
-
-    @classmethod
-    def settled(cls, options):
-        """`options` and, where they say nothing, the defaults.  Raises ValueError for a name or type it does not know."""
-        for name, value in options.items():
-            if name not in cls.options:
-                raise ValueError(f"unknown option {name!r}; there is {', '.join(cls.options) or 'none'}")
-            kind = type(cls.options[name])
-            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
-                raise ValueError(f"{name} is {value!r}, must be like {cls.options[name]!r}")
-            if kind is not str and isinstance(value, int) and abs(value) > 2 ** 64:
-                raise ValueError(f"{name} is out of range")
-        return {**cls.options, **options}
 
     def trained(self, *shape):
         """A parameter of zeros: fp32 (fp64 over an fp64 base), since in 16 bit the optimizer's small steps round away."""
@@ -134,6 +100,41 @@ class LoRALayer(nn.Module):
         self.base = self.own[0].to(self.base.weight)            # where the model was moved or cast meanwhile
         del self.own
         self.merged = False
+
+    @classmethod
+    def settled(cls, options):
+        """`options` and, where they say nothing, the defaults.  Raises ValueError for a name or type it does not know."""
+        for name, value in options.items():
+            if name not in cls.options:
+                raise ValueError(f"unknown option {name!r}; there is {', '.join(cls.options) or 'none'}")
+            kind = type(cls.options[name])
+            if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise ValueError(f"{name} is {value!r}, must be like {cls.options[name]!r}")
+            if kind is not str and isinstance(value, int) and abs(value) > 2 ** 64:
+                raise ValueError(f"{name} is out of range")
+        return {**cls.options, **options}
+
+    @classmethod
+    def check(cls, config):
+        """Raise ValueError for a LoRAConfig that the method cannot have."""
+
+    @classmethod
+    def connect(cls, layers, config):
+        """Called once when all `layers` of a model stand: for what they share.  `config` is what will be saved."""
+
+    def begin_step(self, step, loss):
+        """Called before optimizer step `step` (from 1) with the last one's loss over all ranks; returns what to log."""
+        return {}
+
+    def after_step(self):
+        """Called when the optimizer has stepped."""
+
+    def state(self):
+        """What else of the method has changed since it began, beside its tensors, for a run that goes on."""
+        return {}
+
+    def load_state(self, state):
+        """Take back what `state` gave."""
 
 
 class LoRALinear(LoRALayer):

@@ -1,6 +1,4 @@
 """Frozen weights in 8 or 4 bits, in plain torch: int8 by rows, and QLoRA's NF4 (Dettmers et al. 2023)."""
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

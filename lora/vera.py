@@ -21,7 +21,7 @@ class Pair(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         for name, shape in (("lora_A", (r, d_in)), ("lora_B", (d_out, r))):
-            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+            bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))          # in this order, for PEFT's very bits
             drawn = torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(like), persistent=stored)
 

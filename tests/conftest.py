@@ -7,6 +7,7 @@ import pytest
 import sentencepiece as spm
 import torch
 
+import train
 from llama import ModelArgs, Tokenizer, Transformer, save_checkpoint
 from llama.alpaca import plan_epoch, windows
 
@@ -33,6 +34,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn():
+    """Runs leave no picture, wherever matplotlib is installed: it would take most of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "picture_of", lambda out: "none")
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""README.md: its commands parse, its line counts and symbols are true, its two commands are what CI runs."""
+"""README.md: its commands parse, its line counts, symbols and tests are true, its two commands are what CI runs."""
+import ast
 import re
 import shlex
 
@@ -40,11 +41,32 @@ def test_line_counts():
     assert {path: int(n) for path, n in counted} == {path: len((ROOT / path).read_text().splitlines()) for path, _ in counted}
 
 
+def defined(path):
+    """Names of a file's functions, classes and values, and CLASS.METHOD."""
+    names = set()
+    for node in ast.parse((ROOT / path).read_text()).body:
+        names |= {target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)} | {getattr(node, "name", None)}
+        names |= {f"{node.name}.{inner.name}" for inner in getattr(node, "body", ()) if isinstance(node, ast.ClassDef) and hasattr(inner, "name")}
+    return names
+
+
 def test_symbols_are_where_the_readme_says():
-    named = re.findall(r"`([\w/]+\.py):(\w+)`", README)
-    assert len(named) >= 8
+    named = re.findall(r"`([\w/]+\.py):([\w.]+)`", README)
+    assert len(named) >= 30
     for path, symbol in named:
-        assert re.search(rf"^ *(def|class) {symbol}\b|^{symbol}\b", (ROOT / path).read_text(), re.M), (path, symbol)
+        assert symbol in defined(path), (path, symbol)
+
+
+def test_the_tour_leads_from_equations_to_lines_to_tests():
+    """Every row has a formula or says what it is, a place, and a test that is there; formulas are what GitHub renders: no |,
+    no backslash before and no bracket with an underscore behind, which Markdown would take for its own."""
+    table = re.search(r"^## From equation to line\n.*?\n\|---.*?\n(.*?)\n\n", README, re.M | re.S)[1].splitlines()
+    rows = [re.fullmatch(r"\| (.+?) \| (.+?) \| `[\w/]+\.py:[\w.]+` \| `(tests/test_\w+\.py)::(test_\w+)` \|", line) for line in table]
+    assert all(rows) and len(rows) >= 30
+    for _, equation, path, test in (row.groups() for row in rows):
+        assert test in defined(path), (path, test)
+        assert equation.count("$") % 2 == 0 and equation.count("{") == equation.count("}"), equation
+        assert not re.search(r"\\[^a-zA-Z]|[)}\]]_|\|", equation), equation
 
 
 def test_the_table_of_traps_is_what_the_tests_say():
@@ -52,6 +74,12 @@ def test_the_table_of_traps_is_what_the_tests_say():
     rows = re.findall(r"^\| (.+?) \| \[\S+\]\((\S+)\) \| `test_(\w+)` \|$", README, re.M)
     docs = re.findall(r'^def test_(\w+)\(.*?\):\n    """(.*?)\n    (https://\S+)"""$', (ROOT / "tests/test_traps.py").read_text(), re.M | re.S)
     assert rows == [(" ".join(sentence.split()), link, name) for name, sentence, link in docs] and len(rows) > 50
+
+
+def test_pictures_are_there_and_small():
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert shown and {ROOT / path for path in shown} == set((ROOT / "pictures").iterdir())
+    assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
 
 
 def test_requirements_are_four_and_pinned():
