@@ -13,25 +13,22 @@ import generate
 import train
 from llama.alpaca import encode_prompt, read_examples
 from llama.checkpoint import read_params
-from llama.cli import DTYPES, number, text
+from llama.cli import number
 from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.adapter import METHODS
 
 from .measure import counted
-from .runs import finished
+from .runs import add_training_flags, finished, training_flags
 from .tables import cell, fresh, listed, markdown, picture
 
 FAMILY = {**{method: ["--method", method] for method in METHODS}, "lora, LoRA+ 4": ["--method", "lora", "--lora-plus-ratio", "4"]}
 
 
 def add_flags(parser):
+    add_training_flags(parser)
     flag = parser.add_argument
-    flag("--checkpoint", metavar="DIR", type=text, help="base (default: the demo's)")
-    flag("--data", metavar="FILE", type=text, help="examples (default: the demo's)")
-    flag("--val-data", metavar="FILE", type=text, help="held-out examples, which are also asked (default: the demo's)")
     flag("--epochs", metavar="N", type=number(int, 1), help="passes over the data (default: train.py's)")
-    flag("--precision", choices=DTYPES, help="compute dtype (default: train.py's)")
     flag("--seeds", metavar="N,...", type=listed(number(int, 0)), default=[0, 1], help="runs of each (default: 0,1)")
     flag("--lrs", metavar="F,...", type=listed(number(float, 0, open_low=True)), default=[5e-3, 2e-2, 1e-1],
          help="learning rates to choose from, by held-out loss with the first seed (default: 5e-3,2e-2,1e-1)")
@@ -117,11 +114,8 @@ def spread(values, form):
 
 
 def make(args):
-    if bool(args.data) != bool(args.val_data):
-        raise ValueError("--data and --val-data go together: what is held out is measured, and asked")
     args.questions = args.val_data or str(train.DEMO / "held_out.json")
-    args.train = [word for flag in ("checkpoint", "data", "val_data", "epochs", "precision") if getattr(args, flag) is not None
-                  for word in ("--" + flag.replace("_", "-"), str(getattr(args, flag)))]
+    args.train = training_flags(args) + ["--epochs", str(args.epochs)] * bool(args.epochs)
     rows, panels = [], {"held-out loss": [], "right to the letter": []}
     for name in FAMILY:
         best = min((Trial(args, name, lr, args.seeds[0]) for lr in args.lrs), key=lambda trial: loss_of(trial.learnt()))

@@ -34,6 +34,7 @@ CELLS = {
     "train bf16 batch 32 share-prefix": dict(precision="bf16", batch=32, flags=["--share-prefix"]),
     "train fp32 batch 4 fast-matmul": dict(precision="fp32", batch=4, flags=["--fast-matmul"]),
     "train bf16 batch 4 one 7b layer": dict(precision="bf16", batch=4, one_layer=True),
+    "train bf16 batch 4 compile": dict(precision="bf16", batch=4, flags=["--compile"], warm=12),
     "generate bf16 64 tokens": dict(precision="bf16", batch=1, new=64),
     "generate bf16 256 tokens": dict(precision="bf16", batch=1, new=256),
     "generate fp32 64 tokens": dict(precision="fp32", batch=1, new=64),
@@ -100,7 +101,7 @@ def generated(run):
 def contestants(args, name, pythons):
     """{who: (settings, what is measured with them)} of a cell.  More examples a step make fewer steps, so that each cell
     reads about as many."""
-    wanted = {"dropout": 0.0, "checkpointing": False, "flags": [], "caches": [True, False], "one_layer": False, **CELLS[name]}
+    wanted = {"dropout": 0.0, "checkpointing": False, "flags": [], "caches": [True, False], "one_layer": False, "warm": args.warm, **CELLS[name]}
     base = SimpleNamespace(**vars(args))
     if wanted["one_layer"]:
         base.folder, base.checkpoint, base.layers, base.data = shape_folder("7b", args.out), None, 1, None
@@ -110,12 +111,12 @@ def contestants(args, name, pythons):
         asked["prompts"] = max(1, round(args.prompts * 64 / wanted["new"] / wanted["batch"]))
     run = run_of(base, "--precision", wanted["precision"], "--batch-size", str(wanted["batch"]), "--accumulation-steps", "1",
                  "--dropout", str(wanted["dropout"]), *["--checkpointing"] * wanted["checkpointing"], *wanted["flags"],
-                 steps=steps, repeats=1) | asked
+                 warm=wanted["warm"], steps=steps, repeats=1) | asked
     sides = {"ours": (run, lambda: tried(generated if generates else runs.measured, run))}
     for who, python in pythons.items():
         for cache in (wanted["caches"] if who == "transformers" else [True] * (wanted["batch"] == 1)) if generates else [None]:
             ask = {**asked, "peer": who, "cache": cache, "folder": str(Path(base.folder).resolve()), "random": not base.checkpoint,
-                   "layers": base.layers, "device": args.device, "steps": steps, "warm": args.warm, "data": base.data}
+                   "layers": base.layers, "device": args.device, "steps": steps, "warm": wanted["warm"], "data": base.data}
             said = {None: "", True: ", KV cache", False: ", no cache"}[cache]
             sides[who + said] = ask, lambda python=python, ask=ask: theirs(python, ask, rows_of(run))
     return sides
@@ -156,7 +157,7 @@ def make(args):
     return [*(line for header, rows in tables.items() for line in [*markdown(["", *header], rows), ""]),
             f"(medians of {args.repeats} runs each, alternated, every run a process of its own, {args.warm} steps or a first prompt to warm "
             f"up; tokens are real, never padding; MiB: the peak of the whole process, or of the GPU's allocations; "
-            f"{', '.join(f'{name} {version}' for name, version in versions.items())}, neither compiled)"]
+            f"{', '.join(f'{name} {version}' for name, version in versions.items())}, not compiled)"]
 
 
 def versus(results, texts):

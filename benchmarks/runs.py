@@ -2,7 +2,6 @@
 import argparse
 import contextlib
 import functools
-import json
 import os
 import shlex
 import shutil
@@ -20,8 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import train
 from llama.alpaca import IGNORE, SupervisedDataset, count_answer, read_examples
 from llama.checkpoint import TOKENIZER, read_params
-from llama.cli import add_hardware_flags, number, pick_hardware, text
+from llama.cli import DTYPES, add_hardware_flags, number, pick_hardware, text
 from llama.files import write_json
+from llama.pictures import read_metrics
 from llama.preflight import memory_of_a_step
 from llama.state import METRICS, Run
 
@@ -155,7 +155,7 @@ def measured(run):
         kept.check(rows, None, steps)
         kept.begin()
         train.train(args, model, model, rows, None, steps, collate, device, kept, None)
-        log = read_metrics(args.out) if rank == 0 else []
+        log = read_metrics(Path(args.out) / METRICS) if rank == 0 else []
     if world_size > 1:
         dist.destroy_process_group()
     if rank:
@@ -180,19 +180,36 @@ def quietly():
         yield
 
 
-def read_metrics(out):
-    return [json.loads(line) for line in (Path(out) / METRICS).read_text().splitlines()]
+def add_training_flags(parser):
+    """What whole runs are of."""
+    flag = parser.add_argument
+    flag("--checkpoint", metavar="DIR", type=text, help="base (default: the demo's)")
+    flag("--data", metavar="FILE", type=text, help="examples (default: the demo's)")
+    flag("--val-data", metavar="FILE", type=text, help="held-out examples (default: the demo's)")
+    flag("--precision", choices=DTYPES, help="compute dtype (default: train.py's)")
+
+
+def training_flags(args):
+    """train.py's flags for that.  Raises ValueError for data without held-out examples, or these alone."""
+    if bool(args.data) != bool(args.val_data):
+        raise ValueError("--data and --val-data go together: what is held out is measured")
+    return [word for flag in ("checkpoint", "data", "val_data", "precision") if getattr(args, flag) is not None
+            for word in ("--" + flag.replace("_", "-"), getattr(args, flag))]
 
 
 def finished(argv):
-    """(arguments, rows of metrics.jsonl) of a whole run of train.py.  Raises ValueError where it refuses."""
+    """(arguments, rows of metrics.jsonl) of a whole run of train.py, which may have ended for want of a finite step.
+
+    Raises ValueError where train.py refuses.
+    """
     args = train.parse_args(argv)
     try:
         with quietly():
             train.main(argv)
-    except SystemExit:
-        raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
-    return args, read_metrics(args.out)
+    except SystemExit as left:
+        if left.code != 3:
+            raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
+    return args, read_metrics(Path(args.out) / METRICS)
 
 
 @contextlib.contextmanager

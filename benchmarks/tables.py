@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from llama.files import read_object, write_json
+from llama.pictures import draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,30 +108,6 @@ def markdown(header, rows):
 
 
 def picture(args, panels):
-    """panels: [(title, x's name, y's name, {line: [(x, y)]})], x numbers or words -> out/TABLE.png, where matplotlib is
-    installed.  Lines differ in marker and dashes, so that they do in black and white; colours are Okabe and Ito's."""
-    if not find_spec("matplotlib"):
-        return
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    columns = min(2, len(panels))
-    down = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(down, columns, squeeze=False, layout="constrained", figsize=(7 * columns, 4 * down))
-    for ax, (title, across, up, lines) in zip(axes.flat, panels):
-        for (label, points), marker, dashes, colour in zip(lines.items(), "os^Dv<>Pp*", ["-", "--", "-.", ":"] * 3, [
-                "#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#777777"] * 2):
-            x, y = zip(*points)
-            ax.plot(x, y, dashes, marker=marker, color=colour, label=label)
-            if isinstance(x[0], str):
-                pyplot.setp(ax.get_xticklabels(), rotation=30, ha="right")
-            elif max(x) > 4 * min(x):
-                ax.set_xscale("log", base=2)
-                ax.xaxis.set_major_formatter("{x:g}")
-        ax.set(title=title, xlabel=across, ylabel=up, ylim=(0, None))
-        if lines:
-            ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    for ax in axes.flat[len(panels):]:
-        ax.remove()
-    figure.suptitle(args.said, fontsize=6, wrap=True)
-    figure.savefig(args.out / f"{args.table}.png", dpi=120)
+    """out/TABLE.png of llama/pictures.py's panels, where matplotlib is installed."""
+    if find_spec("matplotlib"):
+        draw(args.out / f"{args.table}.png", panels, args.said)

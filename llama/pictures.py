@@ -71,7 +71,7 @@ def plot(ax, panel):
     if any(isinstance(x, str) for x in across):
         for name in ax.get_xticklabels():
             name.set(rotation=20, ha="right", rotation_mode="anchor")
-    elif panel.log_x and max(across) > 4 * min(across) > 0:
+    elif panel.log_x and across and max(across) > 4 * min(across) > 0:
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter("{x:g}")
     elif all(isinstance(x, int) for x in across):

@@ -4,8 +4,11 @@
 """
 import contextlib
 import json
+import math
 import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +20,7 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import ablation, measure, methods, peers, roofline, runs, tables
+from benchmarks import ablation, measure, methods, peers, roofline, runs, search, tables
 from llama import ModelArgs, checkpoint
 from llama.alpaca import count_answer
 from llama.packing import pack
@@ -263,12 +266,47 @@ def test_a_picture_of_numbers_and_of_words(args):
     assert (args.out / "tried.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_search_finds_a_planted_optimum():
+    """The loss is how far settings lie from lr 0.02, r 8 and DoRA, and what is left of it after so many steps misleads at first."""
+    def loss_after(i, steps):
+        one = settings[i]
+        spent.append(steps)
+        return abs(math.log10(one["lr"] / 0.02)) + abs(math.log2(one["r"] / 8)) + (one["method"] != "dora") + random.Random(i).random() / steps
+    spent, settings = [], search.drawn(243, 0, ["lora", "dora", "vera"], [1e-4, 1.0])
+    found = search.halved(settings, 7290, loss_after)
+    assert [len(ranking) for ranking in found] == [243, 81, 27, 9, 3, 1] and sum(spent) == 7290
+    (_, best), = found[-1]
+    assert settings[best]["method"] == "dora" and settings[best]["r"] == 8 and 0.5 < settings[best]["lr"] / 0.02 < 2
+    assert found == search.halved(settings, 7290, loss_after)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone():
+    few, many = (search.drawn(n, 3, ["lora", "dora"], [1e-3, 1e-2]) for n in (5, 9))
+    assert few == many[:5] != search.drawn(5, 4, ["lora", "dora"], [1e-3, 1e-2])
+    assert all(1e-3 <= one["lr"] <= 1e-2 and one["alpha"] % one["r"] == 0 for one in many)
+
+
+@pytest.mark.parametrize("candidates, budget, plan", [
+    (27, 1080, [(27, 10), (9, 30), (3, 90), (1, 270)]), (10, 300, [(10, 10), (3, 33), (1, 100)]), (1, 7, [(1, 7)])])
+def test_each_round_of_a_search_takes_an_equal_part_of_the_budget(candidates, budget, plan):
+    assert search.rounds(candidates, budget) == plan
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--methods", "lora,nothing"], "--methods nothing is none of lora, "), (["--lrs", "1e-2,1e-3"], "the lower one first"),
+    (["--budget", "100"], "--budget 100 leaves 27 candidates no step each; 108 would one"), (["--data", "some.json"], "--data and --val-data go together")])
+def test_a_search_that_cannot_be_is_refused(flags, said, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        benchmark.main(["search", "--out", str(tmp_path), *flags])
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
 # The whole, at a tiny size
 
 @pytest.fixture
 def table(monkeypatch, tmp_path, capsys):
     """(table, flags) -> its lines; cells are measured in this process, which takes no time to start."""
-    for page in (tables, roofline, methods):
+    for page in (tables, roofline, methods, search):
         monkeypatch.setattr(page, "fresh", tables.within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
 
@@ -352,3 +390,22 @@ def test_peers_to_the_end(base, tmp_path, table):
     said = "\n".join(table("peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps", "1",
                            "--cells", "train bf16 batch 32*,generate fp32 64*"))
     assert "| train bf16 batch 32 share-prefix |" in said and said.count("| yes |") == 2 and "| no |" not in said
+
+
+@pytest.mark.slow
+def test_a_killed_search_continues_and_ends_as_if_it_had_not_been(base, data, tmp_path, table):
+    flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
+    path = tmp_path / "out/search.json"
+    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", "search", "--out", tmp_path / "out", *map(str, flags)], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    kept = json.loads(path.read_text())["cells"]
+    lines = table("search", *flags)
+    assert json.loads(path.read_text())["cells"][:len(kept)] == kept
+    shutil.rmtree(tmp_path / "out")
+    assert [line.split(" on ")[0] for line in table("search", *flags)] == [line.split(" on ")[0] for line in lines]
+    losses = [float(line.split(" | ")[-1].strip(" |")) for line in lines if line.startswith("| ") and line[2].isdigit()]
+    assert len(losses) == 4 and losses[1] <= losses[2] <= losses[3] and "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
