@@ -31,7 +31,7 @@ def students(checkpoint, folder):
     sizes, tokenizer = read_params(checkpoint)
     quarter = max(1, sizes.n_layers // 4)
     small = dict(dim=128, n_layers=2, vocab_size=sizes.vocab_size)
-    return {f"its first {quarter} of {sizes.n_layers} blocks": ["--checkpoint", str(checkpoint), "--layers", str(quarter)],
+    return {f"the teacher's first {quarter} of {sizes.n_layers} blocks": ["--checkpoint", str(checkpoint), "--layers", str(quarter)],
             "a transformer, 2 blocks of 128, random": ["--init", "random", "--checkpoint", str(made(
                 folder / "transformer", tokenizer, **small, n_heads=4, multiple_of=32))],
             "an LSTM, 2 layers of 128, random": ["--init", "random", "--checkpoint", str(made(

@@ -79,13 +79,13 @@ class Distillation:
         wide, T = torch.promote_types(logits.dtype, torch.float32), self.temperature
         hard = summed_cross_entropy(logits, targets)
         with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
-            log_q = (self.head(seen).to(wide) / T).log_softmax(-1)
-        soft = nn.functional.kl_div((logits.to(wide) / T).log_softmax(-1), log_q, reduction="sum", log_target=True)
+            q = (self.head(seen).to(wide) / T).softmax(-1)       # not its log: where a teacher says never, 0 log 0 is 0
+        soft = nn.functional.kl_div((logits.to(wide) / T).log_softmax(-1), q, reduction="sum")
         return (1 - self.weight) * hard + self.weight * T ** 2 * soft
 
     def memory(self, tokens, answers, width, beside):
         """{"teacher": bytes} that it adds to a step's peak: its weights, what `output` reads, and of a chunk its logits and,
-        in fp32, their log-softmax; or what its largest block computes with, if that is more than those and `beside`, all
+        in fp32, their softmax; or what its largest block computes with, if that is more than those and `beside`, all
         that the student then takes: when the one computes, the other has not begun.
 
         tokens, answers: of the largest micro-batch.  width: bytes of a number in the teacher's dtype."""
