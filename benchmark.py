@@ -6,6 +6,7 @@
     python benchmark.py scaling                              against tokens, length, layers, rank, ranks
     python benchmark.py roofline                             against the machine's own matrix products
     python benchmark.py methods                              the LoRA family on the demo
+    python benchmark.py distill                              students with and without a teacher
     python benchmark.py search                               settings for a task, from method to learning rate
 
 Tables are printed in Markdown and left in --out with a picture, where matplotlib is installed, and with all cells as JSON,
@@ -29,6 +30,7 @@ TABLES = {name: import_module(f"benchmarks.{name}") for name in (
     "roofline",
     "methods",
     "search",
+    "distill",
 )}
 
 

@@ -10,7 +10,6 @@ Read from `main` on.  Every option is decided before the loop, which never asks 
 import argparse
 import functools
 import itertools
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ from llama.alpaca import SupervisedDataset, ahead, plan_epoch, read_examples, wi
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, save_weights
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, held_out, leave, named_values, number,
                        peak_memory_mb, pick_hardware, progress, text)
+from llama.distill import Distillation, add_flags as add_teacher_flags, check as check_teacher, settle as settle_teacher
 from llama.evaluate import evaluate
 from llama.loss import answer_loss
 from llama.packing import pack
@@ -87,6 +87,7 @@ def parse_args(argv=None):
     flag("--max-steps", metavar="N", type=number(int, 1), help="optimizer steps, if fewer than the epochs have")
     flag("--clip-grad-norm", metavar="F", type=number(float, 0), default=1.0, help="0: never clip (default: 1.0)")
 
+    add_teacher_flags(parser)
     group = parser.add_argument_group("what it costs")
     flag = group.add_argument
     flag("--batch-size", metavar="N", type=number(int, 1), default=4, help="examples a micro-batch (default: 4)")
@@ -104,6 +105,7 @@ def parse_args(argv=None):
     add_survival_flags(parser)
 
     args = parser.parse_args(argv)
+    settle_teacher(args, parser)
     if args.val_data is not None and args.val_fraction is not None:
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.data is None and args.val_data is None and args.val_fraction is None:
@@ -176,11 +178,25 @@ def load_model(args, lora, device, init):
     return model, wrapped
 
 
+def load_distillation(args, device, init):
+    """The loss_fn that learns from --teacher too, frozen and in the compute dtype; None where there is none."""
+    if not args.teacher:
+        return None
+    source = args.teacher_adapter and adapter_at(args.teacher_adapter, read_params(args.teacher)[0])
+    adapter = read_adapter(source) if source else {}
+    base = adapter.get("base") or {}
+    teacher, _ = load_checkpoint(args.teacher, base.get("layers"), DTYPES[args.precision], device, args.max_seq_len, init,
+                                 quantizer(base.get("quantize", "none")))
+    if source:
+        load_adapter(teacher, source) if init == "checkpoint" else add_lora(teacher, adapter["config"])
+    return Distillation(teacher, args.distill_temperature, args.distill_weight)
+
+
 def estimate(args, train_set, device, world_size):
     """Bytes of tensors that a step with these flags would take."""
     model, wrapped = load_model(args, lora_config(args), torch.device("meta"), "random")
-    steps = plan(args, train_set, world_size)
-    return sum(memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size)[0].values())
+    steps, teacher = plan(args, train_set, world_size), load_distillation(args, torch.device("meta"), "random")
+    return sum(memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size, teacher)[0].values())
 
 
 def plan(args, train_set, world_size):
@@ -207,8 +223,9 @@ def mixed_precision(args, device):
     return torch.autocast(device.type, DTYPES[args.precision], enabled=args.method == "full" and args.precision != "fp32")
 
 
-def train(args, model, trained, train_set, val_set, steps, collate, device, run, save_best):
-    """The loop.  trained: what of the model it moves, as a save holds it; save_best(path) writes what there is then."""
+def train(args, model, loss_fn, trained, train_set, val_set, steps, collate, device, run, save_best):
+    """The loop.  loss_fn(model, batch): (sum over answer tokens, their count); trained: what of the model it moves, as a save
+    holds it; save_best(path) writes what there is then."""
     rank, world_size = run.rank, run.world_size
     # Frozen first, wrapped second: DDP waits for a gradient from whatever was trainable when it wrapped.
     parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model
@@ -235,7 +252,7 @@ def train(args, model, trained, train_set, val_set, steps, collate, device, run,
             # DDP talks once a step, on the last micro-batch; it takes note in forward, so forward is inside too.
             with parallel.no_sync() if world_size > 1 and i < len(window.batches) else nullcontext():
                 with autocast:                                           # DDP averages over ranks: world_size undoes it
-                    micro_loss = answer_loss(parallel, batch.to(device))[0] * world_size / window.n_answer
+                    micro_loss = loss_fn(parallel, batch.to(device))[0] * world_size / window.n_answer
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach() / world_size
         scaler.unscale_(optimizer)                                       # first, so that clipping sees true gradients
@@ -295,6 +312,8 @@ def main(argv=None):
         if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a CPU")
         model_args, tokenizer = read_params(args.checkpoint)
+        if args.teacher:
+            check_teacher(args, (model_args, tokenizer), read_params(args.teacher))
         train_set, val_set = load_data(args, tokenizer)
         check_data(train_set, args.max_seq_len, args.data)
         collate = functools.partial(pack, share_prefix=args.share_prefix)
@@ -312,7 +331,8 @@ def main(argv=None):
         model, wrapped = load_model(args, lora, torch.device("meta"), "random")
         lora_plus_groups(model, args.lr, args.lora_plus_ratio)
         need = functools.partial(estimate, train_set=train_set, device=device, world_size=world_size)
-        describe(args, model, wrapped, train_set, val_set, steps, device, world_size)
+        distillation = load_distillation(args, torch.device("meta"), "random")
+        describe(args, model, wrapped, train_set, val_set, steps, device, world_size, distillation)
         if args.dry_run:
             check_gradients(model, wrapped, lambda: model(batch.tokens.to("meta"), layout=batch.layout.to("meta")).sum())
         else:
@@ -321,12 +341,15 @@ def main(argv=None):
                 model, wrapped = load_model(args, lora, device, args.init)
                 if args.adapter:
                     load_adapter(model, adapter)
+                distillation = load_distillation(args, device, "checkpoint")
+                loss_fn = distillation or answer_loss
                 with mixed_precision(args, device):
-                    check_gradients(model, wrapped, lambda: answer_loss(model, batch.to(device))[0])
+                    check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
             run.must_be("base", model.origin.get("fingerprint"), "it was begun over another base")
+            run.must_be("teacher", distillation and distillation.fingerprint(), "it was begun with another teacher")
             torch.manual_seed(args.seed + rank)              # each rank drops other elements
-        paths = ("checkpoint", "adapter", "data", "val_data", "out", "device")       # these may differ from machine to machine
-        alike += [{key: value for key, value in vars(args).items() if key not in paths}, model.origin.get("fingerprint"),
+        paths = ("checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device")   # these may differ from machine to machine
+        alike += [{key: value for key, value in vars(args).items() if key not in paths}, run.about,
                   *([len(tokens) for tokens, _ in part.rows] for part in (train_set, val_set) if part)]
     if args.dry_run:
         print("dry run   nothing was trained, nothing was written")
@@ -335,7 +358,7 @@ def main(argv=None):
         run.begin()
     trained, write = (AdapterState(model), save_adapter) if lora else (model, save_weights)
     with run.survives(), out_of_memory_ends_in_one_line(args, need, "; --resume goes on from the last save, --batch-size or --checkpointing changed or not"):
-        train(args, model, trained, train_set, val_set, steps, collate, device, run, functools.partial(write, model))
+        train(args, model, loss_fn, trained, train_set, val_set, steps, collate, device, run, functools.partial(write, model))
         if rank == 0:
             save(args, model, tokenizer, lora, run.out)
         run.finish()

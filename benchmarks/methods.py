@@ -20,7 +20,7 @@ from lora.adapter import METHODS
 
 from .measure import counted
 from .runs import add_training_flags, finished, training_flags
-from .tables import cell, fresh, listed, markdown, picture
+from .tables import cell, fresh, listed, markdown, picture, spread
 
 FAMILY = {**{method: ["--method", method] for method in METHODS}, "lora, LoRA+ 4": ["--method", "lora", "--lora-plus-ratio", "4"]}
 
@@ -104,13 +104,6 @@ class Trial:
 
 def loss_of(result):
     return math.inf if result["held_out_loss"] is None else result["held_out_loss"]       # JSON has no NaN: it diverged
-
-
-def spread(values, form):
-    """Mean, and behind it how far the furthest lies from it."""
-    values = list(values)
-    mean = statistics.mean(values)
-    return form.format(mean) + (f" ± {form.format(max(abs(value - mean) for value in values))}" if len(values) > 1 else "")
 
 
 def make(args):

@@ -150,11 +150,11 @@ def measured(run):
     if run["autocast"]:
         args.method = "full"                                         # is all that makes train.py's loop take it
     collate = functools.partial(train.pack, share_prefix=args.share_prefix)
-    with tempfile.TemporaryDirectory() as args.out, quietly(), phases(model, peaks) as sizes:
+    with tempfile.TemporaryDirectory() as args.out, quietly(), phases(model, peaks) as (sizes, loss_fn):
         kept = Run(args, rank, world_size)
         kept.check(rows, None, steps)
         kept.begin()
-        train.train(args, model, model, rows, None, steps, collate, device, kept, None)
+        train.train(args, model, loss_fn, model, rows, None, steps, collate, device, kept, None)
         log = read_metrics(Path(args.out) / METRICS) if rank == 0 else []
     if world_size > 1:
         dist.destroy_process_group()
@@ -215,13 +215,13 @@ def finished(argv):
 @contextlib.contextmanager
 def phases(model, peaks):
     """Tell `peaks` where each phase of train.py's loop ends, by what the loop calls.  Yields a dict that gets the bytes of
-    gradients and of the optimizer's state."""
-    loss, last, sizes = train.answer_loss, "step", {}
+    gradients and of the optimizer's state, and the loss_fn for it."""
+    last, sizes = "step", {}
 
     def marked_loss(*batch):
         nonlocal last
         peaks("backward" if last == "forward" else None)
-        result = loss(*batch)
+        result = train.answer_loss(*batch)
         peaks(last := "forward")
         return result
 
@@ -234,11 +234,9 @@ def phases(model, peaks):
         peaks(last := "step")
         sizes["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))
     hooks = [register_optimizer_step_pre_hook(before_step), register_optimizer_step_post_hook(after_step)]
-    train.answer_loss = marked_loss
     try:
-        yield sizes
+        yield sizes, marked_loss
     finally:
-        train.answer_loss = loss
         for hook in hooks:
             hook.remove()
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import statistics
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -105,6 +106,13 @@ def listed(kind):
 
 def markdown(header, rows):
     return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def spread(values, form):
+    """Mean, and behind it how far the furthest lies from it."""
+    values = list(values)
+    mean = statistics.mean(values)
+    return form.format(mean) + (f" ± {form.format(max(abs(value - mean) for value in values))}" if len(values) > 1 else "")
 
 
 def picture(args, panels):

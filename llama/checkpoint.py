@@ -23,6 +23,7 @@ from .cli import DTYPES, Parser, bad_input_ends_in_one_line, number, text
 from .files import SAFETENSORS, listed, new_folder, read_object, read_tensors, safetensors, write_tensors, write_whole
 from .model import ModelArgs, Transformer
 from .peft import adapter_at, save_peft
+from .rnn import RNN, RNNArgs
 from .tokenizer import Tokenizer
 
 PARAMS, WEIGHTS, TOKENIZER = "params.json", "consolidated.00.pth", "tokenizer.model"
@@ -54,7 +55,8 @@ def read_params(folder, max_seq_len=None):
                                 "Meta's or Hugging Face's layout")
     tokenizer = Tokenizer(folder / TOKENIZER)
     params = read_object(path)
-    types = {f.name: (float, int) if "float" in str(f.type) else int for f in fields(ModelArgs)}
+    kind = RNNArgs if "rnn" in params else ModelArgs              # rnn.py: the only other model there is
+    types = {f.name: (float, int) if "float" in str(f.type) else str if f.type is str else int for f in fields(kind)}
     optional = ("n_kv_heads", "ffn_dim_multiplier")
     for key in ("max_seq_len", "max_batch_size"):                 # limits of a run, not of the model
         params.pop(key, None)
@@ -63,14 +65,14 @@ def read_params(folder, max_seq_len=None):
             raise ValueError(f"{path} has {key!r}, which this model does not know")
         if not (value is None and key in optional) and (isinstance(value, bool) or not isinstance(value, types[key])):
             raise ValueError(f"{path}: {key} is {value!r}, not a number of the right kind")
-    if missing := {"dim", "n_layers", "n_heads"} - params.keys():
+    if missing := ({"dim", "n_layers", "n_heads"} & types.keys()) - params.keys():
         raise ValueError(f"{path} lacks {sorted(missing)}")
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = tokenizer.vocab_size
     if params["vocab_size"] < tokenizer.vocab_size:
         raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's {tokenizer.vocab_size}")
     try:
-        return ModelArgs(**params, max_seq_len=max_seq_len or CONTEXT), tokenizer
+        return kind(**params, max_seq_len=max_seq_len or CONTEXT), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -187,7 +189,7 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     else:
         args.tie_embeddings = init == "checkpoint" and "output.weight" not in pieces
     with torch.device("meta"):                                    # sizes without memory
-        model = Transformer(args)
+        model = RNN(args) if isinstance(args, RNNArgs) else Transformer(args)
     if init == "checkpoint":
         check_keys(pieces, model, folder, file_name)
     model.layers = model.layers[:layers]
@@ -287,10 +289,13 @@ def convert(args, folder):
     """Write what the command line asks for to `folder`.  Returns a line about what that lost, if anything could be."""
     from lora import load_adapter, merge_report, read_adapter     # here alone: without an adapter nothing needs lora/
     from lora.quantize import dequantize, quantizer
+    sizes, _ = read_params(args.source)
+    if args.to in ("hf", "peft") and isinstance(sizes, RNNArgs):
+        raise ValueError(f"{args.source} is no transformer: --to {args.to} has no form for it")
     suffix = ".bin" if args.bin else SAFETENSORS
     if args.to in ("hf", "peft") and suffix == SAFETENSORS:
         safetensors(args.target)                                  # its absence shows before the weights load
-    source = args.adapter and adapter_at(args.adapter, read_params(args.source)[0])
+    source = args.adapter and adapter_at(args.adapter, sizes)
     adapter = read_adapter(source) if source else {}
     base = adapter.get("base") or {}
     layers = args.layers or base.get("layers")
@@ -300,7 +305,7 @@ def convert(args, folder):
             load_adapter(model, source)
         save_peft(adapter, model.args, args.source, folder, suffix)
         n, kind = model.args.n_layers, base.get("quantize", "none")
-        return "; ".join([f"PEFT needs a base of {n} layers for it: --to hf --layers {n}"] * (n < read_params(args.source)[0].n_layers)
+        return "; ".join([f"PEFT needs a base of {n} layers for it: --to hf --layers {n}"] * (n < sizes.n_layers)
                          + [f"it was trained over the base in {kind}, which PEFT does not say"] * (kind != "none"))
     # An adapter over a quantised base is merged into what it was trained on: the dequantised weights.
     convert = quantizer(base.get("quantize", "none"))

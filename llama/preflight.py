@@ -97,7 +97,8 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
     trained = [p.numel() for p in parameters if p.requires_grad]
     in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped if path.startswith("layers.0.")}
     dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    block = tokens * block_bytes(args, width, None if full else in_first, dropout, device.type == "cpu")
+    block = tokens * (model.block_bytes(width) if hasattr(model, "block_bytes")               # it is no transformer
+                      else block_bytes(args, width, None if full else in_first, dropout, device.type == "cpu"))
     block += args.n_heads * pairs * width
     # What a method holds frozen in more than the compute dtype is copied at each use, and kept.
     block += sum(width * p.numel() for layer in in_first.values() for p in layer.parameters(recurse=False)
@@ -120,10 +121,13 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
     return kinds, "in a block" if in_block > at_head else "at the logits"
 
 
-def memory_of_a_step(model, wrapped, train_set, steps, precision, device, world_size):
-    """What estimate_memory says of the largest micro-batches of a plan."""
+def memory_of_a_step(model, wrapped, train_set, steps, precision, device, world_size, distillation=None):
+    """What estimate_memory says of the largest micro-batches of a plan, and a teacher of itself."""
     _, tokens, answers, pairs = largest(train_set, steps)
-    return estimate_memory(model, wrapped, tokens, answers, precision, device, world_size, pairs if device.type == "cpu" else 0)
+    kinds, where = estimate_memory(model, wrapped, tokens, answers, precision, device, world_size, pairs if device.type == "cpu" else 0)
+    if distillation:
+        kinds |= distillation.memory(tokens, answers, DTYPES[precision].itemsize, kinds["activations"] + kinds["logits"])
+    return kinds, where
 
 
 def knobs(args, estimate):
@@ -164,7 +168,7 @@ def mib(size):
     return f"{size / 2 ** 20:,.{0 if size >= 100 * 2 ** 20 else 1}f}"
 
 
-def describe(args, model, wrapped, train_set, val_set, steps, device, world_size):
+def describe(args, model, wrapped, train_set, val_set, steps, device, world_size, distillation=None):
     """Print the few lines that say what is about to be trained, on what, and what it takes."""
     total = sum(p.numel() for p in model.parameters()) + sum(
         module.in_features * module.out_features for module in model.modules() if hasattr(module, "dequantize"))
@@ -188,6 +192,8 @@ def describe(args, model, wrapped, train_set, val_set, steps, device, world_size
         a_step = (f"{args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
                   f"{args.batch_size * args.accumulation_steps * world_size} examples a step")
     print(f"steps     {a_step}; {len(steps)} steps, {steps[-1][0]:.3g} epochs")
-    kinds, where = memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size)
+    if distillation:
+        print(f"teacher   {distillation.told(args)}")
+    kinds, where = memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size, distillation)
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{' a rank' * (world_size > 1)}, the most {where}: "
           + ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items()), flush=True)

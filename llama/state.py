@@ -32,8 +32,8 @@ PICTURE = "loss.png"
 RESULTS = ("adapter.pt", BEST, PARAMS, WEIGHTS, TOKENIZER)
 RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)   # what runs leave in --out
 # What may change while a run goes on: where things are, what is said and kept, and how a step's examples are cut up.
-FREE = {"checkpoint", "adapter", "data", "val_data", "out", "device", "log_every", "save_every", "max_bad_steps", "early_stop",
-        "batch_size", "accumulation_steps", "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
+FREE = {"checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device", "log_every", "save_every",
+        "max_bad_steps", "early_stop", "batch_size", "accumulation_steps", "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
 UNSAID = {"resume", "overwrite", "dry_run"}
 COUNTERS = {"step": 0, "loss": None, "bad": 0, "skipped": 0, "best": math.inf, "best_step": 0, "worse": 0, "seconds": 0.0,
             "finished": False}                                    # of a run that begins

@@ -77,6 +77,10 @@ MUTATIONS = {                                           # trap: (file, ours, the
                               "    frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]\n"
                               "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n"
                               "    [p.requires_grad_(False) for p in frozen]\n"),
+    "soft_targets_grow_faint": ("llama/distill.py", "self.weight * T ** 2 * soft", "self.weight * soft"),
+    "soft_targets_of_padding": ("llama/distill.py", "for each in answer_rows(batch))",
+                                "for each in (torch.arange(batch.labels.numel()), batch.labels.flatten().roll(-1).clamp(min=0)))"),
+    "a_word_that_the_teacher_rules_out": ("llama/distill.py", "/ T).softmax(-1)  ", "/ T).log_softmax(-1).exp() + 0 * self.head(seen)  "),
     "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, val_set", "return evaluate(parallel, val_set"),
 }
 TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)

@@ -16,6 +16,7 @@ import train
 from llama import load_checkpoint, save_checkpoint
 from llama.alpaca import (IGNORE, Batch, DataCollatorForSupervisedDataset, SupervisedDataset, count_answer, encode_example,
                           encode_prompt, format_prompt)
+from llama.distill import Distillation
 from llama.evaluate import Exam, measures
 from llama.loss import answer_loss
 from llama.sampling import stream
@@ -633,3 +634,50 @@ def test_evaluation_through_the_wrapper(two_ranks):
         assert set(re.findall("evaluated (.*)", (two_ranks / f"notes{rank}").read_text())) == {"Transformer"}
     one, two = ([row["val_loss"] for row in rows(two_ranks / out) if "val_loss" in row] for out in ("one", "two"))
     assert len(one) == 2 and two == pytest.approx(one, rel=1e-5)
+
+
+class Said(nn.Module):
+    """A model whose logits at each row are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.output = nn.Parameter(logits.double()), nn.Identity()
+
+    def forward(self, tokens, rows, layout=None):
+        return self.output(self.logits[rows])
+
+
+def taught(batch, teacher, **settings):
+    """The gradient at a student's logits, which are all 0, of distillation from these."""
+    student = Said(torch.zeros_like(teacher))
+    Distillation(Said(teacher), **settings)(student, batch)[0].backward()
+    return student.logits.grad
+
+
+ONE_ANSWER = Batch(torch.tensor([[1, 3, 0, 2, 2, 2]]), torch.tensor([[IGNORE, IGNORE, 0, 2, IGNORE, IGNORE]]), 2)
+
+
+def test_soft_targets_grow_faint():
+    """Softened by T, the teacher's gradients shrink as 1 / T^2: without that factor the answers alone are learnt at a high T.
+    https://github.com/IntelLabs/distiller/issues/122"""
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) / 10
+    mild, hot = (taught(ONE_ANSWER, logits, temperature=T, weight=1.0).norm() for T in (2.0, 20.0))
+    assert hot == pytest.approx(mild.item(), rel=0.1)
+
+
+def test_soft_targets_of_padding():
+    """A KL over all positions, prompt and padding with them, teaches what no answer holds, and more of it in longer batches.
+    https://github.com/peremartra/optipfair/issues/34"""
+    moved = taught(ONE_ANSWER, torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), weight=1.0).any(-1)
+    assert moved.tolist() == [False, True, True, False, False, False]
+
+
+def test_a_word_that_the_teacher_rules_out():
+    """A log-probability of -inf times its probability, 0, is NaN, and so is every gradient then.
+    https://github.com/huggingface/trl/issues/5594"""
+    logits = torch.zeros(6, 4)
+    logits[:, 3] = -torch.inf
+    log_q = logits.log_softmax(-1)
+    assert F.kl_div(torch.zeros(6, 4).log_softmax(-1), log_q, log_target=True, reduction="sum").isnan()
+    gradient = taught(ONE_ANSWER, logits, temperature=1.0, weight=1.0)[1]
+    assert torch.allclose(gradient, torch.tensor([-1 / 12, -1 / 12, -1 / 12, 1 / 4], dtype=torch.float64))
