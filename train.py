@@ -96,7 +96,7 @@ def parse_args(argv=None):
     flag("--tokens-per-batch", metavar="N", type=number(int, 1), help="fill each micro-batch to N tokens instead of --batch-size examples")
     flag("--share-prefix", action="store_true", help="compute what a micro-batch's examples have in common at their beginning once")
     flag("--compile", action="store_true", help="compile the blocks: slow at first, worth it from some hundred steps on")
-    flag("--fast-matmul", action="store_true", help="fp32 matrix products in bf16 on a CPU, TF32 on CUDA; all else stays fp32")
+    flag("--fast-matmul", action="store_true", help="fp32 matrix products may round to bf16 on a CPU, TF32 on CUDA; all else stays fp32")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="recompute blocks in backward instead of keeping them: less memory, up to half more time (default: no)")
     flag("--quantize", choices=("none", *QUANTIZED), help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or --adapter's)")

@@ -76,7 +76,8 @@ def add_hardware_flags(group):
 def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     """(torch.device, "fp32" | "bf16" | "fp16") from the two flags; each rank of a machine takes a GPU of its own.
 
-    fast_matmul: products of fp32 matrices round what they read to bf16 on a CPU, to TF32 on CUDA, and add up in fp32.
+    fast_matmul: products of fp32 matrices may round what they read, to bf16 on a CPU, to TF32 on CUDA, and add up in fp32.
+    It is leave, no order: on a CPU without matrix units oneDNN's kernels, which then do them, round nothing.
     Raises ValueError for a device that is not there.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

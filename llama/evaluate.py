@@ -83,7 +83,7 @@ def log_likelihoods(model, asked):
     log_p = logits[where, targets].to(wide) - total[where]
     first = logits.argmax(-1)[where] == targets
     lengths = [len(answer) for _, answers in asked for answer in answers]
-    return [(p.sum().item(), n.sum().item()) for p, n in zip(log_p.double().cpu().split(lengths), first.cpu().split(lengths))]
+    return [(p.sum().item(), n.sum().item()) for p, n in zip(log_p.cpu().double().split(lengths), first.cpu().split(lengths))]
 
 
 def grouped(asked, tokens):
@@ -173,7 +173,7 @@ class Exam:
         self.examples, self.tokenizer, self.choices = examples, tokenizer, choices or small_set(own)
         for n, answer in enumerate(own, 1):
             if choices and answer not in choices:
-                raise ValueError(f"{name}, example {n}: its output {answer!r} is none of the choices {', '.join(choices)}")
+                raise ValueError(f"{name}, example {n}: its output {answer!r} is none of the choices {', '.join(map(repr, choices))}")
         self.ids = [tokenizer.encode(choice, eos=True) for choice in self.choices or ()]
         self.rows = [encode_example(example, tokenizer, None) for example in examples]
         for n, (prompt, answer) in enumerate(map(parts, self.rows), 1):
@@ -192,8 +192,9 @@ class Exam:
         return known
 
     def take(self, model, said=lambda n: None):
-        """Columns of `forced`, and of the model's own answers "exact_match", to the letter and ended, and "ended", by eos
-        before the limit.  said(n) hears how many are done.  Raises ValueError where weights have gone wrong."""
+        """Columns of `forced`, and of the model's own answers "exact_match", to the letter but for space at the ends,
+        and ended, and "ended", by eos before the limit.  said(n) hears how many are done.  Raises ValueError where weights
+        have gone wrong."""
         columns = forced(model, self.rows, self.ids)
         if columns["nats"].isnan().any():
             raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")

@@ -275,9 +275,9 @@ FEELINGS = [{"instruction": "Happy or sad?", "input": " ".join(words), "output":
 
 
 def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, tokenizer):
-    """Right; another; right as far as it goes, but not at an end; right but for what comes after."""
+    """Right but for a space at its end; another; right as far as it goes, but not at an end; right but for what comes after."""
     said = ["blue", "green", "one two three", "cold cold"]
-    examples = [{"instruction": f"Say {i}", "output": output} for i, output in enumerate(["blue", "blue", "one two three", "cold"])]
+    examples = [{"instruction": f"Say {i}", "output": output} for i, output in enumerate(["blue ", "blue", "one two three", "cold"])]
     exam = Exam(examples, tokenizer, 512, limit=len(tokenizer.encode("one two three")))
     asked, heard = [], []
 
@@ -299,8 +299,8 @@ def test_what_an_exam_knows_and_refuses(tokenizer):
                             "limit": exam.limit, "choices": ["happy", "sad"], "majority": {"answer": "happy", "accuracy": 0.6}}
     assert Exam(EXAMPLES, tokenizer, 512).about()["choices"] is None and "majority" not in Exam(EXAMPLES, tokenizer, 512).about()
     assert Exam(FEELINGS[:3], tokenizer, 512, ["sad", "so so", "happy"]).about()["choices"] == ["sad", "so so", "happy"]
-    with pytest.raises(ValueError, match="file.json, example 2: its output 'sad' is none of the choices happy, yes"):
-        Exam(FEELINGS, tokenizer, 512, ["happy", "yes"], name="file.json")
+    with pytest.raises(ValueError, match="file.json, example 2: its output 'sad' is none of the choices 'happy', ' sad'"):     # "happy, sad" was typed
+        Exam(FEELINGS, tokenizer, 512, ["happy", " sad"], name="file.json")
     longest = max(len(tokens) for tokens, _ in Exam(FEELINGS, tokenizer, 512).rows)
     with pytest.raises(ValueError, match=rf"the data, example 3: prompt and answer have {longest} tokens and the model takes {longest - 1}"):
         Exam(FEELINGS, tokenizer, longest - 1)

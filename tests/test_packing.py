@@ -49,6 +49,8 @@ def test_written_out_by_hand():
     assert batch.tokens.tolist() == [[1, 5, 7, 2, 1, 6, 2]] and batch.labels.tolist() == [[_, _, 7, 2, _, 6, 2]]
     assert batch.n_answer == 4 and batch.layout.segments == [(4, ()), (3, ())] and batch.layout.longest == 4
     assert batch.layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    batch = pack([([1, 5], [_, 5]), ([7, 2], [7, 2])])                   # nothing before 7 predicts it, least of all 5
+    assert batch.labels.tolist() == [[_, 5, _, 2]] and batch.n_answer == 2
 
 
 def test_a_shared_beginning_written_out_by_hand(monkeypatch):

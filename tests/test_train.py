@@ -292,14 +292,41 @@ def test_learning_rate_at_its_corners():
     assert train.lr_factor(0, steps=1, warmup=0, schedule="cosine") == 1.0
 
 
-def test_held_out_loss_is_a_sum_by_a_count(run, base, tokenizer, data):
+def test_held_out_loss_is_a_sum_by_a_count(run, watch, base, tokenizer, data):
+    sizes = []
+    watch(lambda model, asked: isinstance(asked, list) and sizes.append([len(prompt) + len(own) for prompt, (own,) in asked]) or None)
     losses = [run(str(n), "--val-data", str(data), "--tokens-per-batch", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
               for n in (1, 300, 3000)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    # Before step 1 and after it; no more at a time than a micro-batch has.
+    assert list(map(len, sizes[:24])) == [1] * 24 and list(map(len, sizes[-2:])) == [12, 12]
+    assert all(sum(group) <= 300 for group in sizes[24:-2]) and len(sizes[24:-2]) < 24
     model, _ = load_checkpoint(base)
     batch = DataCollatorForSupervisedDataset(2)(SupervisedDataset(read_examples(data), tokenizer).rows)
     logits = model(batch.tokens)[:, :-1].flatten(0, 1)
     assert losses[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten()).item(), rel=1e-5)
+
+
+def test_beginnings_computed_once_change_nothing_but_the_rows(run, watch):
+    """Steps of two micro-batches of up to 300 tokens; the examples' first 30 or so are alike."""
+    sizes = []
+    watch(lambda model, batch: sizes.append(batch.tokens.numel()))
+    flags = "--tokens-per-batch", "300", "--accumulation-steps", "2", "--dropout", "0", "--epochs", "2"
+    plain, n = run("plain", *flags), len(sizes)
+    shared = run("shared", *flags, "--share-prefix")
+    assert len(sizes) == 2 * n and max(sizes[:n]) <= 300 and sum(sizes[:n]) == sum(row["tokens"] for row in plain)
+    assert all(size <= other for size, other in zip(sizes[n:], sizes)) and sum(sizes[n:]) < 0.9 * sum(sizes[:n])
+    for row, other in zip(shared, plain, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5) and row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert [row[key] for key in ("tokens", "answer_tokens", "epoch")] == [other[key] for key in ("tokens", "answer_tokens", "epoch")]
+
+
+def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
+    backends, seen = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul), []
+    watch(lambda model, batch: seen.append(tuple(backend.fp32_precision for backend in backends)))
+    rows = [run(out, "--max-steps", "1", "--accumulation-steps", "1", *flags) for out, *flags in (("no",), ("yes", "--fast-matmul"), ("again",))]
+    assert seen == [("ieee", "ieee"), ("bf16", "tf32"), ("ieee", "ieee")]
+    assert untimed(rows[0]) == untimed(rows[2]) and rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-2)
 
 
 def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
