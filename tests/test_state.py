@@ -260,9 +260,9 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
                               open("payload.pt", "rb").read(), *(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:] for i in (80, 5000, len(data) // 2)))):
         open(f"{folder}/state.pt", "wb").write(torn)
         saved, path, why = state.read_state(pathlib.Path(folder))
-        assert path.name == "state.previous.pt" and saved["counters"]["step"] == 2 and "is no whole save of a run" in why, n
+        assert path.name == "state.previous.pt" and saved["counters"]["step"] == 2 and "is not a whole save of a run" in why, n
     train.main([*flags, "--out", folder, "--resume"])
-    assert "is no whole save of a run" in (said := capsys.readouterr().out) and "the one before it is used" in said
+    assert "is not a whole save of a run" in (said := capsys.readouterr().out) and "the one before it is used" in said
     assert left(folder) == left("whole") and not os.path.exists("payload")
     folder = half()
     for name in "state.pt", "state.previous.pt":
@@ -270,7 +270,7 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
     assert "there is nothing to go on from, --overwrite begins anew" in refused([*flags, "--out", folder, "--resume"], capsys)
     folder = half()
     os.truncate(f"{folder}/metrics.jsonl", 10)
-    assert "metrics.jsonl is shorter than it was" in refused([*flags, "--out", folder, "--resume"], capsys)
+    assert "metrics.jsonl is not what it was" in refused([*flags, "--out", folder, "--resume"], capsys)
 
 
 def test_a_row_is_never_torn_nor_there_twice(flags, half):
