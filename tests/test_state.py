@@ -298,7 +298,7 @@ def test_what_does_not_go_with_a_save(flags, half, capfd, name, change, said):
     (("counters", "step"), 7, "claims step 7 of 6"), (("counters", "step"), -1, "claims step -1 of 6"),
     (("counters", "seconds"), math.inf, "counters, seconds is not as it would be here"), (("counters", "worse"), 10 ** 400, "counters, worse"),
     (("args",), {1: 2}, "was begun with --1 2, now None"), (("args", "log_every"), torch.ones(2), "is not a whole save of a run"),
-    (("args", "data"), "\x1b[2J", None), (("about", "data"), torch.ones(2), "the examples are not those"), (("about",), {}, "start as many"),
+    (("args", "data"), "\x1b[2J", None), (("about", "ranks"), torch.ones(2), "start as many"), (("about",), {}, "start as many"),
     (("metrics",), -1, "metrics.jsonl is not what it was"), (("random",), [], "does not fit this run"),
     (("parts", "optimizer", "param_groups", 0, "amsgrad"), True, "optimizer, param_groups, 0, amsgrad is not as it would be here"),
     (("parts", "optimizer", "param_groups", 0, "betas"), "x", "optimizer, param_groups, 0, betas"),
