@@ -304,7 +304,7 @@ def main(argv=None):
         run = Run(args, rank, world_size)
         alike.append(run.step)
     if run.finished:
-        print(f"resume    {run.out} is finished: nothing is left to do, nothing was changed")
+        print(f"resume    {run.out} is finished, after step {run.step}: nothing is left to do, nothing was changed")
         return leave(0) if world_size > 1 else None
     with bad_input_ends_in_one_line("train.py") as alike:
         device, args.precision = pick_hardware(args.device, args.precision, local_rank, args.fast_matmul)

@@ -6,7 +6,7 @@ import pickletools
 import shutil
 import struct
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,21 +67,21 @@ def read_tensors(path):
         with reading(path, "a checkpoint of tensors"), package.safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}
     else:
-        state = read_saved(path, mapped=True)
+        state = read_saved(path, mapped=True, summed=False)
     if not isinstance(state, dict) or not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.dtype in FLOATS
                                               for name, tensor in state.items()):
         raise ValueError(f"{path} does not hold a dict of floating-point tensors in 16, 32 or 64 bit")
     return state
 
 
-def read_saved(path, what="a checkpoint of tensors", mapped=False):
+def read_saved(path, what="a checkpoint of tensors", mapped=False, summed=True):
     """What torch.save wrote, made of dicts, lists, tuples, numbers, text and dense tensors, on the CPU.
 
-    mapped: tensors come into memory as they are touched.  Else they are copies, and a file that was torn or changed
+    mapped: tensors come into memory as they are touched, else they are copies.  summed: a file that was torn or changed
     anywhere is found by its checksums.  Raises ValueError, "PATH is not WHAT: ...", for anything else.
     """
     with reading(path, what):
-        return SavedFile(path, mapped).content()
+        return SavedFile(path, mapped, summed).content()
 
 
 @contextmanager
@@ -104,7 +104,7 @@ class SavedFile:
     most twice the file (a tied matrix is there twice), and what is there by reference counts each time.
     """
 
-    def __init__(self, path, mapped):
+    def __init__(self, path, mapped, summed):
         self.mapped, size = mapped, path.stat().st_size
         self.bytes, self.room = torch.UntypedStorage.from_file(str(path), False, size), 2 * size
         with zipfile.ZipFile(path) as file:
@@ -118,7 +118,7 @@ class SavedFile:
                 raise ValueError(f"its data.pkl has {self.record('data.pkl').file_size:,} bytes")
             if self.folder + "byteorder" in self.records and file.read(self.record("byteorder")) != b"little":
                 raise ValueError("its numbers are big-endian")
-            if not mapped and (damaged := file.testzip()):
+            if summed and (damaged := file.testzip()):
                 raise ValueError(f"{damaged} in it is damaged")
             self.pickled, self.storages = file.read(self.record("data.pkl")), {}
             self.starts = {record.filename: self.start(file.fp, record.header_offset) for record in records}
@@ -227,6 +227,30 @@ class SavedFile:
                 raise ValueError(f"it holds a {type(item).__name__}, which is no plain value")
 
 
+def check_alike(own, other, name):
+    """Raise ValueError where `other`, read from a file, is not made as `own` is: kinds, keys, lengths, sizes, words and
+    switches.  Numbers may differ, but none is nan or beyond all use; None stands for one that is not known yet."""
+    if isinstance(own, dict):
+        good = isinstance(other, dict) and own.keys() == other.keys()
+        inner = own
+    elif isinstance(own, (list, tuple)):
+        good = type(own) is type(other) and len(own) == len(other)
+        inner = range(len(own))
+    else:
+        inner = ()
+        if isinstance(own, torch.Tensor):
+            good = isinstance(other, torch.Tensor) and (own.shape, own.dtype) == (other.shape, other.dtype) and not other.isnan().any()
+        elif own is None or type(own) in (int, float):
+            good = type(own) is type(other) or own is None and type(other) in (int, float)
+            good = good and (other == own or abs(other) <= 2 ** 53)
+        else:
+            good = type(own) is type(other) and own == other
+    if not good:
+        raise ValueError(f"{name} is not as it would be here")
+    for key in inner:
+        check_alike(own[key], other[key], f"{name}, {key}")
+
+
 def write_tensors(path, tensors):
     """Write {name: tensor}: with the safetensors package where the suffix is its own, with torch.save elsewhere."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -268,7 +292,8 @@ def write_whole(path, write, previous=None):
             said = said.__context__
         raise OSError(f"{path} cannot be written: {getattr(said, 'strerror', None) or said}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):                       # on a disk that has become read-only, say: the error is another
+            beside.unlink()
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Before step 1: say what is about to be trained, what memory it will take, and stop what cannot learn."""
+import re
 from argparse import Namespace
 from contextlib import contextmanager
 
@@ -153,10 +154,10 @@ def out_of_memory_ends_in_one_line(args, estimate, then=""):
     """Turn out of memory into one line that names the knobs in order of effect, and exit 3."""
     try:
         yield
-    except RuntimeError as error:                                # torch.OutOfMemoryError is one; elsewhere than on CUDA it has no name
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:                 # torch's own name for it is a RuntimeError, and few say it by name
+        said = [*str(error).splitlines(), "out of memory"][0].rpartition("err == 0. ")[2]
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("out of memory|allocate memory|ALLOC_FAILED", said):
             raise
-        said = str(error).splitlines()[0].rpartition("err == 0. ")[2]
         caught = ". ".join(said.split(". ")[:2])                 # what was asked for; then come addresses and advice
     else:
         return

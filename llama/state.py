@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import time
-import zipfile
 from array import array
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:                                               # on Windows nothing keeps two runs apart
+    fcntl = None
+
 from .checkpoint import PARAMS, TOKENIZER, WEIGHTS
-from .cli import end, leave, number, sum_over_ranks
-from .files import first_line, read_saved, write_json, write_whole
+from .cli import end, in_one_line, leave, number, sum_over_ranks
+from .files import check_alike, first_line, read_saved, reading, write_json, write_whole
 
 ARGS, METRICS, STATE, PREVIOUS, BEST = "args.json", "metrics.jsonl", "state.pt", "state.previous.pt", "best.pt"
 PICTURE = "loss.png"
@@ -65,8 +69,9 @@ def claim_out(args):
     if taken and args.out and not (goes_on or unsaved or args.overwrite):
         raise ValueError(f"{out} holds a run " + (f"but no {STATE} to go on from" if args.resume else "already: --resume goes on with it")
                          + ", --overwrite replaces it, and --out names another folder")
-    if folder := next((out / name for name in RUN_FILES if (out / name).is_dir()), None):
-        raise ValueError(f"{folder} is a folder, where a file of the run belongs; name another folder with --out")
+    if other := next((out / name for name in RUN_FILES if (out / name).exists() and not (out / name).is_file()), None):
+        raise ValueError(f"{other} is a {'folder' if other.is_dir() else 'device'}, where a file of the run belongs; name another "
+                         "folder with --out")
     there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
         if not args.dry_run:
@@ -91,29 +96,29 @@ def read_state(out):
             except ValueError as error:
                 why = f"{why}; {error}" if why else str(error)
     if why:
-        raise ValueError(f"{why}: there is nothing to go on from, --overwrite begins anew")
+        raise ValueError(f"{why}; there is nothing to go on from, --overwrite begins anew")
     return None, None, None
 
 
 def load_state(path):
     """What a save holds, mapped.  No pickled code runs.  Raises ValueError for what is torn, damaged, or no save at all."""
-    try:
-        with zipfile.ZipFile(path) as file:               # torch does not look at the sums in its files
-            if sum(entry.file_size for entry in file.infolist()) > path.stat().st_size:
-                raise ValueError("it claims to hold more than it does")
-            if damaged := file.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        state = read_saved(path, "a save", mapped=True)
-        counters, kinds = state["counters"], {name: (type(value), int) for name, value in COUNTERS.items()}
-        if counters.keys() != COUNTERS.keys() or not all(
-                isinstance(value, kinds[name]) or name == "loss" and isinstance(value, float) for name, value in counters.items()):
-            raise ValueError("its counters are others")
+    state = read_saved(path, what := "a whole save of a run", mapped=True)
+    with reading(path, what):
+        check_alike(COUNTERS | {"finished": state["counters"]["finished"] is True}, state["counters"], "counters")
+        state["args"] = json.loads(json.dumps(state["args"]))                # no tensors, no names but text
         if not all(isinstance(state[name], kind) for name, kind in (
                 ("args", dict), ("about", dict), ("metrics", int), ("launch", str), ("parts", dict), ("random", list))):
             raise ValueError("it lacks a part")
-    except Exception as error:                            # a broken file raises whatever it happens to hit
-        raise ValueError(f"{path} is no whole save of a run ({first_line(error)})") from error
     return state
+
+
+def as_it_would_be(part, saved):
+    """What part.state_dict() of a later step is made like.  An optimizer's moments come with the first step that is taken."""
+    own = part.state_dict()
+    if isinstance(part, torch.optim.Optimizer):
+        trained = [parameter for group in part.param_groups for parameter in group["params"]]
+        own["state"] = {i: {"step": torch.zeros(()), "exp_avg": trained[i], "exp_avg_sq": trained[i]} for i in saved["state"]}
+    return own
 
 
 def random_state(device):
@@ -193,33 +198,45 @@ class Run:
                      "the examples are not those that it was begun with")
         self.must_be("steps", digest(map(examples, steps)),
                      "its steps would not hold the same examples; keep the product of --batch-size and --accumulation-steps")
+        if not 0 <= self.step <= len(steps):
+            raise ValueError(f"{self.path} claims step {self.step} of {len(steps)}")
         if self.saved:
             if self.passed_over:
-                print(f"resume    {self.passed_over}: the one before it is used")
+                print(f"resume    {in_one_line(self.passed_over)}; the one before it is used")
             print(f"resume    {self.path}: {self.step} of {len(steps)} steps are done")
             for line in lines.values():
-                print(f"changed   {line}")
+                print(f"changed   {in_one_line(line)}")
         elif self.args.resume:
             print(f"resume    {self.out} holds no save yet: from the beginning")
 
     def must_be(self, name, value, why):
         """Raise ValueError where the run began with another value than this."""
-        was = self.saved["about"].get(name, value) if self.saved else value
-        if was != value:
+        was = self.saved["about"].get(name) if self.saved else value
+        if type(was) is not type(value) or was != value:
             raise ValueError(f"{self.out} cannot go on: {why} ({name} {was}, now {value})")
         self.about[name] = value
 
     def begin(self):
         """Take possession of the folder, on rank 0: an empty save, args.json and an empty metrics.jsonl, or what there is.
 
-        Raises ValueError where another run has begun in a named --out since it was looked at, or its metrics are gone.
+        Raises ValueError where another run has begun in a named --out since it was looked at, or is at work there still,
+        or where the metrics are not those that go with the save.
         """
         if self.rank > 0:
             return
         metrics, position = self.out / METRICS, self.saved["metrics"] if self.saved else 0
+        rows = metrics.read_bytes()[:position] if metrics.exists() else b""
+        if len(rows) != position or rows.count(b"\n") != self.step or rows[-1:] not in (b"", b"\n"):
+            raise ValueError(f"{metrics} is not what it was when {self.path} was saved: put it back, or --overwrite the run")
+        self.metrics = open(metrics, "ab", buffering=0)                  # unbuffered: a row is one write
+        try:
+            if fcntl:                                                    # released when this process ends, however it does
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a run is at work in {self.out} already: wait until it has ended, or name another folder with --out") from None
+        except OSError:
+            pass                                                         # a file system that knows no locks
         if self.saved:
-            if not metrics.exists() or metrics.stat().st_size < position:
-                raise ValueError(f"{metrics} is shorter than it was when {self.path} was saved: put it back, or --overwrite the run")
             if self.passed_over:
                 (self.out / STATE).unlink(missing_ok=True)               # or it would take the place of the whole one
         else:
@@ -232,7 +249,6 @@ class Run:
                 (self.out / name).unlink(missing_ok=True)                # another run's, as what this now replaces
             self.write({}, [], 0, previous=None)
         write_json(self.out / ARGS, vars(self.args))
-        self.metrics = open(metrics, "r+b" if metrics.exists() else "wb", buffering=0)       # unbuffered: a row is one write
         self.metrics.truncate(position)
         self.metrics.seek(position)
 
@@ -247,7 +263,9 @@ class Run:
         if self.step:
             try:
                 for name, part in parts.items():
-                    part.load_state_dict(self.saved["parts"][name])
+                    saved = self.saved["parts"][name]
+                    check_alike(as_it_would_be(part, saved), saved, name)
+                    part.load_state_dict(saved)
                 set_random_state(self.saved["random"][self.rank], device)
             except Exception as error:                    # each part complains in its own way
                 raise ValueError(f"{self.path} does not fit this run: {first_line(error)}") from error
@@ -282,10 +300,10 @@ class Run:
         sound: whether loss and gradient are finite, so that the step was taken; overflow: whether fp16's loss scale, being too
         high for it, was lowered.  That alone is no bad step.
         """
-        self.step, self.loss, remark = row["step"], row["loss"], ""
+        self.step, self.loss, remark = row["step"], row["loss"] if math.isfinite(row["loss"]) else None, ""
         if sound:
             self.bad = 0
-        elif overflow and math.isfinite(self.loss) and row["loss_scale"] > 1:
+        elif overflow and self.loss is not None and row["loss_scale"] > 1:
             remark = " | overflow, step skipped"
         else:
             self.bad, self.skipped = self.bad + 1, self.skipped + 1
@@ -341,7 +359,6 @@ class Run:
         self.save()
         if self.rank == 0:
             (self.out / PREVIOUS).unlink(missing_ok=True)
-            self.metrics.close()
             if self.best_step:
                 print(f"best      {self.out / BEST}: held-out loss {self.best:.4f}, after step {self.best_step}")
             else:
@@ -360,6 +377,8 @@ class Run:
         except OSError as error:
             end(f"train.py: {' '.join(str(error).split())}; what was saved is whole: --resume goes on from there", 2)
         finally:
+            if self.rank == 0:
+                self.metrics.close()
             signal.set_wakeup_fd(-1)
             for number, handler in handlers.items():
                 signal.signal(number, handler)

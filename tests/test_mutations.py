@@ -69,7 +69,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
     "optimizer_given_frozen_weights": ("lora/lora_plus.py", "[p for p in model.parameters() if p.requires_grad]", "list(model.parameters())"),
     "stale_key_and_strictness": ("llama/checkpoint.py", "        check_keys(pieces, model, folder, file_name)", "        pass"),
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "    for dim in range(len(shape)):", "    for dim in (0,):"),
-    "a_pickle_in_a_file[checkpoint]": ("llama/files.py", "return SavedFile(path, mapped).content()", "return torch.load(path, weights_only=False)"),
+    "a_pickle_in_a_file[checkpoint]": ("llama/files.py", "return SavedFile(path, mapped, summed).content()", "return torch.load(path, weights_only=False)"),
     "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
     "mean_of_rank_means": ("llama/alpaca.py", "sum(count_answer(labels) for _, labels in rows), epoch)", "len(ranks) * sum(batch.n_answer for batch in batches), epoch)"),
     "no_sync_placement": ("train.py", "if world_size > 1 and i < len(window.batches) else nullcontext()", "if world_size > 1 and i > 1 else nullcontext()"),

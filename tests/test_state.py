@@ -27,7 +27,7 @@ import torch
 
 import train
 from llama import save_checkpoint, state
-from llama.preflight import knobs
+from llama.preflight import knobs, out_of_memory_ends_in_one_line
 
 from .conftest import EXAMPLES, ROOT, tiny
 
@@ -244,7 +244,7 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys, monkeypatch):
 def test_a_finished_run_changes_nothing(flags, capsys):
     before = {name: (os.stat(f"whole/{name}").st_mtime_ns, data) for name, data in contents("whole").items()}
     train.main([*flags, "--out", "whole", "--resume"])
-    assert capsys.readouterr().out == "resume    whole is finished: nothing is left to do, nothing was changed\n"
+    assert capsys.readouterr().out == "resume    whole is finished, after step 6: nothing is left to do, nothing was changed\n"
     assert before == {name: (os.stat(f"whole/{name}").st_mtime_ns, data) for name, data in contents("whole").items()}
 
 
@@ -260,17 +260,94 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
                               open("payload.pt", "rb").read(), *(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:] for i in (80, 5000, len(data) // 2)))):
         open(f"{folder}/state.pt", "wb").write(torn)
         saved, path, why = state.read_state(pathlib.Path(folder))
-        assert path.name == "state.previous.pt" and saved["counters"]["step"] == 2 and "is no whole save of a run" in why, n
+        assert path.name == "state.previous.pt" and saved["counters"]["step"] == 2 and "is not a whole save of a run" in why, n
     train.main([*flags, "--out", folder, "--resume"])
-    assert "is no whole save of a run" in (said := capsys.readouterr().out) and "the one before it is used" in said
+    assert "is not a whole save of a run" in (said := capsys.readouterr().out) and "the one before it is used" in said
     assert left(folder) == left("whole") and not os.path.exists("payload")
     folder = half()
     for name in "state.pt", "state.previous.pt":
         open(f"{folder}/{name}", "wb").write(data[:1000])
     assert "there is nothing to go on from, --overwrite begins anew" in refused([*flags, "--out", folder, "--resume"], capsys)
+
+
+def rows_of_another_run(path):
+    path.write_bytes(path.read_bytes().replace(b'{"step": 1,', b'{"step": 1, "note": "x",'))
+
+
+@pytest.mark.parametrize("name, change, said", [
+    ("metrics.jsonl", os.remove, "metrics.jsonl is not what it was when"),
+    ("metrics.jsonl", lambda path: os.truncate(path, 10), "metrics.jsonl is not what it was when"),
+    ("metrics.jsonl", lambda path: path.write_bytes(bytes(10_000)), "metrics.jsonl is not what it was when"),
+    ("metrics.jsonl", rows_of_another_run, "metrics.jsonl is not what it was when"),
+    *((name, put, f"{name} is a device, where a file of the run belongs") for name in ("state.pt", "metrics.jsonl") for put in (
+        lambda path: (path.unlink(), os.mkfifo(path)), lambda path: (path.unlink(), path.symlink_to("/dev/zero")))),
+    ("state.pt", lambda path: (path.unlink(), path.mkdir()), "state.pt is a folder, where a file of the run belongs"),
+])
+def test_what_does_not_go_with_a_save(flags, half, capfd, name, change, said):
+    """One line and nothing changed; a pipe is not waited for, and /dev/zero has an end."""
+    folder = pathlib.Path(half())
+    change(folder / name)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+    assert ended(start([*flags, "--out", str(folder), "--resume"]), within=10) == 2
+    line, = capfd.readouterr().err.splitlines()
+    assert f"{folder}/{said}" in line
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("keys, value, said", [
+    (("counters", "step"), 7, "claims step 7 of 6"), (("counters", "step"), -1, "claims step -1 of 6"),
+    (("counters", "seconds"), math.inf, "counters, seconds is not as it would be here"), (("counters", "worse"), 10 ** 400, "counters, worse"),
+    (("args",), {1: 2}, "was begun with --1 2, now None"), (("args", "log_every"), torch.ones(2), "is not a whole save of a run"),
+    (("args", "data"), "\x1b[2J", None), (("about", "ranks"), torch.ones(2), "start as many"), (("about",), {}, "start as many"),
+    (("metrics",), -1, "metrics.jsonl is not what it was"), (("random",), [], "does not fit this run"),
+    (("parts", "optimizer", "param_groups", 0, "amsgrad"), True, "optimizer, param_groups, 0, amsgrad is not as it would be here"),
+    (("parts", "optimizer", "param_groups", 0, "betas"), "x", "optimizer, param_groups, 0, betas"),
+    (("parts", "optimizer", "state", 0, "exp_avg"), torch.ones(3), "optimizer, state, 0, exp_avg"),
+    (("parts", "optimizer", "state", 9), {}, "does not fit this run"), (("parts", "optimizer", "state", 0, "exp_avg"), None, "optimizer, state, 0, exp_avg"),
+    (("parts", "model", "tensors", "layers.0.attention.wq.lora_B"), torch.full((32, 4), math.nan), "model, tensors, layers.0.attention.wq.lora_B"),
+    (("parts", "schedule", "step"), 5, "schedule is not as it would be here"), (("parts", "schedule", "last_epoch"), 2 ** 60, "schedule, last_epoch"),
+])
+def test_a_save_that_lies(flags, half, capfd, keys, value, said):
+    """Whole, with its checksums right, and of nonsense: nothing of it is used, or what is quoted of it can be seen."""
     folder = half()
-    os.truncate(f"{folder}/metrics.jsonl", 10)
-    assert "metrics.jsonl is shorter than it was" in refused([*flags, "--out", folder, "--resume"], capsys)
+    content = inner = torch.load(f"{folder}/state.pt", weights_only=True)
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    torch.save(content, f"{folder}/state.pt")
+    os.remove(f"{folder}/state.previous.pt")
+    code, (out, error) = child([*flags, "--out", folder, "--resume"]), capfd.readouterr()
+    assert "\x1b" not in out + error
+    if said:
+        line, = error.splitlines()
+        assert code == 2 and said in line and not os.path.exists(f"{folder}/adapter.pt")
+    else:
+        assert code == 0 and left(folder) == left("whole")
+
+
+def test_two_runs_in_one_folder(flags, half, capsys):
+    """The second waits for nobody: it is refused, with nothing changed, while the first is at work."""
+    folder, seen = half(), []
+
+    def meanwhile():
+        before = contents(folder)
+        seen.append((child([*flags, "--out", folder, "--resume"]), contents(folder) == before))
+    assert stopped_in([*flags, "--out", folder, "--resume"], 2, meanwhile) == 0
+    assert seen == [(2, True)] and left(folder) == left("whole")
+
+
+def test_a_second_ctrl_c_ends_at_once(flags, half, monkeypatch):
+    folder, now = half(), [0.0]
+    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+
+    def impatient():
+        for now[0] in (5.0, 5.5, 7.0):                                 # the second comes too soon: a shell passed one on twice
+            os.kill(os.getpid(), signal.SIGINT)
+            assert now[0] < 7
+    with pytest.raises(KeyboardInterrupt):
+        stopped_in([*flags, "--out", folder, "--resume"], 2, impatient)
+    train.main([*flags, "--out", folder, "--resume"])
+    assert left(folder) == left("whole")
 
 
 def test_a_row_is_never_torn_nor_there_twice(flags, half):
@@ -343,6 +420,18 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
     assert all(flag in line for flag in ("--batch-size 1 --accumulation-steps 2 (by", "--precision bf16 (by")) and "--resume goes on" in line
     train.main([*flags, "--out", folder, "--resume"])
     assert left(folder) == left("whole")
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might"), "CUDA error: out of memory"), (MemoryError(), "out of memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"),
+    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "[enforce fail]"),
+    (RuntimeError("shapes cannot be multiplied"), None)])
+def test_memory_runs_out_by_many_names(error, said, capsys):
+    with pytest.raises(SystemExit if said else RuntimeError), out_of_memory_ends_in_one_line(train.parse_args(["--precision", "bf16"]), lambda _: 0):
+        raise error
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"train.py: {said}") and line.endswith("; try a smaller base or a larger device") for line in lines] == [True] * bool(said)
 
 
 def test_the_knobs_are_in_order_of_effect():
