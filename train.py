@@ -9,7 +9,6 @@ Read from `main` on.  Every option is decided before the loop, which never asks 
 """
 import argparse
 import functools
-import itertools
 import math
 import os
 import shutil
@@ -30,7 +29,7 @@ from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_p
 from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, held_out, leave, named_values, number,
                        peak_memory_mb, pick_hardware, progress, text)
 from llama.distill import Distillation, add_flags as add_teacher_flags, check as check_teacher, settle as settle_teacher
-from llama.evaluate import evaluate
+from llama.evaluate import TOKENS, evaluate
 from llama.loss import answer_loss
 from llama.packing import pack
 from llama.peft import adapter_at
@@ -202,10 +201,13 @@ def estimate(args, train_set, device, world_size):
 def plan(args, train_set, world_size):
     """Every optimizer step of the run: [(epochs passed with it, [rank][micro-batch][index])]."""
     lengths = [len(tokens) for tokens, _ in train_set.rows]
-    steps = ((epoch + i / len(planned), step) for epoch in range(args.epochs) for planned in [plan_epoch(
-        lengths, args.batch_size, args.accumulation_steps, args.seed, epoch, world_size, args.tokens_per_batch)]
-        for i, step in enumerate(planned, 1))
-    return list(itertools.islice(steps, args.max_steps))
+    steps = []
+    for epoch in range(args.epochs):
+        planned = plan_epoch(lengths, args.batch_size, args.accumulation_steps, args.seed, epoch, world_size, args.tokens_per_batch)
+        steps += [(epoch + i / len(planned), step) for i, step in enumerate(planned, 1)]
+        if args.max_steps and len(steps) >= args.max_steps:
+            break
+    return steps[:args.max_steps]
 
 
 def lr_factor(step, steps, warmup, schedule):
@@ -238,7 +240,7 @@ def train(args, model, loss_fn, trained, train_set, val_set, steps, collate, dev
     autocast = mixed_precision(args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     def scores():
-        return evaluate(model, val_set, min(args.tokens_per_batch or args.batch_size * args.max_seq_len, 2048), autocast, rank, world_size)
+        return evaluate(model, val_set, min(args.tokens_per_batch or args.batch_size * args.max_seq_len, TOKENS), autocast, rank, world_size)
     with bad_input_ends_in_one_line("train.py"):
         run.connect(device, save_best, model=trained, optimizer=optimizer, schedule=schedule, scaler=scaler)
     if val_set and not run.step:
@@ -299,7 +301,8 @@ def main(argv=None):
     rank, world_size, local_rank = setup_distributed()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")                   # one rank speaks for all
-    with bad_input_ends_in_one_line("train.py") as alike:    # on whichever rank it is
+    # Bad input ends all ranks, whichever it is on; what a block appends to `alike` must be the same on all of them.
+    with bad_input_ends_in_one_line("train.py") as alike:
         args = parse_args(argv)
         run = Run(args, rank, world_size)
         alike.append(run.step)

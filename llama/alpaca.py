@@ -159,7 +159,10 @@ def pad_right(lists, value):
 
 
 class DataCollatorForSupervisedDataset:
-    """List of (tokens, labels) -> Batch, padded on the right to the longest row: pad_id, labels IGNORE."""
+    """List of (tokens, labels) -> Batch, padded on the right to the longest row: pad_id, labels IGNORE.
+
+    The plain form, in which most code has it; train.py packs instead, and tests compare that with this.
+    """
 
     def __init__(self, pad_id):
         self.pad_id = pad_id
@@ -177,14 +180,11 @@ def plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size=
     batch_size examples or, with tokens_per_batch, as many as fit in that many tokens, and always one.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
-    in_a_step = accumulation_steps * world_size
     if tokens_per_batch:
-        batches = fill(order, lengths, tokens_per_batch)
-        return [[batches[i:i + in_a_step][rank::world_size] for rank in range(world_size)]
-                for i in range(0, len(batches), in_a_step)]
-    in_a_step *= batch_size
-    return [[split(order[i:i + in_a_step][rank::world_size], batch_size) for rank in range(world_size)]
-            for i in range(0, len(order), in_a_step)]
+        steps = split(fill(order, lengths, tokens_per_batch), accumulation_steps * world_size)
+        return [[step[rank::world_size] for rank in range(world_size)] for step in steps]
+    steps = split(order, batch_size * accumulation_steps * world_size)
+    return [[split(step[rank::world_size], batch_size) for rank in range(world_size)] for step in steps]
 
 
 def split(some, n):

@@ -101,7 +101,8 @@ def grouped(asked, tokens):
 
 @torch.no_grad()
 def forced(model, rows, choices=None, tokens=TOKENS, autocast=nullcontext()):
-    """Encoded examples -> columns {name: (n,)} fp64 about their own answers: "examples" (ones), "tokens" of the answer,
+    """Encoded examples -> columns {name: (n,)} fp64 about their own answers, read as they are
+    (teacher forcing): "examples" (ones), "tokens" of the answer,
     "nats" that they cost, and "hits", how many are the model's first choice.
 
     choices: the answers (lists of ids) to compare for each; each example's own must be among them.  Then there is

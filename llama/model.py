@@ -33,6 +33,7 @@ class ModelArgs:
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
+        # A params.json may come from anywhere: nothing is multiplied that a hostile one could make absurd.
         most = dict(dim=2 ** 20, n_layers=2 ** 9, n_heads=2 ** 12, n_kv_heads=2 ** 12, vocab_size=2 ** 24,
                     multiple_of=2 ** 20, max_seq_len=2 ** 30)
         for name, high in most.items():

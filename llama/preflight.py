@@ -109,6 +109,7 @@ def estimate_memory(model, wrapped, tokens, answers, precision, device, world_si
         kept = 3 * tokens * args.dim * width                     # what passes is the stream, h and its norm
     elif model.checkpointing:
         kept, in_block = args.n_layers * tokens * args.dim * (4 if full else width), in_block + block
+    # Of each logit itself and its gradient; of a chunk fp32 softmax and gradient too, and where it was 16 bit its fp32 copy.
     at_head = (2 * answers * width + min(answers, CHUNK) * (12 if width < 4 else 8)) * args.vocab_size
     copies = width * sum(p.numel() for p in parameters if p.dim() == 2) if full and width < 4 else 0   # autocast's, kept too
     # A quantised matrix is made whole, by way of 4 bytes a weight, for the moment of its product.

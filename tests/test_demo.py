@@ -100,7 +100,7 @@ def test_generate_shows_it(trained, monkeypatch, capsys):
 
 
 def test_one_layer_is_enough_to_debug_with(tmp_path, monkeypatch, capsys):
-    printed = python(tmp_path, ROOT / "train.py", "--layers", "1")
+    printed = python(tmp_path, ROOT / "train.py", "--layers", "1", "--epochs", "2")
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert fifths(rows) < 0.7 and "saved     out/adapter.pt" in printed
     monkeypatch.chdir(tmp_path)

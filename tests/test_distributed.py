@@ -138,6 +138,7 @@ train.answer_loss, train.check_gradients = planted, lambda *_: None
     assert (tmp_path / "seed0").read_text() != (tmp_path / "seed1").read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_takes_the_job_down_in_seconds(flags, launcher, tmp_path):
     script = launcher("""
 honest, calls = train.answer_loss, []
