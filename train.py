@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def setup_distributed():
     """(rank, world size, rank on this machine) as torchrun tells them; one process is rank 0 of 1."""
     if not dist.is_torchelastic_launched():
         return 0, 1, 0
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)      # torch 2.11 lacks its successor
     store, rank, world_size = next(rendezvous("env://"))
     # The store outlives a restart by torchrun, and in it stand the addresses of the ranks that are gone.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

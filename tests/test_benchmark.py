@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -316,7 +317,10 @@ def table(monkeypatch, tmp_path, capsys):
         said = capsys.readouterr().out
         assert said == (tmp_path / f"out/{name}.md").read_text()
         return said.splitlines()
-    return made
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    yield made
+    for number, handler in handlers.items():                     # which starting ranks from this process replaces
+        signal.signal(number, handler)
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ def start(argv, before=lambda: None):
     """Process id of train.main(argv), forked: a process like any other, without the seconds of its imports."""
     if (pid := os.fork()) == 0:
         code = 99
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)           # whatever an earlier test's launcher left in this process
         try:
             before()
             train.main(argv)
