@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from llama.files import read_object, write_json
-from llama.pictures import draw
+from llama.pictures import Panel, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,4 +118,4 @@ def spread(values, form):
 def picture(args, panels):
     """out/TABLE.png of llama/pictures.py's panels, where matplotlib is installed."""
     if find_spec("matplotlib"):
-        draw(args.out / f"{args.table}.png", panels, args.said)
+        draw(args.out / f"{args.table}.png", [Panel(*panel, from_zero=True) for panel in panels], args.said)

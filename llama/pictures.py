@@ -5,6 +5,7 @@
 import argparse
 import io
 import json
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ class Panel(NamedTuple):
     """x and y say what the axes are, with units; lines are {label: [(x, y)]}, x numbers or words.
 
     Where y is None a cross stands at the panel's foot.  log_x, log_y: where x spans more than 4 times, y more than 20.
+    from_zero: y begins there, for amounts that are compared.
     """
     title: str
     x: str
@@ -30,6 +32,7 @@ class Panel(NamedTuple):
     lines: dict
     log_x: bool = True
     log_y: bool = False
+    from_zero: bool = False
 
 
 def draw(path, panels, said=""):
@@ -47,7 +50,7 @@ def draw(path, panels, said=""):
     alone = columns == 2 and len(panels) % 2
     down = -(-(len(panels) + alone) // columns)
     figure = Figure((4.5 * columns, 2.8 * down), layout="constrained")
-    figure.suptitle(said, fontsize=7)
+    figure.suptitle(textwrap.fill(said, 75 * columns), fontsize=7)
     grid = figure.add_gridspec(down, columns)
     for i, panel in enumerate(panels):
         plot(figure.add_subplot(grid[0, :] if alone and i == 0 else grid[divmod(i + alone, columns)]), Panel(*panel))
@@ -79,6 +82,8 @@ def plot(ax, panel):
     if panel.log_y and up and max(up) > 20 * min(up) > 0:
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
+    if panel.from_zero and not panel.log_y:
+        ax.set_ylim(bottom=0)
     ax.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     ax.grid(alpha=0.3)
     if len(panel.lines) > 1:
