@@ -34,15 +34,15 @@ CELLS = {
     "train bf16 batch 32 share-prefix": dict(precision="bf16", batch=32, flags=["--share-prefix"]),
     "train fp32 batch 4 fast-matmul": dict(precision="fp32", batch=4, flags=["--fast-matmul"]),
     "train bf16 batch 4 one 7b layer": dict(precision="bf16", batch=4, one_layer=True),
-    "train bf16 batch 4 compile": dict(precision="bf16", batch=4, flags=["--compile"], warm=12),
+    "compiled train bf16 batch 4": dict(precision="bf16", batch=4, flags=["--compile"], warm=12),
     "generate bf16 64 tokens": dict(precision="bf16", batch=1, new=64),
-    "generate bf16 256 tokens": dict(precision="bf16", batch=1, new=256),
+    "long generate bf16 256 tokens": dict(precision="bf16", batch=1, new=256),
     "generate fp32 64 tokens": dict(precision="fp32", batch=1, new=64),
     "generate bf16 64 tokens batch 8": dict(precision="bf16", batch=8, new=64, caches=[True]),
     **{f"grid {precision} batch {batch}{' checkpointing' * checkpointing}": dict(precision=precision, batch=batch, checkpointing=checkpointing)
        for precision, checkpointing, batch in product(("fp32", "bf16"), (False, True), (1, 4, 16))},
 }
-USUAL = ["train*", "generate*"]
+USUAL = ["train*", "generate*"]                      # a quarter of an hour on two cores
 
 
 def add_flags(parser):
