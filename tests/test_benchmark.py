@@ -323,17 +323,23 @@ def table(monkeypatch, tmp_path, capsys):
         signal.signal(number, handler)
 
 
+def killed_after_two_cells(name, path, flags):
+    """The cells that `benchmark.py name`, a process of its own, leaves in `path`."""
+    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", name, "--out", path.parent, *map(str, flags)], cwd=ROOT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
+        assert process.poll() is None                            # it must not have ended by itself
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    return json.loads(path.read_text())["cells"]
+
+
 @pytest.mark.slow
 def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path, table):
     flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
     path = tmp_path / "out/ablation.json"
-    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", "ablation", "--out", tmp_path / "out", *map(str, flags)], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    kept = json.loads(path.read_text())["cells"]
+    kept = killed_after_two_cells("ablation", path, flags)
     lines = table("ablation", *flags)
     cells = json.loads(path.read_text())["cells"]
     assert len(cells) == 20 and cells[:len(kept)] == kept and sum(line.startswith("| lora | ") for line in lines) == 12
@@ -400,13 +406,7 @@ def test_peers_to_the_end(base, tmp_path, table):
 def test_a_killed_search_continues_and_ends_as_if_it_had_not_been(base, data, tmp_path, table):
     flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
     path = tmp_path / "out/search.json"
-    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", "search", "--out", tmp_path / "out", *map(str, flags)], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    kept = json.loads(path.read_text())["cells"]
+    kept = killed_after_two_cells("search", path, flags)
     lines = table("search", *flags)
     assert json.loads(path.read_text())["cells"][:len(kept)] == kept
     shutil.rmtree(tmp_path / "out")
