@@ -20,17 +20,22 @@ class Layout:
 
     segments: [(length, context)] from left to right; context lists the earlier segments that this one continues, in
     order: none for the beginning of an example.  Positions count from each example's own beginning.
+    trees: {segment: (L, L) bool}, for one whose L tokens are no line but a tree: row t holds those that t sees, which are
+    those it follows and itself.
+    ends: for each example, the segment that it ends with.
     """
 
-    def __init__(self, segments):
-        self.segments = segments
+    def __init__(self, segments, trees=None, ends=()):
+        self.segments, self.trees, self.ends = segments, trees or {}, ends
         begins = [sum(segments[i][0] for i in context) for _, context in segments]
-        self.positions = torch.cat([torch.arange(begin, begin + length) for begin, (length, _) in zip(begins, segments)])
-        self.longest = max(begin + length for begin, (length, _) in zip(begins, segments))       # of the examples
+        self.positions = torch.cat([begin + (self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length))
+                                    for i, (begin, (length, _)) in enumerate(zip(begins, segments))])
+        self.longest = self.positions.max().item() + 1                         # of the examples
 
     def to(self, device):
         there = copy.copy(self)
         there.positions = self.positions.to(device, non_blocking=True)
+        there.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
         return there
 
     @torch.compiler.disable                                      # its many shapes would compile a block again and again
@@ -42,19 +47,23 @@ class Layout:
         def seen(pieces, i):
             context = self.segments[i][1]
             return torch.cat([pieces[j] for j in (*context, i)], dim=1) if context else pieces[i]
-        return torch.cat([after_context(q[i], seen(k, i), seen(v, i)) for i in range(len(lengths))], dim=1)
+        return torch.cat([after_context(q[i], seen(k, i), seen(v, i), self.trees.get(i)) for i in range(len(lengths))], dim=1)
 
 
-def after_context(q, k, v):
-    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L -> (1, L, H, hd): causal, the last query sees all S keys."""
+def after_context(q, k, v, tree=None):
+    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L -> (1, L, H, hd): causal, the last query sees all S keys; with a tree,
+    (L, L) bool, each sees the first S - L keys and what the tree says of the rest."""
     (L, H, hd), (S, K) = q.shape[1:], k.shape[1:3]
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                               # (1, H|K, L|S, hd)
+    past = None if tree is None else F.pad(tree, (S - L, 0), value=True)
     if q.is_cpu and S <= SHORT:
-        future = torch.full((L, S), -torch.inf, dtype=q.dtype).triu(S - L + 1).repeat(H // K, 1)
+        future = torch.full((L, S), -torch.inf, dtype=q.dtype)
+        future = (future.triu(S - L + 1) if past is None else future.masked_fill(past, 0)).repeat(H // K, 1)
         scores = torch.baddbmm(future, q.reshape(K, -1, hd), k[0].transpose(1, 2), alpha=hd ** -0.5)
         return (scores.softmax(-1) @ v[0]).reshape(1, H, L, hd).transpose(1, 2)                    # fp32 inside softmax
-    past = None if L == S else torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    return F.scaled_dot_product_attention(q, k, v, past, is_causal=L == S, enable_gqa=H > K).transpose(1, 2)
+    if past is None and L < S:
+        past = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
+    return F.scaled_dot_product_attention(q, k, v, past, is_causal=past is None, enable_gqa=H > K).transpose(1, 2)
 
 
 def pack(rows, share_prefix=False):
@@ -64,30 +73,32 @@ def pack(rows, share_prefix=False):
     target, stands once, and its gradient is the sum of theirs.  Exact but for dropout, which then drops the same
     there for all.  Preambles may branch (Alpaca's two do).
     """
-    tokens, labels, segments = [], [], []
+    tokens, labels, segments, ends = [], [], [], [None] * len(rows)
 
     def lay(row, start, stop, context):
         tokens.extend(row[0][start:stop])
         labels.extend([IGNORE, *row[1][start + 1:stop]])         # what predicts this token stands elsewhere, if at all
         segments.append((stop - start, context))
 
-    def shareable(row):
-        first = next((i for i, label in enumerate(row[1][1:], 1) if label != IGNORE), len(row[0]))
-        return row[0][:first - 1]
+    def shareable(i):
+        first = next((j for j, label in enumerate(rows[i][1][1:], 1) if label != IGNORE), len(rows[i][0]))
+        return rows[i][0][:first - 1]
 
-    def place(rows, start, context):
-        """Rows that agree in their first `start` tokens, which `context` holds."""
+    def place(some, start, context):
+        """`some` of the rows, which agree in their first `start` tokens; `context` holds these."""
         branches = {}
-        for i, row in enumerate(rows):
-            beginning = tuple(shareable(row)[start:start + LEAST]) if share_prefix else ()
-            branches.setdefault(beginning if len(beginning) == LEAST else i, []).append(row)
+        for i in some:
+            beginning = tuple(shareable(i)[start:start + LEAST]) if share_prefix else ()
+            branches.setdefault(beginning if len(beginning) == LEAST else i, []).append(i)
         for branch in branches.values():
+            first = branch[0]
             if len(branch) == 1:
-                lay(branch[0], start, len(branch[0][0]), context)
+                ends[first] = len(segments)
+                lay(rows[first], start, len(rows[first][0]), context)
             else:
-                stop = len(commonprefix([shareable(row) for row in branch]))
-                lay(branch[0], start, stop, context)
+                stop = len(commonprefix([shareable(i) for i in branch]))
+                lay(rows[first], start, stop, context)
                 place(branch, stop, (*context, len(segments) - 1))
-    place(rows, 0, ())
+    place(range(len(rows)), 0, ())
     return Batch(torch.tensor([tokens]), torch.tensor([labels]), sum(count_answer(labels) for _, labels in rows),
-                 Layout(segments))
+                 Layout(segments, ends=ends))

@@ -103,11 +103,14 @@ class RNN(nn.Module):
 
 
 def unpacked(layout):
-    """A packed row of N tokens as S rows, one a segment: (S, L) where in the row their tokens stand, each behind those it
-    continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
+    """A packed row of N tokens as S rows, one a segment (of a tree one a token): (S, L) where in the row their tokens stand,
+    each behind those it continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
     lengths = [length for length, _ in layout.segments]
     spans = torch.arange(sum(lengths)).split(lengths)
-    there = nn.utils.rnn.pad_sequence([torch.cat([spans[j] for j in (*context, i)]) for i, (_, context) in enumerate(layout.segments)],
-                                      batch_first=True)
-    begins = torch.arange(len(lengths)) * there.shape[1]
-    return there, begins.repeat_interleave(torch.tensor(lengths)) + layout.positions.cpu()
+    rows, which = [], []
+    for i, (length, context) in enumerate(layout.segments):
+        own = [spans[i][seen] for seen in layout.trees[i].cpu()] if i in layout.trees else [spans[i]]
+        which += range(len(rows), len(rows) + length) if i in layout.trees else [len(rows)] * length
+        rows += [torch.cat([*(spans[j] for j in context), line]) for line in own]
+    there = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return there, torch.tensor(which) * there.shape[1] + layout.positions.cpu()

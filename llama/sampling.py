@@ -1,55 +1,83 @@
-"""Logits to text.  Without a KV cache each forward computes the whole row again: simple, and right.  To check a guess of
-what comes next costs little more then, so a forward may give several tokens; a batch computes what its rows share once.
+"""Logits to text.  Without a KV cache each forward computes the whole row again: simple, and right.  To check guesses of
+what comes next costs little more then, so a forward gives several tokens; a batch computes what its rows share once.
 """
+from itertools import accumulate
+
 import torch
 
 from .alpaca import IGNORE
-from .packing import pack
+from .packing import Layout, pack
 
-BLOCK = 16                                           # tokens: rows are filled up to a multiple, so that shapes repeat
+BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
+GUESSES = 24                                         # tokens: at least so many, where there is something to guess from
 NGRAM, EACH = 4, 8                                   # the longest match looked for; guessed tokens for each of the match's
+KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; how far a line of these is followed
 
 
-def whole(length):
-    """`length` rounded up to whole BLOCKs."""
-    return -(-length // BLOCK) * BLOCK
-
-
-def next_logits(model, rows, guesses=None):
+def next_logits(model, rows, trees=None):
     """rows: lists of ids, of any lengths -> list of fp32 logits on the CPU, (1 + g, V) for each row: of what follows it,
-    and of what follows each of the g tokens of its guess.
+    and of what follows each of the g tokens of its tree, as `guess` makes one.
 
-    The rows stand one behind another, with what several begin with only once, so each gets what it would get alone.
+    The rows stand one behind another, each with its tree, with what several begin with only once; a token of a tree sees
+    its row and those it follows, so each gets what it would get alone.
     Raises ValueError where weights have gone wrong and a logit is no finite number.
     """
+    trees = trees or [{}] * len(rows)
+    tokens, _, _, layout = pack([([*row, *(token for _, token in tree)], [IGNORE] * len(row) + [0] * len(tree))
+                                 for row, tree in zip(rows, trees)], share_prefix=True)
+    stops, seen, places = list(accumulate(length for length, _ in layout.segments)), {}, []
+    for tree, end in zip(trees, layout.ends):
+        places.append(range(stops[end] - len(tree) - 1, stops[end]))         # the row's last token and the tree's
+        if tree:
+            length, _ = layout.segments[end]
+            seen[end] = torch.ones(length, length, dtype=torch.bool).tril()
+            for i, (parent, _) in enumerate(tree, length - len(tree)):
+                seen[end][i] = seen[end][length - len(tree) + parent]
+                seen[end][i, i] = True
     device = next(model.parameters()).device
-    examples = []
-    for i, (row, guess) in enumerate(zip(rows, guesses or [[]] * len(rows))):
-        wanted = [IGNORE] * len(row) + [i] * (1 + len(guess))        # labels: row i wants what predicts these places
-        filling = min(whole(len(wanted)), model.args.max_seq_len) - len(wanted)
-        examples.append(([*row, *guess, 0] + [0] * filling, wanted + [IGNORE] * filling))
-    tokens, labels, _, layout = pack(examples, share_prefix=True)
-    places, = (labels[0] != IGNORE).nonzero(as_tuple=True)
-    logits = model(tokens.to(device), rows=(places - 1).to(device), layout=layout.to(device)).float().cpu()
+    logits = model(tokens.to(device), rows=torch.tensor([place for some in places for place in some], device=device),
+                   layout=Layout(layout.segments, seen).to(device)).float().cpu()
     if not (logits < torch.inf).all():
         raise ValueError("the model's logits are no finite numbers: are its weights, or the adapter's?")
-    return [logits[labels[0, places] == i] for i in range(len(rows))]
+    return logits.split([len(some) for some in places])
 
 
-def guess(row, most, otherwise):
-    """Up to `most` tokens that may follow `row`: what followed when its last few tokens were there before (prompt
-    lookup, Saxena 2023), the more of it the more of them match; `otherwise`, in free places alone, where none does.
-
-    Places are free up to a whole BLOCK, which is computed in any case.
-    """
+def lookup(row):
+    """What followed when the last few tokens of `row` were there before (prompt lookup, Saxena 2023), the more of it the
+    more of them match; [] where none does."""
     for n in range(min(NGRAM, len(row) - 1), 0, -1):
         for i in range(len(row) - n - 1, -1, -1):                    # the last time first
             if row[i:i + n] == row[-n:]:
-                said, stop = row[:], min(len(row) + most, whole(len(row) + EACH * n + 1) - 1)
-                while len(said) < stop:
+                said = row[:]
+                while len(said) < len(row) + EACH * n:
                     said.append(said[i + n - len(row)])              # past the end of the row it copies what it has said
                 return said[len(row):]
-    return otherwise[:min(most, whole(len(row) + 1) - 1 - len(row))]
+    return []
+
+
+def guess(row, most, said, rivals):
+    """A tree of up to `most` tokens that may follow `row`: {(parent, token): number}, parents first, -1 being the row's end.
+
+    said: {token: the likeliest after it where the model read it last}, right or wrong a guess as that was (an n-gram pool,
+    Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does; what was said after them fits
+    here often, and they themselves may be still to come.
+    """
+    after_rivals = [said[token] for token in rivals if token in said]
+    lines = [lookup(row)]
+    for token in [*said.get(row[-1], ()), *(token for rank in zip(*after_rivals) for token in rank), *rivals]:
+        lines.append([token])
+        while len(lines[-1]) <= FURTHER and lines[-1][-1] in said:
+            lines[-1].append(said[lines[-1][-1]][0])
+    tree = {}
+    for line in lines:
+        parent = -1
+        for token in line:
+            if (parent, token) not in tree:
+                if len(tree) >= most:
+                    return tree
+                tree[parent, token] = len(tree)
+            parent = tree[parent, token]
+    return tree
 
 
 def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
@@ -105,28 +133,39 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
             return logits.argmax().item()
         return torch.multinomial(filtered(logits, temperature, top_k, top_p), 1, generator=generator).item()
 
+    def places_for(row, wanted):
+        """Guesses for what follows it: none where the next token is drawn, or the last."""
+        block = -(-(len(row) + GUESSES) // BLOCK) * BLOCK
+        return min(block, model.args.max_seq_len) - len(row) if temperature == 0 and wanted > 1 else 0
+
+    def likeliest(logits, n):
+        return logits.topk(min(n, logits.shape[-1])).indices.tolist()
+
     def rounds():
-        answers, beyond = [[] for _ in prompts], [[] for _ in prompts]
+        answers, rivals, said = [[] for _ in prompts], [[] for _ in prompts], {}
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         going = range(len(prompts))
         while going:
             rows = [prompts[i] + answers[i] for i in going]
-            most = [left[i] - len(answers[i]) - 1 if temperature == 0 else 0 for i in going]
-            guesses = [guess(row, n, beyond[i]) for i, row, n in zip(going, rows, most)]
+            trees = [guess(row, places_for(row, left[i] - len(answers[i])), said, rivals[i]) for i, row in zip(going, rows)]
             with torch.inference_mode():
-                found = next_logits(model, rows, guesses)
+                found = next_logits(model, rows, trees)
             still = []
-            for i, guessed, logits in zip(going, guesses, found):
-                for j, row in enumerate(logits):
-                    token = choose(row, answers[i], generators[i])
+            for i, row, tree, logits in zip(going, rows, trees, found):
+                said.update(zip([row[-1], *(token for _, token in tree)], likeliest(logits, KNOWN)))
+                node = -1                                            # where in the tree the text stands
+                while len(answers[i]) < left[i]:
+                    token = choose(logits[1 + node], answers[i], generators[i])
                     if token == eos_id:
                         break
                     answers[i].append(token)
                     yield i, token
-                    if guessed[j:j + 1] != [token]:
-                        beyond[i] = logits[j + 1:].argmax(-1).tolist()       # said after a wrong token, yet often right
+                    if (node, token) not in tree:
+                        wrong = [other for parent, other in tree if parent == node]
+                        rivals[i] = [*wrong, *likeliest(logits[1 + node], 1 + RIVALS)[1:]]
                         still += [i] * (len(answers[i]) < left[i])
                         break
+                    node = tree[node, token]
             going = still
     return rounds()
 
