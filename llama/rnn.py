@@ -103,14 +103,17 @@ class RNN(nn.Module):
 
 
 def unpacked(layout):
-    """A packed row of N tokens as S rows, one a segment (of a tree one a token): (S, L) where in the row their tokens stand,
+    """A packed row of N tokens as S rows, one a segment (of a tree one a leaf): (S, L) where in the row their tokens stand,
     each behind those it continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
     lengths = [length for length, _ in layout.segments]
     spans = torch.arange(sum(lengths)).split(lengths)
     rows, which = [], []
     for i, (length, context) in enumerate(layout.segments):
-        own = [spans[i][seen] for seen in layout.trees[i].cpu()] if i in layout.trees else [spans[i]]
-        which += range(len(rows), len(rows) + length) if i in layout.trees else [len(rows)] * length
-        rows += [torch.cat([*(spans[j] for j in context), line]) for line in own]
+        lines = torch.ones(1, length, dtype=torch.bool)
+        if i in layout.trees:
+            tree = layout.trees[i].cpu()
+            lines = tree[tree.sum(0) == 1]                                     # of those that no other token sees
+        which.append(lines.int().argmax(0) + len(rows))
+        rows += [torch.cat([*(spans[j] for j in context), spans[i][line]]) for line in lines]
     there = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return there, torch.tensor(which) * there.shape[1] + layout.positions.cpu()
+    return there, torch.cat(which) * there.shape[1] + layout.positions.cpu()

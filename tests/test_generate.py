@@ -127,6 +127,15 @@ def test_each_token_of_a_tree_sees_its_row_and_its_own_line_alone(monkeypatch, s
                     torch.testing.assert_close(got, model(torch.tensor([row + line]))[0, -1].float())
 
 
+def test_a_recurrent_model_reads_each_line_of_a_tree_once():
+    """From its root to a leaf: what lines begin with is computed for each, but no line for each of its tokens."""
+    model, read = RNN(RNNArgs("gru", dim=16, n_layers=1, vocab_size=400)), []
+    model.layers[0].register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
+    next_logits(model, [[1, 5, 9, 20]], [{(-1, 5): 0, (0, 6): 1, (-1, 7): 2, (0, 8): 3, (3, 9): 4, (2, 6): 5}])
+    next_logits(model, [[1, 5, 9, 20]])
+    assert read == [(3, 4 + 3), (1, 4)]
+
+
 def test_guesses_give_the_greedy_text_in_fewer_forwards():
     """Against one token a forward: at each length of prompt and answer, to the end of the context, with eos amid a guess."""
     for sizes in (dict(n_kv_heads=2), dict(vocab_size=12, dim=16), dict(vocab_size=2, dim=16)):
