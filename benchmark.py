@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.tables import code, machine
-from llama.cli import Parser, bad_input_ends_in_one_line
+from llama.cli import Parser, bad_input_ends_in_one_line, text
 from llama.files import write_whole
 
 # One line and one page in benchmarks/ a table: add_flags(parser), and make(args) -> lines of Markdown.
@@ -40,9 +40,11 @@ def parse_args(argv=None):
     for name, page in TABLES.items():
         said = page.__doc__.splitlines()[0]
         table = tables.add_parser(name, help=said, description=said)
-        table.add_argument("--out", metavar="DIR", type=Path, default=Path("out-benchmark"), help="where it goes (default: out-benchmark)")
+        table.add_argument("--out", metavar="DIR", type=text, default="out-benchmark", help="where it goes (default: out-benchmark)")
         page.add_flags(table)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.out = Path(args.out)
+    return args
 
 
 def main(argv=None):
@@ -50,8 +52,9 @@ def main(argv=None):
         args = parse_args(argv)
         args.out.mkdir(parents=True, exist_ok=True)
         page = TABLES[args.table]
-        # What every figure is kept for: on another machine, or of other code, it is measured again.
-        args.on = f"{machine()}, code {code(page.__file__, *getattr(page, 'FILES', ()))}"
+        data = [path for name in ("data", "val_data") if (path := getattr(args, name, None)) and Path(path).is_file()]
+        # What every figure is kept for: on another machine, of other code, or of other examples, it is measured again.
+        args.on = f"{machine()}, code {code(page.__file__, *getattr(page, 'FILES', ()), *data)}"
         args.said = f"`python benchmark.py {shlex.join(sys.argv[1:] if argv is None else argv)}` on {args.on}"
         lines = [args.said, "", *page.make(args)]
         write_whole(args.out / f"{args.table}.md", lambda file: file.write("\n".join([*lines, ""]).encode()))

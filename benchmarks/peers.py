@@ -6,6 +6,7 @@ tests/peers.py, run by a python that has them.
 import fnmatch
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def peer_python(pythons, peer):
     for python in pythons:
         try:
             if subprocess.run([python, "-c", f"import {peer}"], capture_output=True).returncode == 0:
-                return os.path.abspath(python)
+                return os.path.abspath(shutil.which(python))
         except OSError as error:
             raise ValueError(f"--peer-python {python} does not run: {error.strerror}") from None
 
@@ -70,7 +71,7 @@ def peer_python(pythons, peer):
 def theirs(python, ask, rows):
     """What tests/peers.py answers, run by the peer's own python; nothing where memory did not suffice."""
     run = subprocess.run([python, "-m", "tests.peers"], input=json.dumps({**ask, "rows": rows}), capture_output=True, text=True, cwd=ROOT)
-    last = [*run.stderr.strip().splitlines(), ""][-1]
+    last = ["", *run.stderr.strip().splitlines()][-1]
     if run.returncode == -9 or run.returncode and "memory" in last.lower():
         return {}
     if run.returncode:
@@ -79,7 +80,8 @@ def theirs(python, ask, rows):
 
 
 def generated(run):
-    """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up."""
+    """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up; from the first
+    again when they end."""
     args = train.parse_args(run["flags"])
     device, args.precision = pick_hardware(args.device, args.precision)
     peaks, prompts = Peaks(device), [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(run)]
@@ -89,12 +91,15 @@ def generated(run):
     peaks("weights")
     batch, answers, seconds = run["batch"], [], []
     for start in range(0, batch * run["prompts"] + batch, batch):
-        some, began = [[] for _ in range(batch)], time.perf_counter()
-        for i, token in generate_ids(model, prompts[start:start + batch], run["new"] if start else min(run["new"], 64), -1):
+        asked = [prompts[i % len(prompts)] for i in range(start, start + batch)]
+        some, began = [[] for _ in asked], time.perf_counter()
+        for i, token in generate_ids(model, asked, run["new"] if start else min(run["new"], 64), -1):
             some[i].append(token)
         seconds.append(time.perf_counter() - began)
         answers += some
     peaks("generate")
+    if any(len(answer) < run["new"] for answer in answers[batch:]):
+        raise ValueError(f"{args.checkpoint} takes {model.args.max_seq_len} tokens: too few for these prompts and {run['new']} new ones")
     return dict(tokens_per_second=batch * run["prompts"] * run["new"] / sum(seconds[1:]), peaks=peaks.mb, ids=answers[batch:])
 
 
@@ -175,5 +180,6 @@ def versus(results, texts):
             row += [f"{ours / their:.2f}" for ours, their in both] or ["", ""]
         if texts and who.startswith("transformers"):
             header.append("same text")
-            row.append("yes" if some[0].get("ids") == results["ours"][0].get("ids") else "no")
+            ids = [one[0].get("ids") for one in (results["ours"], some)]
+            row.append("" if None in ids else "yes" if ids[0] == ids[1] else "no")
     return header, row

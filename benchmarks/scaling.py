@@ -1,4 +1,6 @@
 """Speed and memory against tokens a micro-batch, length, layers, rank of the adapter, and ranks."""
+import torch
+
 from llama.checkpoint import read_params
 
 from . import runs
@@ -16,13 +18,15 @@ def make(args):
     layers = args.layers or model_args.n_layers
     lengths = [n for n in (64, 128, 256, 512) if n <= model_args.max_seq_len]
     width = model_args.dim // model_args.n_heads * model_args.n_kv_heads
+    kind = args.device.partition(":")[0]
+    devices = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(kind, 1)
     axes = {
         "examples a micro-batch": [(n, ["--batch-size", str(n)], {}) for n in (1, 2, 4, 8, 16)],
         "tokens an example": [(n, ["--batch-size", str(max(1, 1024 // n)), "--max-seq-len", str(n)], {"length": n, "data": None})
                               for n in lengths],
         "layers": [(n, ["--layers", str(n)], {}) for n in sorted({max(1, layers * share // 4) for share in (1, 2, 3, 4)})],
         "r": [(n, ["--r", str(n)], {}) for n in (1, 4, 16, 64, 256) if n <= width],
-        "ranks": [(n, [], {"ranks": n}) for n in (1, 2)],
+        "ranks": [(n, ["--device", kind], {"ranks": n}) for n in (1, 2) if n <= devices],                # a GPU each
     }
     rows, panels = [], {"tokens/s": [], "peak, MiB": []}
     for axis, points in axes.items():

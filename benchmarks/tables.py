@@ -78,9 +78,12 @@ def cell(args, settings, compute):
     settings, path = json.loads(json.dumps(settings | {"on": args.on})), args.out / f"{args.table}.json"
 
     def known():
-        return read_object(path).get("cells", []) if path.exists() else []
+        kept = read_object(path).get("cells") if path.exists() else []
+        if not isinstance(kept, list) or not all(isinstance(one, dict) and {"settings", "result"} <= one.keys() for one in kept):
+            raise ValueError(f"{path} holds something else than finished cells; delete it, or name another --out")
+        return kept
     for one in known():
-        if one.get("settings") == settings:
+        if one["settings"] == settings:
             return one["result"]
     result = compute()
     write_json(path, {"cells": [*known(), {"command": args.said, "settings": settings, "result": result}]})
@@ -88,7 +91,8 @@ def cell(args, settings, compute):
 
 
 def code(*files):
-    """Eight digits that change with what is measured: train.py and what it imports, how it is measured, and these files."""
+    """Eight digits that change with what is measured: train.py and what it imports, how it is measured, and these files,
+    the table's own page and the examples."""
     digest = hashlib.sha256()
     for path in [*sorted(path for pattern in ("train.py", "generate.py", "llama/*.py", "lora/*.py") for path in ROOT.glob(pattern)),
                  ROOT / "benchmarks/measure.py", ROOT / "benchmarks/runs.py", *files]:

@@ -6,7 +6,9 @@ is asked and the rows of ids, and prints one: tokens_per_second, peaks, versions
 import functools
 import importlib.metadata
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def litgpt_config(ask, **lora):
     return Config(
         name="Llama", block_size=4096, n_layer=ask["layers"] or sizes["num_hidden_layers"], n_embd=sizes["hidden_size"],
         n_head=sizes["num_attention_heads"], n_query_groups=sizes["num_key_value_heads"], vocab_size=sizes["vocab_size"],
-        padded_vocab_size=sizes["vocab_size"], intermediate_size=sizes["intermediate_size"], rope_base=int(sizes["rope_theta"]),
+        padded_vocab_size=sizes["vocab_size"], intermediate_size=sizes["intermediate_size"], rope_base=int(sizes.get("rope_theta", 10000)),
         norm_eps=sizes["rms_norm_eps"], norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0,
         parallel_residual=False, bias=False, **lora)
 
@@ -116,7 +118,7 @@ def train(ask, peaks):
 
 @torch.inference_mode()
 def generate(ask, peaks):
-    """Greedy, past any eos; the first prompts (one, or a batch) warm up."""
+    """Greedy, past any eos; the first prompts (one, or a batch) warm up; from the first again when they end."""
     batch, new, dtype = ask["batch"], ask["new"], DTYPES[ask["precision"]]
     prompts = [(tokens[:len(tokens) - sum(label != -100 for label in labels)], []) for tokens, labels in ask["rows"]]
     if ask["peer"] == "litgpt":
@@ -142,15 +144,23 @@ def generate(ask, peaks):
     answers, seconds = [], []
     for start in range(0, batch * ask["prompts"] + batch, batch):
         began = time.perf_counter()
-        answers += answer(prompts[start:start + batch], new if start else min(new, 64))
+        answers += answer([prompts[i % len(prompts)] for i in range(start, start + batch)], new if start else min(new, 64))
         seconds.append(time.perf_counter() - began)
     peaks("generate")
     assert all(len(answer) == new for answer in answers[batch:])
     return dict(tokens_per_second=batch * ask["prompts"] * new / sum(seconds[1:]), ids=answers[batch:])
 
 
+def leave_with(parent):
+    """End when the process that waits for the figures has ended, so that nothing runs beside those of the next."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main():
     first_to_go()
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
     ask = json.load(sys.stdin)
     torch.manual_seed(0)
     peaks = Peaks(torch.device(ask["device"]))

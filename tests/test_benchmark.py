@@ -21,12 +21,14 @@ import pytest
 import torch
 
 import benchmark
-from benchmarks import ablation, measure, methods, peers, roofline, runs, search, tables
+import train
+from benchmarks import ablation, distill, measure, methods, peers, roofline, runs, scaling, search, tables
 from llama import ModelArgs, checkpoint
 from llama.alpaca import count_answer
 from llama.packing import pack
 from lora import LoRAConfig, add_lora
 
+from . import peers as their_side
 from .conftest import ROOT, tiny
 
 
@@ -48,6 +50,13 @@ def test_a_finished_cell_is_kept_and_a_changed_setting_is_another(args):
     assert made == [1, 3, 4]
     kept = json.loads((args.out / "tried.json").read_text())["cells"]
     assert [cell["result"]["value"] for cell in kept] == made and kept[0]["command"] == "`this`"
+
+
+def test_what_holds_no_cells_is_no_table(args):
+    for content in {"cells": 1}, {"cells": [1]}, {"cells": [{"settings": {}}]}, {}:
+        (args.out / "tried.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="tried.json holds something else than finished cells"):
+            tables.cell(args, {}, dict)
 
 
 def test_what_ends_in_the_middle_goes_on(args):
@@ -237,7 +246,95 @@ def test_versus_takes_medians_and_ratios():
     assert row == ["20.0", "110", "10.0", "220", "2.00", "0.50", "yes"]
 
 
+def test_where_both_ran_out_of_memory_no_text_is_the_same():
+    header, row = peers.versus({"ours": [{}], "transformers, no cache": [{}]}, True)
+    assert dict(zip(header, row))["same text"] == ""
+
+
+@pytest.mark.parametrize("said, code, expected", [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "exit 1", {}), ("", "kill -9 $$", {}),
+    ("KeyError: 'rope_theta'", "exit 1", "transformers: KeyError: 'rope_theta'")])
+def test_a_peer_that_ends_says_why(tmp_path, said, code, expected):
+    """Out of memory is a row; anything else ends the table in its own last words."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\necho 'Traceback' >&2\necho \"{said}\" >&2\n{code}\n")
+    python.chmod(0o755)
+    with contextlib.nullcontext() if expected == {} else pytest.raises(ValueError, match=re.escape(expected) + "$"):
+        assert peers.theirs(str(python), {"peer": "transformers"}, []) == expected
+    assert json.loads((tmp_path / "asked").read_text()) == {"peer": "transformers", "rows": []}
+
+
+def test_a_peer_s_python_is_found_as_the_shell_finds_it(tmp_path):
+    assert peers.peer_python(["true"], "transformers") == shutil.which("true")
+    (tmp_path / "python").write_text("#!/bin/sh\n")
+    (tmp_path / "python").chmod(0o755)
+    assert peers.peer_python(["false", os.path.relpath(tmp_path / "python")], "transformers") == str(tmp_path / "python")
+
+
+def test_a_peer_ends_with_the_one_that_waits(monkeypatch):
+    parents, left = iter([7, 7, 1]), []
+    monkeypatch.setattr(their_side, "os", SimpleNamespace(getppid=lambda: next(parents), _exit=left.append))
+    monkeypatch.setattr(their_side, "time", SimpleNamespace(sleep=lambda _: None))
+    their_side.leave_with(7)
+    assert left == [1] and not list(parents)
+
+
+def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
+    """Twelve prompts, of which two batches of eight and one to warm up take 24; and a model that ends early."""
+    run = dict(flags=["--checkpoint", str(base), "--data", str(data), "--device", "cpu", "--precision", "fp32"], data=str(data), length=None,
+               batch=8, prompts=2, new=4)
+    ids = peers.generated(run)["ids"]
+    assert len(ids) == 16 and all(len(answer) == 4 for answer in ids)
+    monkeypatch.setattr(peers, "generate_ids", lambda model, prompts, new, eos: ((i, 5) for i in range(len(prompts)) for _ in range(new - 1)))
+    with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
+        peers.generated(run)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_ranks_take_a_gpu_each(gpus, monkeypatch, tmp_path):
+    """settle() names one GPU; ranks that were told so would both take it, which NCCL refuses."""
+    def settle(args):
+        args.device, args.precision, args.folder = "cuda:0", "bf16", runs.shape_folder("135m", tmp_path)
+    asked = []
+    monkeypatch.setattr(runs, "settle", settle)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(scaling, "taken", lambda args, name, run: asked.append(run) or result())
+    monkeypatch.setattr(scaling, "picture", lambda *_: None)
+    scaling.make(benchmark.parse_args(["scaling", "--out", str(tmp_path)]))
+    ranks = [(run["ranks"], train.parse_args(run["flags"]).device) for run in asked if run["flags"][-2] == "--device"]
+    assert ranks == [(n + 1, "cuda") for n in range(gpus)] and {run["ranks"] for run in asked[:-gpus]} == {1}
+
+
+def test_a_teacher_is_that_of_its_data(base, data, tmp_path, monkeypatch):
+    """Students on one file, then on another, then the first again, whose last cell is missing: each by its own teacher."""
+    def fresh(function, argv, examples):
+        if "--method" not in argv:
+            Path(argv[argv.index("--out") + 1]).mkdir(exist_ok=True)
+            (Path(argv[argv.index("--out") + 1]) / "adapter.pt").write_text(argv[argv.index("--data") + 1])
+        elif "--teacher" in argv:
+            taught.append((argv[argv.index("--data") + 1], Path(argv[argv.index("--teacher-adapter") + 1]).read_text()))
+        return dict(parameters=1, loss=1.0, exact_match=0.5)
+    taught, other = [], tmp_path / "other.json"
+    other.write_bytes(data.read_bytes())
+    monkeypatch.setattr(distill, "fresh", fresh)
+    for path, seeds in (data, [0]), (other, [0]), (data, [0, 1]):
+        distill.make(SimpleNamespace(checkpoint=str(base), adapter=None, data=str(path), val_data=str(data), epochs=1, precision=None,
+                                     seeds=seeds, lrs=[1e-2], out=tmp_path, table="distill", on="here", said="this"))
+    assert len(taught) == 9 and all(read == taught_by for read, taught_by in taught)
+
+
+def test_figures_of_other_data_are_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(methods, "make", lambda args: [args.on])
+    said = []
+    for content in "first", "second", "first":
+        (tmp_path / "some.json").write_text(content)
+        benchmark.main(["methods", "--data", str(tmp_path / "some.json"), "--out", str(tmp_path / "out")])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[2] != said[1]
+
+
 @pytest.mark.parametrize("flags, said", [
+    (["peers", "--peer-python", "false", "--out", ""], "--out: is empty"),
     (["ablation", "--shape", "7b", "--checkpoint", "x"], "both name a model"), (["ablation", "--data", "x"], "needs the tokenizer"),
     (["methods", "--data", "x"], "go together"), (["peers", "--repeats", "0"], "at least 1"), (["nothing"], "invalid choice"), ([], "required"),
 ])
