@@ -97,7 +97,7 @@ def make(args):
         rows["teacher", ""] = [known("teacher", "", trained, flags)]
         if not Path(adapter).exists():
             fresh(trained, flags, examples)
-    steps = ["--epochs", str(args.epochs), "--batch-size", "32", "--accumulation-steps", "1"]
+    steps = ["--epochs", str(args.epochs), "--batch-size", "32", "--accumulation-steps", "1", "--share-prefix"]
     asked = ["--teacher", teacher, "--teacher-adapter", adapter]
     for name, flags in students(teacher, folder).items():
         for way, also in WAYS.items():
