@@ -1,4 +1,5 @@
 """What does a teacher add?  Students of three kinds, each trained on the answers alone and with --teacher."""
+import hashlib
 import json
 import statistics
 import sys
@@ -82,7 +83,9 @@ def make(args):
         data = data[2:]                                           # each student has a folder of its own
     if not args.data:
         data += ["--data", str(train.DEMO / "train.json"), "--val-data", str(train.DEMO / "held_out.json")]
-    examples, adapter = read_examples(args.val_data or train.DEMO / "held_out.json"), args.adapter or str(folder / "teacher/adapter.pt")
+    examples, taught = read_examples(args.val_data or train.DEMO / "held_out.json"), [*["--checkpoint", teacher] * bool(args.checkpoint), *data]
+    home = folder / f"teacher-{hashlib.sha256(json.dumps([taught, args.on]).encode()).hexdigest()[:8]}"        # one for all it depends on
+    adapter = args.adapter or str(home / "adapter.pt")
     folder.mkdir(exist_ok=True)
 
     def known(name, way, function, argv):
@@ -93,7 +96,7 @@ def make(args):
         flags = ["--checkpoint", teacher, "--adapter", adapter, *["--precision", args.precision] * bool(args.precision)]
         rows["teacher", ""] = [known("teacher", "", examined, flags)]
     else:
-        flags = [*["--checkpoint", teacher] * bool(args.checkpoint), *data, "--out", str(folder / "teacher")]
+        flags = [*taught, "--out", str(home)]
         rows["teacher", ""] = [known("teacher", "", trained, flags)]
         if not Path(adapter).exists():
             fresh(trained, flags, examples)

@@ -46,6 +46,12 @@ class RecurrentBlock(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.rnn = KINDS[args.rnn](args.dim, args.dim, batch_first=True)
 
+    def train(self, mode=True):
+        """The rnn trains always, which changes nothing of it: in eval mode cuDNN refuses the backward pass tried before step 1."""
+        super().train(mode)
+        self.rnn.train()
+        return self
+
     def forward(self, x):
         return x + self.rnn(self.norm(x))[0]
 
@@ -107,10 +113,13 @@ def unpacked(layout):
     each behind those it continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
     lengths = [length for length, _ in layout.segments]
     spans = torch.arange(sum(lengths)).split(lengths)
-    rows, which = [], []
+    rows, which, places = [], [], []
     for i, (length, context) in enumerate(layout.segments):
-        own = [spans[i][seen] for seen in layout.trees[i].cpu()] if i in layout.trees else [spans[i]]
-        which += range(len(rows), len(rows) + length) if i in layout.trees else [len(rows)] * length
-        rows += [torch.cat([*(spans[j] for j in context), line]) for line in own]
+        tree = i in layout.trees
+        for line in [spans[i][seen] for seen in layout.trees[i].cpu()] if tree else [spans[i]]:
+            row, new = torch.cat([*(spans[j] for j in context), line]), 1 if tree else length      # its last ones are new
+            which += [len(rows)] * new
+            places += range(len(row) - new, len(row))
+            rows.append(row)
     there = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return there, torch.tensor(which) * there.shape[1] + layout.positions.cpu()
+    return there, torch.tensor(which) * there.shape[1] + torch.tensor(places)
