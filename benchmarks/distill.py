@@ -75,7 +75,7 @@ def trained_beside(argv, examples):
 
 def make(args):
     """A student's learning rate is the one of --lrs that gives the lowest held-out loss with the first seed, chosen for
-    either way of training on its own.  The teacher's run stays in --out, under a name of its own for all that it depends on."""
+    either way of training on its own."""
     teacher, data, folder, rows = args.checkpoint or str(train.DEMO), training_flags(args), args.out / "distill", {}
     if args.adapter and not args.checkpoint:
         raise ValueError("--adapter is the teacher's over a --checkpoint; name that too")
@@ -83,8 +83,9 @@ def make(args):
         data = data[2:]                                           # each student has a folder of its own
     if not args.data:
         data += ["--data", str(train.DEMO / "train.json"), "--val-data", str(train.DEMO / "held_out.json")]
-    out = folder / f"teacher-{hashlib.sha256(json.dumps([teacher, data, args.on]).encode()).hexdigest()[:12]}"
-    examples, adapter = read_examples(args.val_data or train.DEMO / "held_out.json"), args.adapter or str(out / "adapter.pt")
+    examples, taught = read_examples(args.val_data or train.DEMO / "held_out.json"), [*["--checkpoint", teacher] * bool(args.checkpoint), *data]
+    home = folder / f"teacher-{hashlib.sha256(json.dumps([taught, args.on]).encode()).hexdigest()[:8]}"        # one for all it depends on
+    adapter = args.adapter or str(home / "adapter.pt")
     folder.mkdir(exist_ok=True)
 
     def known(name, way, function, argv):
@@ -95,11 +96,11 @@ def make(args):
         flags = ["--checkpoint", teacher, "--adapter", adapter, *["--precision", args.precision] * bool(args.precision)]
         rows["teacher", ""] = [known("teacher", "", examined, flags)]
     else:
-        flags = [*["--checkpoint", teacher] * bool(args.checkpoint), *data, "--out", str(out)]
+        flags = [*taught, "--out", str(home)]
         rows["teacher", ""] = [known("teacher", "", trained, flags)]
         if not Path(adapter).exists():
             fresh(trained, flags, examples)
-    steps = ["--epochs", str(args.epochs), "--batch-size", "32", "--accumulation-steps", "1"]
+    steps = ["--epochs", str(args.epochs), "--batch-size", "32", "--accumulation-steps", "1", "--share-prefix"]
     asked = ["--teacher", teacher, "--teacher-adapter", adapter]
     for name, flags in students(teacher, folder).items():
         for way, also in WAYS.items():

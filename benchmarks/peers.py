@@ -133,11 +133,11 @@ def make(args):
         raise ValueError(f"--cells {','.join(args.cells)} is none of: {'; '.join(CELLS)}")
     if unknown := set(args.against) - set(PEERS):
         raise ValueError(f"--against {', '.join(sorted(unknown))} is none of {', '.join(PEERS)}")
+    runs.settle(args)
     pythons = {peer: python for peer in args.against if (python := peer_python(args.peer_python, peer))}
     if not pythons:
         raise ValueError(f"no --peer-python has {' or '.join(args.against)}: tests/requirements.txt and tests/requirements-litgpt.txt "
                          "say what to install, each in an environment of its own")
-    runs.settle(args)
     if not is_huggingface(Path(args.folder)):
         raise ValueError(f"{args.folder} is not in Hugging Face's layout, which both sides read: "
                          f"python -m llama.checkpoint {args.folder} COPY --to hf")

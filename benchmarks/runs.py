@@ -61,6 +61,8 @@ def settle(args):
         raise ValueError("--data needs the tokenizer of a --checkpoint")
     device, args.precision = pick_hardware(args.device, args.precision)
     args.device, args.folder = str(device), args.checkpoint or shape_folder(args.shape or "135m", args.out)
+    if not read_params(args.folder)[0].n_heads:
+        raise ValueError(f"{args.folder} is no transformer: what is counted here is a transformer's work")
 
 
 def base_flags(args):

@@ -6,6 +6,7 @@ of the budget.  A run is begun anew each time, since its learning rate falls to 
 """
 import math
 import random
+import shlex
 import sys
 import tempfile
 
@@ -90,14 +91,20 @@ def make(args):
         for loss, i in ranking:
             if i not in seen:
                 seen.add(i)
-                rows.append([str(len(rows) + 1), *(f"{value}" for value in candidates[i].values()), str(steps), f"{loss:.4f}"])
-    first = {method: sorted((candidates[i]["lr"], loss) for loss, i in found[0] if candidates[i]["method"] == method and loss < math.inf)
-             for method in args.methods}
+                rows.append([str(len(rows) + 1), *(f"{value}" for value in candidates[i].values()), str(steps),
+                             f"{loss:.4f}" if loss < math.inf else "diverged"])
+
+    def drawn_as(loss):
+        return loss if loss < math.inf else None                  # a cross
+    by_lr = sorted((candidates[i]["lr"], candidates[i]["method"], loss) for loss, i in found[0])
+    first = {method: [(lr, drawn_as(loss)) for lr, own, loss in by_lr if own == method] for method in args.methods}
     picture(args, [("the first round", "learning rate", "held-out loss", {method: line for method, line in first.items() if line}),
                    ("every round", "steps of a run", "held-out loss", {
-                       which: [(steps, ranking[len(ranking) * part // 2][0]) for (_, steps), ranking in zip(plan, found)]
+                       which: [(steps, drawn_as(ranking[len(ranking) * part // 2][0])) for (_, steps), ranking in zip(plan, found)]
                        for which, part in (("best", 0), ("median", 1))})])
-    best = candidates[found[-1][0][1]]
+    (loss, winner), = found[-1]
+    best = candidates[winner]
+    then = shlex.join([*base, *(word for name, value in best.items() for word in (f"--{name}", f"{value}"))])
     return [*markdown(["", *best, "steps", "held-out loss"], rows), "",
             f"({sum(size * steps for size, steps in plan)} steps in all: {', '.join(f'{size} x {steps}' for size, steps in plan)}. "
-            f"The best goes on with: python train.py {' '.join([*base, *(f'--{name} {value}' for name, value in best.items())])})"]
+            + (f"The best goes on with: python train.py {then})" if loss < math.inf else "All diverged: try lower --lrs)")]

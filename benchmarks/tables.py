@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from llama.cli import in_one_line
 from llama.files import read_object, write_json
 from llama.pictures import Panel, draw
 
@@ -120,6 +122,9 @@ def spread(values, form):
 
 
 def picture(args, panels):
-    """out/TABLE.png of llama/pictures.py's panels, where matplotlib is installed."""
+    """out/TABLE.png of llama/pictures.py's panels, where matplotlib is installed; no table is lost for a picture."""
     if find_spec("matplotlib"):
-        draw(args.out / f"{args.table}.png", [Panel(*panel, from_zero=True) for panel in panels], args.said)
+        try:
+            draw(args.out / f"{args.table}.png", [Panel(*panel, from_zero=True) for panel in panels], args.said)
+        except Exception as error:                               # a package that does not fit its others raises anything
+            print(f"no picture: {in_one_line(error)}", file=sys.stderr)

@@ -158,10 +158,15 @@ def fingerprint(args, norm, embeddings):
              float(args.norm_eps), float(args.rope_theta))        # one file says 10000, another 10000.0
     digest = hashlib.sha256(repr(sizes).encode())
     for tensor in (norm, embeddings):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()].float().bfloat16().float()
-        digest.update(torch.where(sample.abs() < 2 ** -14, 0.0, sample).numpy(force=True).tobytes())
+        digest.update(sampled(tensor))
     return digest.hexdigest()[:16]
+
+
+def sampled(tensor):
+    """Bytes of 64 fixed values of a tensor, rounded as `fingerprint` says."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()].float().bfloat16().float()
+    return torch.where(sample.abs() < 2 ** -14, 0.0, sample).numpy(force=True).tobytes()
 
 
 def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=None, init="checkpoint", convert=None):
@@ -181,6 +186,8 @@ def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=N
     args, tokenizer = read_params(folder, max_seq_len)
     if layers is not None and (not isinstance(layers, int) or not 1 <= layers <= args.n_layers):
         raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to {args.n_layers}, not {layers}")
+    if convert and isinstance(args, RNNArgs):
+        raise ValueError(f"{folder} is no transformer: its blocks have no form in {convert.kind}")
     pieces = read_weights(folder) if init == "checkpoint" else {}
     hf = is_huggingface(folder)
     file_name = huggingface.theirs if hf else str

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from .checkpoint import sampled
 from .cli import number, shown, text
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
@@ -18,7 +19,7 @@ def add_flags(parser):
     flag = parser.add_argument_group("who teaches").add_argument
     flag("--teacher", metavar="DIR", type=text, help="a model with the same tokenizer, whose logits are learnt beside the answers")
     flag("--teacher-adapter", metavar="PATH", type=text, help="the teacher's adapter, our file or PEFT's folder")
-    flag("--distill-temperature", metavar="F", type=number(float, 0, open_low=True),
+    flag("--distill-temperature", metavar="F", type=number(float, 0.01, 1000),
          help=f"what both models' logits are divided by (default: {TEMPERATURE:g})")
     flag("--distill-weight", metavar="W", type=number(float, 0, 1),
          help=f"the teacher's share of the loss; the answers have the rest (default: {WEIGHT:g})")
@@ -41,7 +42,7 @@ def check(args, student, theirs):
                          f"{'the same' if pieces(own) == pieces(tokenizer) else 'others'} by name: distillation compares token by "
                          "token; give both the same tokenizer.model and vocab_size")
     out = Path(args.out or "out").resolve()
-    if out in (Path(args.teacher).resolve(), Path(args.teacher_adapter or "").resolve().parent):
+    if out == Path(args.teacher).resolve() or args.teacher_adapter and out == Path(args.teacher_adapter).resolve().parent:
         raise ValueError(f"{out} holds the teacher and a run replaces what is there; name another folder with --out")
 
 
@@ -102,10 +103,13 @@ class Distillation:
                 f"{self.temperature:g}, {100 * self.weight:g} % of the loss")
 
     def fingerprint(self):
-        """What tells one teacher from another: its base's fingerprint, and a digest of whatever its adapter has on top of that."""
-        digest = hashlib.sha256()
+        """What tells one teacher from another: its base's fingerprint, and a digest of its adapter and, as that fingerprint is a
+        merged adapter's base's too, of some numbers of each of its matrices."""
+        digest, config = hashlib.sha256(), getattr(self.teacher, "lora_config", None)
+        if config:
+            digest.update(repr((config.method, config.r, float(config.alpha), sorted(config.options.items()))).encode())
         for part in (self.teacher, self.head):
             for name, tensor in part.state_dict().items():
-                if name.rpartition(".")[2].startswith("lora_"):
-                    digest.update(tensor.float().numpy(force=True).tobytes())
+                whole = name.rpartition(".")[2].startswith("lora_")
+                digest.update(tensor.float().numpy(force=True).tobytes() if whole else sampled(tensor))
         return f"{self.origin.get('fingerprint')}+{digest.hexdigest()[:16]}"

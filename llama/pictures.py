@@ -39,8 +39,10 @@ def draw(path, panels, said=""):
     """Write the panels as a PNG, two beside each other, the first of an odd number alone; `said` stands above, small.
 
     Lines differ in dashes and markers, so that they can be told apart in black and white.  Raises ValueError without
-    matplotlib.
+    matplotlib or panels.
     """
+    if not panels:
+        raise ValueError(f"there is nothing to draw in {path}")
     try:
         from matplotlib.figure import Figure                     # here, for nothing else needs it
         from PIL import Image                                    # which comes with it
@@ -62,11 +64,11 @@ def draw(path, panels, said=""):
 def plot(ax, panel):
     for i, (label, points) in enumerate(panel.lines.items()):
         colour, there = COLOURS[i % len(COLOURS)], [point for point in points if point[1] is not None]
-        look = dict(ls=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)], ms=4)
+        look = dict(marker=MARKERS[i % len(MARKERS)], ms=4)
         if len(points) > MANY:
             look = dict(lw=0.8, alpha=0.5 if len(panel.lines) > 1 else 1)
         if there:
-            ax.plot(*zip(*there), color=colour, label=label, **look)
+            ax.plot(*zip(*there), color=colour, label=label, ls=DASHES[i % len(DASHES)], **look)
         if missing := [x for x, y in points if y is None]:
             ax.plot(missing, [0.04] * len(missing), "x", color=colour, transform=ax.get_xaxis_transform(),
                     label=None if there else label)

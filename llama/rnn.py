@@ -46,6 +46,12 @@ class RecurrentBlock(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.rnn = KINDS[args.rnn](args.dim, args.dim, batch_first=True)
 
+    def train(self, mode=True):
+        """The rnn trains always, which changes nothing of it: in eval mode cuDNN refuses the backward pass tried before step 1."""
+        super().train(mode)
+        self.rnn.train()
+        return self
+
     def forward(self, x):
         return x + self.rnn(self.norm(x))[0]
 
@@ -107,13 +113,14 @@ def unpacked(layout):
     each behind those it continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
     lengths = [length for length, _ in layout.segments]
     spans = torch.arange(sum(lengths)).split(lengths)
-    rows, which = [], []
+    rows, which, places = [], [], []
     for i, (length, context) in enumerate(layout.segments):
-        lines = torch.ones(1, length, dtype=torch.bool)
+        lines, depth = torch.ones(1, length, dtype=torch.bool), torch.arange(length)
         if i in layout.trees:
             tree = layout.trees[i].cpu()
-            lines = tree[tree.sum(0) == 1]                                     # of those that no other token sees
+            lines, depth = tree[tree.sum(0) == 1], tree.sum(1) - 1             # of those that no other token sees
         which.append(lines.int().argmax(0) + len(rows))
+        places.append(depth + sum(lengths[j] for j in context))
         rows += [torch.cat([*(spans[j] for j in context), spans[i][line]]) for line in lines]
     there = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return there, torch.cat(which) * there.shape[1] + layout.positions.cpu()
+    return there, torch.cat(which) * there.shape[1] + torch.cat(places)

@@ -11,7 +11,7 @@ from .packing import Layout, pack
 BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
 GUESSES = 24                                         # tokens: at least so many, where there is something to guess from
 NGRAM, EACH = 4, 8                                   # the longest match looked for; guessed tokens for each of the match's
-KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; how far a line of these is followed
+KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; and how far a line goes
 
 
 def next_logits(model, rows, trees=None):
@@ -58,17 +58,19 @@ def lookup(row):
 def guess(row, most, said, rivals):
     """A tree of up to `most` tokens that may follow `row`: {(parent, token): number}, parents first, -1 being the row's end.
 
-    said: {token: the likeliest after it where the model read it last}, right or wrong a guess as that was (an n-gram pool,
-    Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does; what was said after them fits
-    here often, and they themselves may be still to come.
+    said: {(token,) or (one before, token): the likeliest after these where the model read them last}, right or wrong a guess
+    as they were (an n-gram pool, Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does; what
+    was said after them fits here often, and they themselves may be still to come.
     """
-    after_rivals = [said[token] for token in rivals if token in said]
-    lines = [lookup(row)]
-    for token in [*said.get(row[-1], ()), *(token for rank in zip(*after_rivals) for token in rank), *rivals]:
-        lines.append([token])
-        while len(lines[-1]) <= FURTHER and lines[-1][-1] in said:
-            lines[-1].append(said[lines[-1][-1]][0])
-    tree = {}
+    def after(*line):
+        return said.get(line[-2:]) or said.get(line[-1:], [])
+
+    likely, lines, tree = [after(*row[-2:-1], rival) for rival in rivals], [lookup(row)], {}
+    for token in [*after(*row[-2:]), *(token for rank in zip(*filter(None, likely)) for token in rank), *rivals]:
+        line = [row[-1], token]
+        while len(line) < 2 + FURTHER and after(*line):
+            line.append(after(*line)[0])
+        lines.append(line[1:])
     for line in lines:
         parent = -1
         for token in line:
@@ -152,7 +154,10 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
                 found = next_logits(model, rows, trees)
             still = []
             for i, row, tree, logits in zip(going, rows, trees, found):
-                said.update(zip([row[-1], *(token for _, token in tree)], likeliest(logits, KNOWN)))
+                read = [row[-1], *(token for _, token in tree)]
+                pairs = [tuple(row[-2:]), *((read[1 + parent], token) for parent, token in tree)]
+                for pair, best in zip(pairs, likeliest(logits, KNOWN)):
+                    said[pair] = said[pair[-1:]] = best
                 node = -1                                            # where in the tree the text stands
                 while len(answers[i]) < left[i]:
                     token = choose(logits[1 + node], answers[i], generators[i])

@@ -344,6 +344,15 @@ def test_bad_flags_end_in_one_line(flags, said, capsys):
     assert left.value.code == 2 and re.fullmatch(rf"benchmark.py: .*{said}.*\n", capsys.readouterr().err)
 
 
+def test_what_is_no_transformer_ends_in_one_line(tmp_path, tokenizer, capsys):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
+    (tmp_path / "params.json").write_text('{"rnn": "gru", "dim": 8, "n_layers": 1}')
+    for name in "ablation", "scaling", "roofline", "peers":
+        with pytest.raises(SystemExit, match="2"):
+            benchmark.main([name, "--checkpoint", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out")])
+        assert capsys.readouterr().err == f"benchmark.py: {tmp_path} is no transformer: what is counted here is a transformer's work\n"
+
+
 def test_cells_and_peers_that_are_not_there(tmp_path, capsys):
     for flags, said in ((["--cells", "nothing"], "is none of: train bf16 batch 4;"), (["--against", "nothing"], "is none of transformers"),
                         (["--peer-python", "false"], "no --peer-python has")):
@@ -397,6 +406,30 @@ def test_a_search_that_cannot_be_is_refused(flags, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         benchmark.main(["search", "--out", str(tmp_path), *flags])
     assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_search_in_which_runs_diverge(args, monkeypatch):
+    """They come last, drawn as crosses; where none is left nothing is recommended."""
+    drawn = []
+    monkeypatch.setattr(search, "picture", lambda args, panels: drawn.extend(panels))
+    args = benchmark.parse_args(["search", "--candidates", "3", "--budget", "6", "--methods", "lora", "--out", str(args.out)])
+    args.said = args.on = "this"
+    first = search.drawn(3, 0, ["lora"], args.lrs)[1]
+    monkeypatch.setattr(search, "fresh", lambda function, flags: {"held_out_loss": 1.5 if str(first["lr"]) in flags else None})
+    lines = search.make(args)
+    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["1.5000 |", "diverged |", "diverged |"]
+    assert lines[-1].endswith(f"python train.py --method lora --targets {first['targets']} --r {first['r']} --alpha {first['alpha']} --lr {first['lr']})")
+    assert sorted(loss is None for _, loss in drawn[0][3]["lora"]) == [False, True, True] and drawn[1][3] == {"best": [(1, 1.5), (3, 1.5)], "median": [(1, None), (3, 1.5)]}
+    args.on = "elsewhere"
+    monkeypatch.setattr(search, "fresh", lambda function, flags: {"held_out_loss": None})
+    assert search.make(args)[-1].endswith("All diverged: try lower --lrs)")
+
+
+def test_no_table_is_lost_for_a_picture(args, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "find_spec", lambda name: True)
+    monkeypatch.setattr(tables, "draw", lambda *_: 1 / 0)
+    tables.picture(args, [])
+    assert capsys.readouterr().err == "no picture: division by zero\n"
 
 
 # The whole, at a tiny size

@@ -22,7 +22,7 @@ from llama.loss import CHUNK, answer_loss
 from llama.packing import pack
 from llama.preflight import estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
-from lora import LoRAConfig, add_lora
+from lora import LoRAConfig, add_lora, merge_lora
 
 from .conftest import tiny
 from .memory import LiveBytes
@@ -266,7 +266,7 @@ def test_what_cannot_teach_ends_in_one_line(run, tmp_path, capsys, tokenizer):
     for flags, why in ((["--teacher", "other"], "400, others by name: distillation compares token by token"), (["--teacher", "wider"], "the same by name"),
                        (["--distill-weight", "0.5"], "are about a --teacher"), (["--teacher-adapter", "a.pt"], "are about a --teacher"),
                        (["--teacher", "nowhere"], "no checkpoint folder at nowhere"), (["--teacher", "base", "--teacher-adapter", "no.pt"], "no.pt"),
-                       ([*run.teacher, "--distill-temperature", "0"], "must be above 0"), ([*run.teacher, "--distill-weight", "1.1"], "at most 1"),
+                       ([*run.teacher, "--distill-temperature", "1e-40"], "at least 0.01 and at most 1000"), ([*run.teacher, "--distill-weight", "1.1"], "at most 1"),
                        ([*run.teacher, "--out", "teacher", "--overwrite"], "teacher holds the teacher")):
         before = (tmp_path / "teacher/consolidated.00.pth").read_bytes()
         with pytest.raises(SystemExit, match="2"):
@@ -275,6 +275,26 @@ def test_what_cannot_teach_ends_in_one_line(run, tmp_path, capsys, tokenizer):
         assert why in err and len(err.splitlines()) == 1
         assert (tmp_path / "teacher/consolidated.00.pth").read_bytes() == before
     assert not (tmp_path / "refused/metrics.jsonl").exists()
+    (tmp_path / "inside").mkdir()
+    os.chdir("inside")                                           # above where it is called: no teacher's folder for that
+    train.main(["--checkpoint", "../base", "--data", str(tmp_path / "examples.json"), "--teacher", "../teacher", "--out", "..", "--dry-run"])
+
+
+def test_a_merged_adapter_or_another_scale_makes_another_teacher(base, tokenizer, tmp_path):
+    """The merged one's norm and embedding, all that a base's fingerprint is of, are the base's own."""
+    def loaded(folder, alpha=None):
+        model = load_checkpoint(folder)[0]
+        if alpha:
+            add_lora(model, LoRAConfig(r=2, alpha=alpha, dropout=0))
+            for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+                torch.nn.init.constant_(weight, 0.1)
+        return model
+    merged = loaded(base, 2)
+    merge_lora(merged)
+    save_checkpoint(merged, tokenizer, tmp_path / "merged")
+    assert loaded(tmp_path / "merged").origin["fingerprint"] == merged.origin["fingerprint"]
+    known = [Distillation(loaded(*of)).fingerprint() for of in ([base], [tmp_path / "merged"], [base, 2], [base, 4], [base, 2])]
+    assert len(set(known)) == 4 and known[2] == known[4]
 
 
 @pytest.mark.slow
@@ -302,6 +322,26 @@ def test_the_table_is_made_of_its_runs(run, data, tmp_path, monkeypatch):
         assert any(f"{cells[i]['name']}: held-out loss {cells[i + 1]['loss'] - cells[i]['loss']:+.3f}, " in line for line in lines)
     assert all(cells[i]["loss"] != cells[i + 1]["loss"] for i in (1, 3, 5))
     assert table.make(args) == lines                             # from the finished cells
+
+
+def test_each_teacher_of_the_table_stays_what_its_students_were_told(base, data, tmp_path, monkeypatch):
+    """Other data in the same --out, and the first data again: that teacher is not known any more by having been made before."""
+    taught = []
+
+    def fresh(function, argv, examples):
+        flags = dict(zip(argv, argv[1:]))
+        if function is table.trained:
+            os.makedirs(flags["--out"], exist_ok=True)
+            open(flags["--out"] + "/adapter.pt", "w").write(flags["--data"])
+        elif "--teacher" in argv:
+            taught.append((flags["--data"], open(flags["--teacher-adapter"]).read()))
+        return dict(loss=1.0, exact_match=0.0, parameters=1)
+    monkeypatch.setattr(table, "fresh", fresh)
+    args = dict(checkpoint=str(base), adapter=None, epochs=1, precision=None, seeds=[0], out=tmp_path, table="distill", on="here", said="this")
+    shutil.copy(data, tmp_path / "others.json")
+    for lr, path in (1e-2, data), (1e-2, tmp_path / "others.json"), (1e-3, data):
+        table.make(Namespace(**args, data=str(path), val_data=str(path), lrs=[lr]))
+    assert len(taught) == 9 and all(own == teacher_s for own, teacher_s in taught)
 
 
 # ---- the student that is no transformer
@@ -341,6 +381,13 @@ def test_rows_pick_logits_and_the_state_reads_from_left_to_right():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_can_be_had_in_eval_mode(kind):
+    """As the check before step 1 has it: cuDNN refuses that of an rnn which is not in training mode."""
+    model = rnn(kind).train().eval()
+    assert not model.training and all(module.training for module in model.modules() if isinstance(module, torch.nn.RNNBase))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_of_a_recurrent_student(kind):
     model, tokens = rnn(kind, dim=64, n_layers=3), torch.arange(400).view(10, 40)
     labels = tokens.clone()
@@ -366,6 +413,7 @@ def lstm(tmp_path, tokenizer):
 
 def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, tmp_path, data):
     flags = ["--data", str(data), "--val-data", str(data), *lstm, *run.teacher, "--distill-weight", "0.1", "--epochs", "10"]
+    train.main([*flags, "--out", "whole", "--dry-run"])           # no weight is read, so there is nothing to compute with
     train.main([*flags, "--out", "whole"])
     rows = metrics(tmp_path / "whole")
     assert rows[-1]["val_loss"] < 0.7 * rows[0]["loss"]
@@ -390,6 +438,9 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
             run("refused", "--checkpoint", "lstm", "--init", "random")
         err = capsys.readouterr().err
         assert why in err and len(err.splitlines()) == 1
+    with pytest.raises(SystemExit, match="2"):
+        run("refused", "--checkpoint", "lstm", "--init", "random", "--targets", "output", "--quantize", "nf4")
+    assert capsys.readouterr().err == "train.py: lstm is no transformer: its blocks have no form in nf4\n"
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):

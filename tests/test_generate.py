@@ -100,16 +100,19 @@ def lines(tree):
 
 
 def test_a_tree_of_guesses_by_hand():
-    said = {3: [7, 8, 9], 7: [4, 5, 6], 4: [3, 1, 1], 8: [8, 8, 8], 20: [30, 31, 32], 21: [30, 41, 42]}
+    said = {(3,): [7, 8, 9], (7,): [4, 5, 6], (4,): [3, 1, 1], (8,): [8, 8, 8], (20,): [30, 31, 32], (21,): [30, 41, 42]}
     assert lines(guess([1, 2, 3], 99, said, [])) == [[7], [7, 4], [7, 4, 3], [8], [8, 8], [8, 8, 8], [9]]    # after 3, as last said
     assert lines(guess([1, 2, 3], 4, said, [])) == [[7], [7, 4], [7, 4, 3], [8]]
+    assert lines(guess([1, 2, 3], 99, {**said, (2, 3): [8, 9, 7], (3, 8): [5, 6, 7], (1, 3): [9, 9, 9], (8, 5): [7, 7, 7]}, [])) == [
+        [8], [8, 5], [8, 5, 7], [9], [7], [7, 4], [7, 4, 3]]                                                 # two say more than one
     # What rivals were followed by, the likeliest of each first; then the rivals, of which one was never read.
     assert lines(guess([1, 2, 5], 99, said, [20, 22, 21])) == [
         [30], [31], [41], [32], [42], [20], [20, 30], [22], [21], [21, 30]]
+    assert lines(guess([1, 2, 5], 3, {**said, (2, 21): [50, 51, 52]}, [20, 22, 21])) == [[30], [50], [31]]
     assert lines(guess([3, 5, 3], 99, said, []))[:EACH + 3] == [
         *([5, 3, 5, 3, 5, 3, 5, 3][:n] for n in range(1, EACH + 1)), [7], [7, 4], [7, 4, 3]]                 # looked up before
     assert lines(guess([3, 7, 3], 99, said, []))[EACH:EACH + 2] == [[7, 4], [7, 4, 3]]                       # lines that begin alike
-    assert guess([7, 7], 0, said, [7]) == guess([1, 2], 9, {}, []) == {}
+    assert guess([7, 7], 0, said, [7]) == guess([1, 2], 9, {}, []) == guess([1], 9, {}, []) == {}
 
 
 @pytest.mark.parametrize("short", [0, 256])

@@ -61,6 +61,8 @@ def test_lines_differ_without_colour():
     plot(axes[1], Panel("run", "step", "nats", {"": [(i, 1 / i) for i in range(1, 100)]}, log_x=False, log_y=True))
     assert axes[1].get_xscale() == "linear" and axes[1].get_yscale() == "log" and axes[1].get_legend() is None
     assert axes[1].lines[0].get_marker() == "None" and axes[1].lines[0].get_linewidth() < drawn[0].get_linewidth()
+    plot(axes[1], Panel("long run", "step", "nats", {name: [(i, 2.0) for i in range(100)] for name in "abcd"}))
+    assert len({line.get_linestyle() for line in axes[1].lines[1:]}) == 4
     plot(axes[2], Panel("cells", "", "MiB", {"peak": [("fp32", 4), ("bf16", None)]}))
     assert [name.get_text() for name in axes[2].get_xticklabels()] == ["fp32", "bf16"]
 
@@ -94,6 +96,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         pictures.main([str(tmp_path / "nowhere")])
     assert left.value.code == 2 and capsys.readouterr().err.startswith("llama.pictures: ")
+    with pytest.raises(ValueError, match="nothing to draw in some.png"):
+        draw("some.png", [])
     pytest.importorskip("matplotlib")
     pictures.main([str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path / 'loss.png'}\n" and (tmp_path / "loss.png").exists()

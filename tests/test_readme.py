@@ -5,6 +5,7 @@ import shlex
 
 import pytest
 
+import benchmark
 import generate
 import train
 from llama import checkpoint
@@ -22,7 +23,7 @@ def commands(program):
 
 
 @pytest.mark.parametrize("program, parse", [("train.py", train.parse_args), ("generate.py", generate.parse_args),
-                                            ("-m llama.checkpoint", checkpoint.parse_args)])
+                                            ("-m llama.checkpoint", checkpoint.parse_args), ("benchmark.py", benchmark.parse_args)])
 def test_every_command_parses(program, parse):
     assert len(commands(program)) >= 2
     for command in commands(program):
