@@ -77,8 +77,11 @@ def plot(ax, panel):
         for name in ax.get_xticklabels():
             name.set(rotation=20, ha="right", rotation_mode="anchor")
     elif panel.log_x and across and max(across) > 4 * min(across) > 0:
-        ax.set_xscale("log", base=2)
+        counts = min(across) >= 1
+        ax.set_xscale("log", base=2 if counts else 10)
+        ax.xaxis.get_major_locator().set_params(subs=(1,) if counts else (1, 2, 5))
         ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
     elif all(isinstance(x, int) for x in across):
         ax.xaxis.get_major_locator().set_params(integer=True)
     if panel.log_y and up and max(up) > 20 * min(up) > 0:
