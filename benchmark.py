@@ -29,6 +29,7 @@ TABLES = {name: import_module(f"benchmarks.{name}") for name in (
     "scaling",
     "roofline",
     "methods",
+    "ranks",
     "search",
     "distill",
 )}

@@ -12,6 +12,7 @@ from llama.alpaca import read_examples
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
 from llama.cli import number, text
 from llama.evaluate import Exam, measures
+from lora.dylora import set_rank
 
 from .runs import add_training_flags, finished, training_flags
 from .tables import cell, fresh, listed, markdown, spread
@@ -50,11 +51,13 @@ def students(checkpoint, folder):
                 folder / "lstm", tokenizer, **small, rnn="lstm"))]}
 
 
-def examined(flags, examples):
-    """What generate.py with these flags answers to examples: parameters, and what evaluate.measures says."""
+def examined(flags, examples, rank=None):
+    """What generate.py with these flags, and of a DyLoRA this rank, answers to examples: parameters, and evaluate.measures."""
     args = generate.parse_args(flags)
     device, args.precision = generate.pick_hardware(args.device, args.precision)
     model, tokenizer, _ = generate.load(args, device)
+    if rank:
+        set_rank(model, rank)
     exam = Exam(examples, tokenizer, model.args.max_seq_len)
     found = measures({name: column.sum(0) for name, column in exam.take(model).items()})
     return {"parameters": sum(p.numel() for p in model.parameters()), **{name: value.item() for name, value in found.items()}}

@@ -22,7 +22,7 @@ import torch
 
 import benchmark
 import train
-from benchmarks import ablation, distill, measure, methods, peers, roofline, runs, scaling, search, tables
+from benchmarks import ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling, search, tables
 from llama import ModelArgs, checkpoint
 from llama.alpaca import count_answer
 from llama.packing import pack
@@ -543,3 +543,22 @@ def test_a_killed_search_continues_and_ends_as_if_it_had_not_been(base, data, tm
     assert [line.split(" on ")[0] for line in table("search", *flags)] == [line.split(" on ")[0] for line in lines]
     losses = [float(line.split(" | ")[-1].strip(" |")) for line in lines if line.startswith("| ") and line[2].isdigit()]
     assert len(losses) == 4 and losses[1] <= losses[2] <= losses[3] and "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
+
+
+@pytest.mark.slow
+def test_one_adapter_cut_to_each_rank_beside_one_trained_at_each(tmp_path, capsys):
+    """At its whole rank a cut DyLoRA is the adapter as it was saved; a rank is not another's; finished cells are kept."""
+    examples = json.loads((ROOT / "llama/demo/held_out.json").read_text())[:12]
+    (tmp_path / "few.json").write_text(json.dumps(examples))
+    flags = ["--data", str(tmp_path / "few.json"), "--val-data", str(tmp_path / "few.json")]
+    benchmark.main(["ranks", *flags, "--ranks", "1,2,4", "--out", str(tmp_path)])
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "ranks.md").read_text().splitlines() if line.startswith("|")][2:]
+    assert [row[0].strip() for row in rows] == ["1", "2", "4"]
+    run = [*flags, "--lr", "0.005", "--seed", "0", "--method", "dylora", "--r", "4"]
+    whole, two = ranks.answered(run, [], [None, 2], examples)
+    assert [f"{one['loss']:.4f}" for one in (two, whole)] == [row[3].strip() for row in rows[1:]] and two["loss"] != whole["loss"]
+    alone, = ranks.answered([*run[:-4], "--method", "lora", "--r", "2"], [], [None], examples)
+    assert [f"{alone['loss']:.4f}", f"{alone['exact_match']:.1%}"] == [cell.strip() for cell in rows[1][1:3]]
+    capsys.readouterr()
+    benchmark.main(["ranks", *flags, "--ranks", "1,2,4", "--out", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-2:] == (tmp_path / "ranks.md").read_text().splitlines()[-2:]
