@@ -6,15 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import generate
 import train
 from llama.alpaca import read_examples
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
 from llama.cli import number, text
-from llama.evaluate import Exam, measures
-from lora.dylora import set_rank
 
-from .runs import add_training_flags, finished, training_flags
+from .runs import add_training_flags, examined, finished, training_flags
 from .tables import cell, fresh, listed, markdown, spread
 
 WAYS = {"alone": [], "distilled": ["--distill-temperature", "2", "--distill-weight", "0.5"]}
@@ -51,20 +48,8 @@ def students(checkpoint, folder):
                 folder / "lstm", tokenizer, **small, rnn="lstm"))]}
 
 
-def examined(flags, examples, rank=None):
-    """What generate.py with these flags, and of a DyLoRA this rank, answers to examples: parameters, and evaluate.measures."""
-    args = generate.parse_args(flags)
-    device, args.precision = generate.pick_hardware(args.device, args.precision)
-    model, tokenizer, _ = generate.load(args, device)
-    if rank:
-        set_rank(model, rank)
-    exam = Exam(examples, tokenizer, model.args.max_seq_len)
-    found = measures({name: column.sum(0) for name, column in exam.take(model).items()})
-    return {"parameters": sum(p.numel() for p in model.parameters()), **{name: value.item() for name, value in found.items()}}
-
-
 def trained(argv, examples):
-    """The same of what train.py makes with these flags."""
+    """What `examined` says of what train.py makes with these flags."""
     args, _ = finished([*argv, "--overwrite"])
     left = ["--checkpoint", args.out, "--adapter", "none"] if args.method == "full" else ["--adapter", args.out + "/adapter.pt"]
     return examined([*left, *["--precision", args.precision] * bool(args.precision)], examples)

@@ -6,8 +6,7 @@ import train
 from llama.alpaca import read_examples
 from llama.cli import number
 
-from .distill import examined
-from .runs import add_training_flags, finished, training_flags
+from .runs import add_training_flags, examined, finished, training_flags
 from .tables import cell, fresh, listed, markdown, picture
 
 

@@ -16,14 +16,17 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import generate
 import train
 from llama.alpaca import IGNORE, SupervisedDataset, count_answer, read_examples
 from llama.checkpoint import TOKENIZER, read_params
 from llama.cli import DTYPES, add_hardware_flags, number, pick_hardware, text
+from llama.evaluate import Exam, measures
 from llama.files import write_json
 from llama.pictures import read_metrics
 from llama.preflight import memory_of_a_step
 from llama.state import METRICS, Run
+from lora.dylora import set_rank
 
 from .measure import Peaks, counted, multiplied
 from .tables import OutOfMemory, cell, tried, within_memory
@@ -212,6 +215,18 @@ def finished(argv):
         if left.code != 3:
             raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
     return args, read_metrics(Path(args.out) / METRICS)
+
+
+def examined(flags, examples, rank=None):
+    """What generate.py with these flags, and of a DyLoRA this rank, answers to examples: parameters, and evaluate.measures."""
+    args = generate.parse_args(flags)
+    device, args.precision = generate.pick_hardware(args.device, args.precision)
+    model, tokenizer, _ = generate.load(args, device)
+    if rank:
+        set_rank(model, rank)
+    exam = Exam(examples, tokenizer, model.args.max_seq_len)
+    found = measures({name: column.sum(0) for name, column in exam.take(model).items()})
+    return {"parameters": sum(p.numel() for p in model.parameters()), **{name: value.item() for name, value in found.items()}}
 
 
 @contextlib.contextmanager

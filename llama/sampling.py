@@ -156,7 +156,7 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
             for i, row, tree, logits in zip(going, rows, trees, found):
                 read = [row[-1], *(token for _, token in tree)]
                 pairs = [tuple(row[-2:]), *((read[1 + parent], token) for parent, token in tree)]
-                for pair, best in zip(pairs, likeliest(logits, KNOWN)):
+                for pair, best in zip(pairs, likeliest(logits, KNOWN) if temperature == 0 else ()):
                     said[pair] = said[pair[-1:]] = best
                 node = -1                                            # where in the tree the text stands
                 while len(answers[i]) < left[i]:
