@@ -74,21 +74,25 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(T, head_dim, theta, device, dtype):
-    """cos and sin of i theta_j, theta_j = theta^(-2j/hd), (2, T, hd/2) (RoFormer, Su et al. 2021, eq. 15).
+    """cos and sin of t theta_j for positions t, theta_j = theta^(-2j/hd), (T, hd/2, 2) (RoFormer, Su et al. 2021, eq. 15).
 
     Made anew in each forward, which costs next to nothing, in `dtype` (fp32 or fp64): as a buffer it
     would follow `model.half()`, and positions in 16 bit are wrong from the 257th on.
     """
     frequency = 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
     angle = torch.outer(torch.arange(T, device=device, dtype=dtype), frequency)
-    return torch.stack((angle.cos(), angle.sin()))
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def rotate(x, rope):
-    """Turn each neighbouring pair of x (B, T, heads, hd) by its position's angle; same shape and dtype."""
-    a, b = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope[:, :, None]                                                # (T, 1, hd/2)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
+    """Turn each neighbouring pair of x (B, T, heads, hd) by its position's angle: (a + ib)(cos + i sin); same shape and dtype."""
+    pairs, rope = x.to(rope.dtype).unflatten(-1, (-1, 2)), rope[:, None]                           # (T, 1, hd/2, 2)
+    if torch.compiler.is_compiling():                            # which fuses real numbers alone
+        (a, b), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).type_as(x)
 
 
 def causal(q, k, v):
@@ -182,7 +186,7 @@ class Transformer(nn.Module):
         h = self.tok_embeddings(tokens)                                        # (B, T, D)
         rope = rope_table(T, self.args.dim // self.args.n_heads, self.args.rope_theta, h.device,
                           torch.promote_types(h.dtype, torch.float32))
-        rope, attend = (rope[:, layout.positions], layout.attend) if layout else (rope, causal)
+        rope, attend = (rope[layout.positions], layout.attend) if layout else (rope, causal)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # Of the reentrant kind LoRA gets no gradient: over a frozen base h needs none itself.
