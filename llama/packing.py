@@ -31,39 +31,45 @@ class Layout:
         self.positions = torch.cat([begin + (self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length))
                                     for i, (begin, (length, _)) in enumerate(zip(begins, segments))])
         self.longest = self.positions.max().item() + 1                         # of the examples
+        self.masks = {}
 
     def to(self, device):
         there = copy.copy(self)
-        there.positions = self.positions.to(device, non_blocking=True)
+        there.positions, there.masks = self.positions.to(device, non_blocking=True), {}
         there.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
         return there
 
     @torch.compiler.disable                                      # its many shapes would compile a block again and again
     def attend(self, q, k, v):
         """q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd): each token sees its own example up to itself."""
-        lengths = [length for length, _ in self.segments]
+        groups, lengths, read = q.shape[2] // k.shape[2], [length for length, _ in self.segments], []
         q, k, v = (z.split(lengths, dim=1) for z in (q, k, v))
+        for i, (_, context) in enumerate(self.segments):
+            keys, values = (torch.cat([z[j] for j in (*context, i)], dim=1) if context else z[i] for z in (k, v))
+            read.append(after_context(q[i], keys, values, self.mask(i, keys, groups)))
+        return torch.cat(read, dim=1)
 
-        def seen(pieces, i):
-            context = self.segments[i][1]
-            return torch.cat([pieces[j] for j in (*context, i)], dim=1) if context else pieces[i]
-        return torch.cat([after_context(q[i], seen(k, i), seen(v, i), self.trees.get(i)) for i in range(len(lengths))], dim=1)
+    def mask(self, i, keys, groups):
+        """What `after_context` is told that segment i's L tokens see of the S keys: (groups L, S) to add to the scores,
+        (L, S) bool, or None for the usual triangle.  Made once for all blocks."""
+        L, S, made = self.segments[i][0], keys.shape[1], (i, groups, keys.dtype)
+        if made not in self.masks:
+            seen = F.pad(self.trees[i] if i in self.trees else keys.new_ones(L, L, dtype=torch.bool).tril(), (S - L, 0), value=True)
+            if keys.is_cpu and S <= SHORT:
+                self.masks[made] = keys.new_zeros(L, S).masked_fill(~seen, -torch.inf).repeat(groups, 1)
+            else:
+                self.masks[made] = seen if i in self.trees or L < S else None
+        return self.masks[made]
 
 
-def after_context(q, k, v, tree=None):
-    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L -> (1, L, H, hd): causal, the last query sees all S keys; with a tree,
-    (L, L) bool, each sees the first S - L keys and what the tree says of the rest."""
-    (L, H, hd), (S, K) = q.shape[1:], k.shape[1:3]
+def after_context(q, k, v, mask):
+    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L, and Layout's mask -> (1, L, H, hd)."""
+    (L, H, hd), K = q.shape[1:], k.shape[2]
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                               # (1, H|K, L|S, hd)
-    past = None if tree is None else F.pad(tree, (S - L, 0), value=True)
-    if q.is_cpu and S <= SHORT:
-        future = torch.full((L, S), -torch.inf, dtype=q.dtype)
-        future = (future.triu(S - L + 1) if past is None else future.masked_fill(past, 0)).repeat(H // K, 1)
-        scores = torch.baddbmm(future, q.reshape(K, -1, hd), k[0].transpose(1, 2), alpha=hd ** -0.5)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = torch.baddbmm(mask, q.reshape(K, -1, hd), k[0].transpose(1, 2), alpha=hd ** -0.5)
         return (scores.softmax(-1) @ v[0]).reshape(1, H, L, hd).transpose(1, 2)                    # fp32 inside softmax
-    if past is None and L < S:
-        past = torch.ones(L, S, dtype=torch.bool, device=q.device).tril(S - L)
-    return F.scaled_dot_product_attention(q, k, v, past, is_causal=past is None, enable_gqa=H > K).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H > K).transpose(1, 2)
 
 
 def pack(rows, share_prefix=False):
