@@ -9,7 +9,7 @@ from .alpaca import IGNORE
 from .packing import Layout, pack
 
 BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
-GUESSES = 24                                         # tokens: at least so many, where there is something to guess from
+GUESSES, FEWER = 24, 12                              # tokens: for a row alone, at least; for each of several, where they cost more
 NGRAM, EACH = 4, 8                                   # the longest match looked for; guessed tokens for each of the match's
 KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; and how far a line goes
 
@@ -135,10 +135,12 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
             return logits.argmax().item()
         return torch.multinomial(filtered(logits, temperature, top_k, top_p), 1, generator=generator).item()
 
-    def places_for(row, wanted):
+    def places_for(row, wanted, alone):
         """Guesses for what follows it: none where the next token is drawn, or the last."""
-        block = -(-(len(row) + GUESSES) // BLOCK) * BLOCK
-        return min(block, model.args.max_seq_len) - len(row) if temperature == 0 and wanted > 1 else 0
+        if temperature > 0 or wanted == 1:
+            return 0
+        stop = -(-(len(row) + GUESSES) // BLOCK) * BLOCK if alone else len(row) + FEWER
+        return min(stop, model.args.max_seq_len) - len(row)
 
     def likeliest(logits, n):
         return logits.topk(min(n, logits.shape[-1])).indices.tolist()
@@ -149,7 +151,8 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
         going = range(len(prompts))
         while going:
             rows = [prompts[i] + answers[i] for i in going]
-            trees = [guess(row, places_for(row, left[i] - len(answers[i])), said, rivals[i]) for i, row in zip(going, rows)]
+            trees = [guess(row, places_for(row, left[i] - len(answers[i]), len(rows) == 1), said, rivals[i])
+                     for i, row in zip(going, rows)]
             with torch.inference_mode():
                 found = next_logits(model, rows, trees)
             still = []

@@ -11,7 +11,7 @@ import generate as command
 import train
 from llama import load_checkpoint, packing, sampling, save_checkpoint
 from llama.rnn import RNN, RNNArgs
-from llama.sampling import BLOCK, EACH, GUESSES, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
+from llama.sampling import BLOCK, EACH, FEWER, GUESSES, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
 
 from .conftest import EXAMPLES, tiny
 
@@ -275,6 +275,9 @@ def test_guesses_fill_blocks_and_stop_at_the_end_of_the_context(monkeypatch):
     monkeypatch.setattr(sampling, "guess", lambda row, most, *_: asked.append((len(row), most)) or {})
     one(counted, [1, 5, 9], 99, -1)
     assert asked == [(n, min(next(b for b in range(0, 999, BLOCK) if b >= n + GUESSES), 64) - n if n < 63 else 0) for n in range(3, 64)]
+    asked.clear()
+    [*generate(counted, [[1, 5, 9], [1, 5]], 3, -1)]
+    assert asked == [(n, FEWER if n < start + 2 else 0) for step in range(3) for start in (3, 2) for n in [start + step]]
 
 
 def test_no_ngram_comes_twice():
