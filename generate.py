@@ -25,6 +25,7 @@ from llama.evaluate import Exam, intervals
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
+from lora.prepack import prepack
 from lora.quantize import KINDS as QUANTIZED, quantizer
 
 DEMO = Path(__file__).parent / "llama" / "demo"
@@ -112,7 +113,7 @@ def load(args, device):
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which were not kept")
     quantize = args.quantize or base.get("quantize", "none")
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, convert=quantizer(quantize))
-    model.eval()
+    prepack(model.eval())
     said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision}{f' and {quantize}' * (quantize != 'none')} on {device}"
     if args.adapter:
         load_adapter(model, adapter_at(args.adapter, model.args))
@@ -122,6 +123,7 @@ def load(args, device):
     if args.merge:
         probe = torch.tensor([tokenizer.encode(PROBE, bos=True)], device=device)
         said += "\n" + merge_report(model, probe, "--precision fp32")
+        prepack(model)                               # what the merge left
     return model, tokenizer, said
 
 

@@ -20,6 +20,7 @@ from llama.alpaca import count_answer
 from llama.checkpoint import is_huggingface, load_checkpoint
 from llama.cli import DTYPES, number, pick_hardware, text
 from llama.sampling import generate as generate_ids
+from lora.prepack import prepack
 
 from . import runs
 from .measure import Peaks
@@ -87,7 +88,7 @@ def generated(run):
     peaks, prompts = Peaks(device), [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(run)]
     peaks("start")
     model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[args.precision], device, init=args.init)
-    model.eval()
+    prepack(model.eval())
     peaks("weights")
     batch, answers, seconds = run["batch"], [], []
     for start in range(0, batch * run["prompts"] + batch, batch):
