@@ -102,6 +102,21 @@ def test_no_example_sees_another(share_prefix):
     assert apart.min() == begin and apart.max() == end - 1
 
 
+@pytest.mark.parametrize("short", [256, 0], ids=["products", "kernel"])
+def test_models_of_several_kinds_read_one_layout(monkeypatch, short):
+    """A teacher in bf16 without gradients, a student in fp32, other numbers of heads, another device: each its own masks."""
+    monkeypatch.setattr(packing, "SHORT", short)
+    batch, apart = (pack(drawn(3), share_prefix=True) for each in range(2))
+    for dtype, heads in (torch.bfloat16, 4), (torch.float32, 4), (torch.float32, 2), (torch.float64, 1):
+        model, apart.layout.masks = tiny(n_kv_heads=heads).to(dtype), {}
+        with torch.set_grad_enabled(dtype != torch.bfloat16):
+            logits, alone = (model(batch.tokens, layout=layout) for layout in (batch.layout, apart.layout))
+        assert logits.dtype == dtype and torch.equal(logits, alone)
+    elsewhere = batch.to(torch.device("meta"))
+    assert tiny().to("meta")(elsewhere.tokens, layout=elsewhere.layout).is_meta
+    assert all(mask is None or mask.is_meta for mask in elsewhere.layout.masks.values())
+
+
 def test_a_row_may_be_longer_than_an_example_may():
     model, rows = tiny(max_seq_len=64), [(list(range(3, 60)), [_] * 50 + [5] * 7)] * 4
     batch = pack(rows)
