@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llama import ModelArgs, Transformer
-from llama.model import RMSNorm, rope_table
+from llama.model import RMSNorm, rope_table, rotate
 
 from .conftest import ROOT, tiny
 from .reference import naive_logits
@@ -110,6 +110,22 @@ def test_positions_stay_exact_when_the_model_is_cast(monkeypatch):
     assert made[0].dtype == torch.float32
     assert torch.equal(made[0], rope_table(300, 8, 10000.0, "cpu", torch.float32))
     assert not any("rope" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-15), (torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_compiled_blocks_turn_pairs_by_the_same_angles(monkeypatch, dtype, off):
+    """In real numbers, which a compiler fuses, as in complex ones, backward too."""
+    rope = rope_table(9, 6, 10000.0, "cpu", torch.promote_types(dtype, torch.float32))
+    x, g = (torch.randn(2, 9, 3, 6, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(2))
+    found = []
+    for compiling in False, True:
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+        monkeypatch.setattr(torch, "view_as_complex", torch.view_as_complex if not compiling else None)
+        y = rotate(x.requires_grad_(), rope)
+        assert y.dtype == dtype and y.shape == x.shape
+        found.append((y, *torch.autograd.grad(y, x, g)))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=off, atol=off)
 
 
 def test_random_weights_start_at_uniform_guessing():
