@@ -278,6 +278,9 @@ def test_guesses_fill_blocks_and_stop_at_the_end_of_the_context(monkeypatch):
     asked.clear()
     [*generate(counted, [[1, 5, 9], [1, 5]], 3, -1)]
     assert asked == [(n, FEWER if n < start + 2 else 0) for step in range(3) for start in (3, 2) for n in [start + step]]
+    asked.clear()
+    [*generate(counted, [[*range(50)], [*range(57)]], 2, -1)]
+    assert asked == [(50, FEWER), (57, 64 - 57), (51, 0), (58, 0)]
 
 
 def test_no_ngram_comes_twice():
