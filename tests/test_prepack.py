@@ -7,7 +7,7 @@ import torch.nn as nn
 
 import generate
 from llama import load_checkpoint, sampling
-from lora import LoRAConfig, add_lora, lora_disabled, merge_lora, unmerge_lora
+from lora import LoRAConfig, add_lora, lora_disabled, merge_lora, save_adapter, unmerge_lora
 from lora.adapter import METHODS
 from lora.layers import lora_layers
 from lora.prepack import PrepackedLinear, prepack
@@ -55,6 +55,11 @@ def test_a_machine_without_it_stays_as_it_is(monkeypatch):
     model = tiny(n_layers=1)
     prepack(model)
     assert not any(isinstance(layer, PrepackedLinear) for layer in model.modules())
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    for dtype in torch.bfloat16, torch.float32:
+        prepack(model.to(dtype))
+        assert any(isinstance(layer, PrepackedLinear) for layer in model.modules()) == (dtype == torch.float32)
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def test_adapters_over_it(method):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
-def test_generate_py_answers_with_packed_weights(base, tokenizer):
+def test_generate_py_answers_with_packed_weights(base, tokenizer, tmp_path):
     args = generate.parse_args(["--checkpoint", str(base), "--adapter", "none", "--precision", "fp32"])
     packed, *_ = generate.load(args, torch.device("cpu"))
     assert any(isinstance(layer, PrepackedLinear) for layer in packed.modules())
@@ -97,3 +102,9 @@ def test_generate_py_answers_with_packed_weights(base, tokenizer):
     args.quantize = "int8"
     fewer, *_ = generate.load(args, torch.device("cpu"))
     assert {type(layer).__name__ for layer in fewer.modules() if isinstance(layer, QuantizedLinear)} == {"Int8Linear", "PrepackedLinear"}
+    model, _ = load_checkpoint(base, dtype=torch.float32)
+    add_lora(model, LoRAConfig(r=2))
+    save_adapter(model, tmp_path / "adapter.pt")
+    args = generate.parse_args(["--adapter", str(tmp_path / "adapter.pt"), "--merge", "--precision", "fp32"])
+    merged, *_ = generate.load(args, torch.device("cpu"))
+    assert lora_layers(merged) and not any(type(layer) is nn.Linear for layer in merged.modules())
