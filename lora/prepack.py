@@ -26,7 +26,10 @@ class PrepackedLinear(QuantizedLinear):
 
 
 def prepack(model):
-    """Put a PrepackedLinear in the place of each nn.Linear of `model` on a CPU whose oneDNN multiplies that dtype."""
+    """Put a PrepackedLinear in the place of each nn.Linear of `model` on a CPU whose oneDNN multiplies that dtype.
+
+    An output matrix tied to the embedding is held twice from then on.
+    """
     multiplied = {torch.float32} if torch.backends.mkldnn.is_available() else set()
     if multiplied and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         multiplied.add(torch.bfloat16)
