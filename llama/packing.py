@@ -31,7 +31,7 @@ class Layout:
         self.positions = torch.cat([begin + (self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length))
                                     for i, (begin, (length, _)) in enumerate(zip(begins, segments))])
         self.longest = self.positions.max().item() + 1                         # of the examples
-        self.masks = {}
+        self.masks = {}                                                        # what `mask` has made
 
     def to(self, device):
         there = copy.copy(self)

@@ -41,7 +41,7 @@ class DeltaLoRALinear(LoRALinear):
                              "must be a finite number and at least 0")
 
     def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
-        if getattr(base, "kind", None):
+        if getattr(base, "kind", None):                           # prepack.py's is none: it holds its weight whole
             raise ValueError("delta-lora moves the weight itself, which a quantised base cannot do")
         super().__init__(base, r, alpha, dropout, init, **options)
         self.lora_W = nn.Parameter(base.weight.detach().to(self.lora_A.dtype, copy=True), requires_grad=False)
