@@ -87,7 +87,7 @@ def parse_args(argv=None):
         parser.error(f"--choices {','.join(args.choices)}: give two answers or more, each once, with commas between them")
     if args.score and (args.temperature > 0 or args.beams > 1 or args.no_repeat_ngram):
         parser.error("--score takes the likeliest tokens as they come: no --temperature, --beams or --no-repeat-ngram")
-    args.adapter_by_default = args.adapter is None
+    args.adapter_by_default, args.pool = args.adapter is None, {}      # of what was said, for the answers to come
     if args.adapter is None and os.path.exists("out/adapter.pt"):
         args.adapter = "out/adapter.pt"
     if args.adapter == "none":
@@ -155,7 +155,7 @@ def answers(model, tokenizer, examples, args):
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     if args.beams == 1:
         return generate(model, prompts, args.max_new_tokens, tokenizer.eos_id, args.temperature,
-                        args.top_k, args.top_p, args.no_repeat_ngram, args.seed)
+                        args.top_k, args.top_p, args.no_repeat_ngram, args.seed, args.pool)
     return ((i, token) for i, prompt in enumerate(prompts) for token in beam_search(
         model, prompt, args.max_new_tokens, tokenizer.eos_id, args.beams, args.no_repeat_ngram))
 

@@ -90,11 +90,11 @@ def generated(run):
     model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[args.precision], device, init=args.init)
     prepack(model.eval())
     peaks("weights")
-    batch, answers, seconds = run["batch"], [], []
+    batch, answers, seconds, pool = run["batch"], [], [], {}
     for start in range(0, batch * run["prompts"] + batch, batch):
         asked = [prompts[i % len(prompts)] for i in range(start, start + batch)]
         some, began = [[] for _ in asked], time.perf_counter()
-        for i, token in generate_ids(model, asked, run["new"] if start else min(run["new"], 64), -1):
+        for i, token in generate_ids(model, asked, run["new"] if start else min(run["new"], 64), -1, pool=pool):
             some[i].append(token)
         seconds.append(time.perf_counter() - began)
         answers += some

@@ -199,10 +199,10 @@ class Exam:
         columns = forced(model, self.rows, self.ids)
         if columns["nats"].isnan().any():
             raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
-        exact, ended = [], []
+        exact, ended, pool = [], [], {}
         for some in split(range(len(self.rows)), BATCH):
             prompts, ids = [parts(self.rows[i])[0] for i in some], [[] for _ in some]
-            for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id):
+            for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):
                 ids[k].append(token)
             ended += [len(answer) < left for answer, left in zip(ids, room(model, prompts, self.limit))]
             exact += [self.tokenizer.decode(answer).strip() == self.examples[i]["output"].strip() for answer, i in zip(ids, some)]

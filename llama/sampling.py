@@ -10,8 +10,9 @@ from .packing import Layout, pack
 
 BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
 GUESSES, FEWER = 24, 12                              # tokens: for a row alone, at least; for each of several, where they cost more
-NGRAM, EACH = 4, 8                                   # the longest match looked for; guessed tokens for each of the match's
+NGRAM, LINE = 4, 4                                   # the longest match looked for; tokens guessed from one of 1, twice as many from 2
 KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; and how far a line goes
+POOL = 2 ** 17                                       # places remembered from answer to answer, some 40 MB; then it begins anew
 
 
 def next_logits(model, rows, trees=None):
@@ -43,27 +44,27 @@ def next_logits(model, rows, trees=None):
 
 
 def lookup(row):
-    """What followed when the last few tokens of `row` were there before (prompt lookup, Saxena 2023), the more of it the
-    more of them match; [] where none does."""
+    """What followed when the last few tokens of `row` were there before (prompt lookup, Saxena 2023), twice as much of it
+    for each more that matches; [] where none does."""
     for n in range(min(NGRAM, len(row) - 1), 0, -1):
         for i in range(len(row) - n - 1, -1, -1):                    # the last time first
             if row[i:i + n] == row[-n:]:
                 said = row[:]
-                while len(said) < len(row) + EACH * n:
+                while len(said) < len(row) + LINE * 2 ** (n - 1):
                     said.append(said[i + n - len(row)])              # past the end of the row it copies what it has said
                 return said[len(row):]
     return []
 
 
-def guess(row, most, said, rivals):
+def guess(row, most, pool, rivals):
     """A tree of up to `most` tokens that may follow `row`: {(parent, token): number}, parents first, -1 being the row's end.
 
-    said: {(token,) or (one before, token): the likeliest after these where the model read them last}, right or wrong a guess
-    as they were (an n-gram pool, Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does; what
-    was said after them fits here often, and they themselves may be still to come.
+    pool: {(token,) or (one before, token): the likeliest after these where the model read them last}, in this text or another,
+    right or wrong a guess as they were (Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does;
+    what was said after them fits here often, and they themselves may be still to come.
     """
     def after(*line):
-        return said.get(line[-2:]) or said.get(line[-1:], [])
+        return pool.get(line[-2:]) or pool.get(line[-1:], [])
 
     likely, lines, tree = [after(*row[-2:-1], rival) for rival in rivals], [lookup(row)], {}
     for token in [*after(*row[-2:]), *(token for rank in zip(*filter(None, likely)) for token in rank), *rivals]:
@@ -115,16 +116,18 @@ def room(model, prompts, max_new_tokens):
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
-def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0):
+def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0,
+             pool=None):
     """Iterate over (i, id): what comes next for prompts[i] (lists of ids), a round at a time, until eos (not given).
 
     temperature 0 takes the likeliest token; a round gives those that were guessed right and the one after them, the
     text being what a token a round would give.  Above 0 one is drawn from `filtered` with a generator for each prompt,
     seeded alike.  Either way a prompt gets the same text alone and in any batch, but for what 16 bits round otherwise
     at another length.  no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at max_seq_len as well.
+    pool: a dict, empty at first, that calls with one model share: what it said in earlier answers makes guesses better.
     Raises ValueError, at once, when a prompt leaves no room for an answer.
     """
-    left = room(model, prompts, max_new_tokens)
+    left, pool = room(model, prompts, max_new_tokens), {} if pool is None else pool
 
     @torch.inference_mode()
     def choose(logits, answer, generator):
@@ -146,12 +149,14 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
         return logits.topk(min(n, logits.shape[-1])).indices.tolist()
 
     def rounds():
-        answers, rivals, said = [[] for _ in prompts], [[] for _ in prompts], {}
+        answers, rivals = [[] for _ in prompts], [[] for _ in prompts]
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         going = range(len(prompts))
+        if len(pool) > POOL:
+            pool.clear()
         while going:
             rows = [prompts[i] + answers[i] for i in going]
-            trees = [guess(row, places_for(row, left[i] - len(answers[i]), len(rows) == 1), said, rivals[i])
+            trees = [guess(row, places_for(row, left[i] - len(answers[i]), len(rows) == 1), pool, rivals[i])
                      for i, row in zip(going, rows)]
             with torch.inference_mode():
                 found = next_logits(model, rows, trees)
@@ -160,7 +165,7 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
                 read = [row[-1], *(token for _, token in tree)]
                 pairs = [tuple(row[-2:]), *((read[1 + parent], token) for parent, token in tree)]
                 for pair, best in zip(pairs, likeliest(logits, KNOWN) if temperature == 0 else ()):
-                    said[pair] = said[pair[-1:]] = best
+                    pool[pair] = pool[pair[-1:]] = best
                 node = -1                                            # where in the tree the text stands
                 while len(answers[i]) < left[i]:
                     token = choose(logits[1 + node], answers[i], generators[i])

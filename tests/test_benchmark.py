@@ -285,7 +285,7 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
                batch=8, prompts=2, new=4)
     ids = peers.generated(run)["ids"]
     assert len(ids) == 16 and all(len(answer) == 4 for answer in ids)
-    monkeypatch.setattr(peers, "generate_ids", lambda model, prompts, new, eos: ((i, 5) for i in range(len(prompts)) for _ in range(new - 1)))
+    monkeypatch.setattr(peers, "generate_ids", lambda model, prompts, new, eos, pool: ((i, 5) for i in range(len(prompts)) for _ in range(new - 1)))
     with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
         peers.generated(run)
 

@@ -281,15 +281,15 @@ def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, to
     exam = Exam(examples, tokenizer, 512, limit=len(tokenizer.encode("one two three")))
     asked, heard = [], []
 
-    def scripted(model, prompts, limit, eos):
-        asked.append((len(prompts), limit))
+    def scripted(model, prompts, limit, eos, pool):
+        asked.append((len(prompts), limit, pool.setdefault("pool", len(asked))))
         return ((k, token) for k, prompt in enumerate(prompts)
                 for token in tokenizer.encode(said[int(tokenizer.decode(prompt).split("Say ")[1][0])]))
     monkeypatch.setattr(module, "generate", scripted)
     monkeypatch.setattr(module, "BATCH", 3)
     columns = exam.take(tiny(), heard.append)
     assert columns["exact_match"].tolist() == [1, 0, 0, 0] and columns["ended"].tolist() == [1, 1, 0, 1]
-    assert asked == [(3, exam.limit), (1, exam.limit)] and heard == [3, 4]
+    assert asked == [(3, exam.limit, 0), (1, exam.limit, 0)] and heard == [3, 4]      # one pool for both
     assert Exam(examples, tokenizer, 512).limit == 2 * (1 + len(tokenizer.encode("one two three")))
 
 

@@ -11,7 +11,7 @@ import generate as command
 import train
 from llama import load_checkpoint, packing, sampling, save_checkpoint
 from llama.rnn import RNN, RNNArgs
-from llama.sampling import BLOCK, EACH, FEWER, GUESSES, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
+from llama.sampling import BLOCK, FEWER, GUESSES, LINE, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
 
 from .conftest import EXAMPLES, tiny
 
@@ -86,7 +86,7 @@ def test_what_followed_the_last_time_is_looked_up():
     assert lookup([1, 2, 3]) == lookup([1]) == []
     for n in range(1, NGRAM + 1):
         row = [*range(10, 60), 1, *range(10, 10 + n)]                        # its last n tokens were there before
-        assert lookup(row) == [*range(10 + n, 60), 1, *range(10, 99)][:EACH * n]
+        assert lookup(row) == [*range(10 + n, 60), 1, *range(10, 99)][:LINE * 2 ** (n - 1)]
 
 
 def lines(tree):
@@ -109,9 +109,9 @@ def test_a_tree_of_guesses_by_hand():
     assert lines(guess([1, 2, 5], 99, said, [20, 22, 21])) == [
         [30], [31], [41], [32], [42], [20], [20, 30], [22], [21], [21, 30]]
     assert lines(guess([1, 2, 5], 3, {**said, (2, 21): [50, 51, 52]}, [20, 22, 21])) == [[30], [50], [31]]
-    assert lines(guess([3, 5, 3], 99, said, []))[:EACH + 3] == [
-        *([5, 3, 5, 3, 5, 3, 5, 3][:n] for n in range(1, EACH + 1)), [7], [7, 4], [7, 4, 3]]                 # looked up before
-    assert lines(guess([3, 7, 3], 99, said, []))[EACH:EACH + 2] == [[7, 4], [7, 4, 3]]                       # lines that begin alike
+    assert lines(guess([3, 5, 3], 99, said, []))[:LINE + 3] == [
+        *([5, 3, 5, 3][:n] for n in range(1, LINE + 1)), [7], [7, 4], [7, 4, 3]]                 # looked up before
+    assert lines(guess([3, 7, 3], 99, said, []))[LINE:LINE + 2] == [[7, 4], [7, 4, 3]]                       # lines that begin alike
     assert guess([7, 7], 0, said, [7]) == guess([1, 2], 9, {}, []) == guess([1], 9, {}, []) == {}
 
 
@@ -154,7 +154,7 @@ def test_guesses_give_the_greedy_text_in_fewer_forwards():
                 assert one(model, prompt, 30, -1, no_repeat_ngram=n) == naive(model, prompt, 30, -1, n)
     counted = Counted(tiny(vocab_size=12, dim=16, max_seq_len=300))
     assert len(one(counted, [1, 5, 9], 200, -1)) == 200 and len(counted.tokens) < 80
-    assert sum(n % BLOCK == 0 for n in counted.tokens) > 0.8 * len(counted.tokens)      # and so few shapes
+    assert sum(n % BLOCK == 0 for n in counted.tokens) > 0.7 * len(counted.tokens)      # and so few shapes
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 5])
@@ -184,8 +184,27 @@ def test_what_is_said_after_a_wrong_guess_is_guessed_next():
     model = Counting({})
     assert one(model, [7, *range(20, 30), 7], 3, -1) == [12, 13, 14]
     first, second = ([ids[12:] for ids in read] for read in model.asked)
-    assert first == [[*range(20, 20 + n)] for n in range(EACH + 1)]
+    assert first == [[*range(20, 20 + n)] for n in range(LINE + 1)]
     assert second[:2] == [[12], [12, 13]]
+
+
+def test_answers_of_one_pool_help_the_next(monkeypatch):
+    """The same text, in fewer forwards the second time; a full pool begins anew; without one, calls share nothing."""
+    model = tiny(max_seq_len=128)
+    text, pool = naive(model, [1, 5, 9], 60, -1), {}
+
+    def forwards(pool):
+        counted = Counted(model)
+        assert one(counted, [1, 5, 9], 60, -1, pool=pool) == text
+        return len(counted.places)
+    first, second, full = forwards(pool), forwards(pool), len(pool)
+    assert second < 0.9 * first == 0.9 * forwards(None) == 0.9 * forwards({})
+    monkeypatch.setattr(sampling, "POOL", full)
+    assert forwards(pool) <= second and len(pool) >= full
+    monkeypatch.setattr(sampling, "POOL", len(pool) - 1)
+    assert forwards(pool) == first
+    one(model, [1, 5, 9], 60, -1, temperature=1.0, pool=(drawn := {}))
+    assert drawn == {}
 
 
 def test_what_is_drawn_or_searched_is_not_guessed():
@@ -498,6 +517,19 @@ def test_verbose_says_tokens_a_forward_and_a_second(base, data, capsys):
         for tokens, forwards, ratio in found:
             assert int(forwards) <= 8 and float(ratio) == pytest.approx(int(tokens) / int(forwards), abs=0.006)
             assert flags[0:1] != ("--data",) or float(ratio) > 2             # of eight prompts, or four, in one forward
+
+
+def test_later_answers_of_a_session_take_fewer_forwards(base, tmp_path, capsys, monkeypatch):
+    """The same instruction again, typed or in another batch of a file: the same answer from what is remembered of the first."""
+    (tmp_path / "same.json").write_text(json.dumps([{"instruction": "Say"}] * 9))
+    for flags in (["--interactive"], ["--data", str(tmp_path / "same.json")]):
+        monkeypatch.setattr(command, "BATCH", 1)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Say\n" * 9))
+        command.main(["--checkpoint", str(base), "--adapter", "none", "--max-new-tokens", "40", "--verbose", *flags])
+        said = capsys.readouterr()
+        answers = [json.loads(line)["answer"] for line in said.out.splitlines()] if "--data" in flags else said.out.split("\n### ")[1:-1]
+        forwards = [int(n) for n in re.findall(r"tokens in (\d+) forwards", said.err)]
+        assert len(answers) == len(forwards) == 9 and len(set(answers)) == 1 and max(forwards[1:]) < forwards[0]
 
 
 def test_several_dtypes_answer(trained):
