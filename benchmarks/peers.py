@@ -81,8 +81,8 @@ def theirs(python, ask, rows):
 
 
 def generated(run):
-    """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up; from the first
-    again when they end."""
+    """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up, with what was
+    said in answers to others before; from the first again when they end, but then with nothing."""
     args = train.parse_args(run["flags"])
     device, args.precision = pick_hardware(args.device, args.precision)
     peaks, prompts = Peaks(device), [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(run)]
@@ -93,6 +93,8 @@ def generated(run):
     batch, answers, seconds, pool = run["batch"], [], [], {}
     for start in range(0, batch * run["prompts"] + batch, batch):
         asked = [prompts[i % len(prompts)] for i in range(start, start + batch)]
+        if start + batch > len(prompts):
+            pool.clear()                             # their answers would be known
         some, began = [[] for _ in asked], time.perf_counter()
         for i, token in generate_ids(model, asked, run["new"] if start else min(run["new"], 64), -1, pool=pool):
             some[i].append(token)

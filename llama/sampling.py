@@ -122,8 +122,8 @@ def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, t
 
     temperature 0 takes the likeliest token; a round gives those that were guessed right and the one after them, the
     text being what a token a round would give.  Above 0 one is drawn from `filtered` with a generator for each prompt,
-    seeded alike.  Either way a prompt gets the same text alone and in any batch, but for what 16 bits round otherwise
-    at another length.  no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at max_seq_len as well.
+    seeded alike.  Either way a prompt gets the same text alone, in any batch and with any pool, but for what 16 bits round
+    otherwise at another length.  no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at max_seq_len as well.
     pool: a dict, empty at first, that calls with one model share: what it said in earlier answers makes guesses better.
     Raises ValueError, at once, when a prompt leaves no room for an answer.
     """

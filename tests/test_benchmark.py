@@ -285,6 +285,15 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
                batch=8, prompts=2, new=4)
     ids = peers.generated(run)["ids"]
     assert len(ids) == 16 and all(len(answer) == 4 for answer in ids)
+    pools = []
+
+    def scripted(model, prompts, new, eos, pool):
+        pools.append(dict(pool))
+        pool[len(pools),] = [5]
+        return ((i, 5) for i in range(len(prompts)) for _ in range(new))
+    monkeypatch.setattr(peers, "generate_ids", scripted)
+    peers.generated({**run, "batch": 4, "prompts": 3})
+    assert pools == [{}, {(1,): [5]}, {(1,): [5], (2,): [5]}, {}]             # a prompt that comes again finds nothing of its answer
     monkeypatch.setattr(peers, "generate_ids", lambda model, prompts, new, eos, pool: ((i, 5) for i in range(len(prompts)) for _ in range(new - 1)))
     with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
         peers.generated(run)

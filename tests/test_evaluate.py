@@ -290,6 +290,8 @@ def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, to
     columns = exam.take(tiny(), heard.append)
     assert columns["exact_match"].tolist() == [1, 0, 0, 0] and columns["ended"].tolist() == [1, 1, 0, 1]
     assert asked == [(3, exam.limit, 0), (1, exam.limit, 0)] and heard == [3, 4]      # one pool for both
+    exam.take(tiny())
+    assert [pool for *_, pool in asked] == [0, 0, 2, 2]                      # and another for the base, say
     assert Exam(examples, tokenizer, 512).limit == 2 * (1 + len(tokenizer.encode("one two three")))
 
 

@@ -198,7 +198,7 @@ def test_answers_of_one_pool_help_the_next(monkeypatch):
         assert one(counted, [1, 5, 9], 60, -1, pool=pool) == text
         return len(counted.places)
     first, second, full = forwards(pool), forwards(pool), len(pool)
-    assert second < 0.9 * first == 0.9 * forwards(None) == 0.9 * forwards({})
+    assert second < 0.9 * first == 0.9 * forwards(None) == 0.9 * forwards(None) == 0.9 * forwards({})
     monkeypatch.setattr(sampling, "POOL", full)
     assert forwards(pool) <= second and len(pool) >= full
     monkeypatch.setattr(sampling, "POOL", len(pool) - 1)
