@@ -113,10 +113,15 @@ def make(args):
     for name in FAMILY:
         best = min((Trial(args, name, lr, args.seeds[0]) for lr in args.lrs), key=lambda trial: loss_of(trial.learnt()))
         trials = [best, *(Trial(args, name, best.lr, seed) for seed in args.seeds[1:])]
-        results = [trial.learnt() | trial.asked() for trial in trials]
+        learnt = [trial.learnt() for trial in trials]
+        row = [name, f"{best.lr:g}", f"{learnt[0]['parameters']:,}"]
+        if math.inf in map(loss_of, learnt):                         # and left no adapter that could be asked
+            rows.append([*row, "diverged", *[""] * 5])
+            continue
+        results = [one | trial.asked() for one, trial in zip(learnt, trials)]
         speeds = (f"{statistics.median(result[key] for result in results):,.0f}"
                   for key in ("examples_per_second", "adapter_per_second", "merged_per_second"))
-        rows.append([name, f"{best.lr:g}", f"{results[0]['parameters']:,}", spread(map(loss_of, results), "{:.3f}"),
+        rows.append([*row, spread(map(loss_of, results), "{:.3f}"),
                      spread((result["right"] for result in results), "{:.1%}"), *speeds, f"{results[0]['kept_mb']:.2f}"])
         panels["held-out loss"].append((name, statistics.median(map(loss_of, results))))
         panels["right to the letter"].append((name, statistics.median(result["right"] for result in results)))

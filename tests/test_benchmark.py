@@ -434,6 +434,28 @@ def test_a_search_in_which_runs_diverge(args, monkeypatch):
     assert search.make(args)[-1].endswith("All diverged: try lower --lrs)")
 
 
+def test_a_method_that_diverges_is_a_row(args, monkeypatch):
+    """At every learning rate, or with one seed of several; of a run that diverged nothing is asked, there is no adapter."""
+    def fresh(function, flags, *asked):
+        if asked:
+            return dict(right=0.5, adapter_per_second=1.0, merged_per_second=1.0)
+        method, seed = flags[flags.index("--method") + 1], flags[flags.index("--seed") + 1]
+        out = Path(flags[flags.index("--out") + 1])
+        lost = method == "dora" or method == "vera" and seed == "1"
+        if not lost:
+            out.mkdir(parents=True)
+            (out / "adapter.pt").touch()
+        return dict(held_out_loss=None if lost else 1.5, parameters=7, kept_mb=1.0, examples_per_second=1.0)
+    monkeypatch.setattr(methods, "fresh", fresh)
+    monkeypatch.setattr(methods, "picture", lambda *_: None)
+    args = benchmark.parse_args(["methods", "--lrs", "1e-2,1e-1", "--out", str(args.out)])
+    args.said = args.on = "this"
+    rows = {line.split(" | ")[0]: line for line in methods.make(args)}
+    assert rows["| dora"] == "| dora | 0.01 | 7 | diverged |  |  |  |  |  |"
+    assert rows["| vera"] == "| vera | 0.01 | 7 | diverged |  |  |  |  |  |"
+    assert rows["| rslora"] == "| rslora | 0.01 | 7 | 1.500 ± 0.000 | 50.0% ± 0.0% | 1 | 1 | 1 | 1.00 |"
+
+
 def test_no_table_is_lost_for_a_picture(args, monkeypatch, capsys):
     monkeypatch.setattr(tables, "find_spec", lambda name: True)
     monkeypatch.setattr(tables, "draw", lambda *_: 1 / 0)
