@@ -169,9 +169,6 @@ def load_model(args, lora, device, init):
     """(model, wrapped paths): the base with an adapter or, for --method full, trainable as a whole."""
     # What is frozen is held in the compute dtype: held in fp32, autocast would make a 16-bit copy at each use
     # and keep it until backward.  What is trained is held in fp32, where small steps are not rounded away.
-    # And of oneDNN's kernels, each for rows of one length, 1,024 would be kept, though a length hardly comes again.
-    for cache in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY":
-        os.environ.setdefault(cache, "64")
     dtype = DTYPES[args.precision] if lora else torch.float32
     model, _ = load_checkpoint(args.checkpoint, args.layers, dtype, device, args.max_seq_len, init, quantizer(args.quantize))
     model.checkpointing = args.checkpointing

@@ -1,6 +1,5 @@
 """train.py: the step's arithmetic through the command line, reproducible to the byte, careful with what is there."""
 import json
-import os
 import math
 
 import pytest
@@ -122,18 +121,6 @@ def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32
         model, _ = train.load_model(args, lora, torch.device("cpu"), "checkpoint")
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
-@pytest.mark.parametrize("said", [None, "7"])
-def test_kernels_of_lengths_that_are_gone_are_not_kept(said, run, monkeypatch):
-    """Whoever runs it may say otherwise.  (What it saves is the README's: a few rows of a tiny model show nothing.)"""
-    for cache in "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY":
-        monkeypatch.setenv(cache, said or "")
-        if not said:
-            monkeypatch.delenv(cache)
-    run("out", "--max-steps", "1")
-    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == os.environ["LRU_CACHE_CAPACITY"] == (said or "64")
-
 
 
 def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, tmp_path, monkeypatch):
