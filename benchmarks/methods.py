@@ -6,6 +6,7 @@ import math
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -41,7 +42,8 @@ def trained(argv):
     model, _ = train.load_model(args, train.lora_config(args), torch.device("cpu"), "random")
     batch = train.trying_batch(examples, train.pack, train.plan(args, examples, 1))
     kept = counted(model, [batch], contextlib.nullcontext())
-    return dict(held_out_loss=rows[-1].get("val_loss"), parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    left = (Path(args.out) / "adapter.pt").exists()                  # not where the last steps were all skipped
+    return dict(held_out_loss=rows[-1].get("val_loss") if left else None, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 kept_mb=(kept["copies"] + kept["activations"]) / 2 ** 20, process_mb=rows[-1]["peak_memory_mb"],
                 examples_per_second=rows[-1]["epoch"] * len(examples) / sum(row["tokens"] / row["tokens_per_second"] for row in rows))
 
@@ -112,11 +114,14 @@ def make(args):
     rows, panels = [], {"held-out loss": [], "right to the letter": []}
     for name in FAMILY:
         best = min((Trial(args, name, lr, args.seeds[0]) for lr in args.lrs), key=lambda trial: loss_of(trial.learnt()))
-        trials = [best, *(Trial(args, name, best.lr, seed) for seed in args.seeds[1:])]
+        others = args.seeds[1:] if loss_of(best.learnt()) < math.inf else []
+        trials = [best, *(Trial(args, name, best.lr, seed) for seed in others)]
         learnt = [trial.learnt() for trial in trials]
         row = [name, f"{best.lr:g}", f"{learnt[0]['parameters']:,}"]
-        if math.inf in map(loss_of, learnt):                         # and left no adapter that could be asked
-            rows.append([*row, "diverged", *[""] * 5])
+        if bad := sum(loss_of(one) == math.inf for one in learnt):       # what it left, if anything, is not worth asking
+            rows.append([*row, f"diverged, {bad} of {len(learnt)} seeds", *[""] * 5])
+            for points in panels.values():
+                points.append((name, None))                          # a cross
             continue
         results = [one | trial.asked() for one, trial in zip(learnt, trials)]
         speeds = (f"{statistics.median(result[key] for result in results):,.0f}"

@@ -44,7 +44,7 @@ CELLS = {
     **{f"grid {precision} batch {batch}{' checkpointing' * checkpointing}": dict(precision=precision, batch=batch, checkpointing=checkpointing)
        for precision, checkpointing, batch in product(("fp32", "bf16"), (False, True), (1, 4, 16))},
 }
-USUAL = ["train*", "generate*"]                      # a quarter of an hour on two cores
+USUAL = ["train*", "generate*"]                      # ten minutes on two cores
 
 
 def add_flags(parser):

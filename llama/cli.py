@@ -31,7 +31,7 @@ def number(kind, low, high=2 ** 53, open_low=False, open_high=False):
             return value
         bounds = f"{'above' if open_low else 'at least'} {low:g}"
         if high < 2 ** 53 or value > high:
-            bounds += f" and {'below' if open_high else 'at most'} {high:g}"
+            bounds += f" and {'below' if open_high else 'at most'} {high:.16g}"
         raise argparse.ArgumentTypeError(f"{text} is out of range, must be {bounds}")
     parse.__name__ = "whole number" if kind is int else "number"              # argparse names it in its messages
     return parse

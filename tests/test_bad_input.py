@@ -54,7 +54,7 @@ def refused(monkeypatch, tmp_path, capsys):
     (["--targets", "norm"], "no layer named norm to adapt"),
     (["--targets", ""], "targets are ('',), must be names of layers"),
     (["--lr", "0"], "--lr: 0 is out of range, must be above 0"),
-    (["--lr", "inf"], "--lr: inf is out of range, must be above 0 and at most 9.0072e+15"),
+    (["--lr", "inf"], "--lr: inf is out of range, must be above 0 and at most 9007199254740992"),
     (["--weight-decay", "-1"], "--weight-decay: -1 is out of range"),
     (["--warmup-steps", "1.5"], "argument --warmup-steps: invalid whole number value: '1.5'"),
     (["--schedule", "linear"], "argument --schedule: invalid choice"),

@@ -451,9 +451,19 @@ def test_a_method_that_diverges_is_a_row(args, monkeypatch):
     args = benchmark.parse_args(["methods", "--lrs", "1e-2,1e-1", "--out", str(args.out)])
     args.said = args.on = "this"
     rows = {line.split(" | ")[0]: line for line in methods.make(args)}
-    assert rows["| dora"] == "| dora | 0.01 | 7 | diverged |  |  |  |  |  |"
-    assert rows["| vera"] == "| vera | 0.01 | 7 | diverged |  |  |  |  |  |"
+    assert rows["| dora"] == "| dora | 0.01 | 7 | diverged, 1 of 1 seeds |  |  |  |  |  |"
+    assert rows["| vera"] == "| vera | 0.01 | 7 | diverged, 1 of 2 seeds |  |  |  |  |  |"
     assert rows["| rslora"] == "| rslora | 0.01 | 7 | 1.500 ± 0.000 | 50.0% ± 0.0% | 1 | 1 | 1 | 1.00 |"
+
+
+def test_a_run_that_leaves_no_adapter_diverged(base, data, tmp_path, monkeypatch):
+    """Its last row may have a held-out loss all the same: of weights that no step has moved."""
+    row = dict(val_loss=1.5, epoch=1.0, tokens=8, tokens_per_second=4.0, peak_memory_mb=1.0)
+    args = train.parse_args(["--checkpoint", str(base), "--data", str(data), "--out", str(tmp_path)])
+    monkeypatch.setattr(methods, "finished", lambda argv: (args, [row]))
+    assert methods.trained([])["held_out_loss"] is None
+    (tmp_path / "adapter.pt").touch()
+    assert methods.trained([])["held_out_loss"] == 1.5
 
 
 def test_no_table_is_lost_for_a_picture(args, monkeypatch, capsys):
