@@ -17,18 +17,20 @@ from pathlib import Path
 
 import torch
 
-from llama.alpaca import encode_prompt, read_examples
+from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
+from finetune.dataset import encode_prompt, read_examples
+from finetune.errors import bad_input_ends_in_one_line, in_one_line, shown
+from finetune.evaluate import Exam, intervals
+from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import PROBE, load_checkpoint
-from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, in_one_line, number, pick_hardware,
-                       shown, text, utf8)
-from llama.evaluate import Exam, intervals
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import beam_search, generate, room, stream
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
 from lora.prepack import prepack
-from lora.quantize import KINDS as QUANTIZED, quantizer
+from lora.quantize import KINDS as QUANTIZED
+from lora.quantize import quantizer
 
-DEMO = Path(__file__).parent / "llama" / "demo"
+DEMO = Path(__file__).parent / "finetune" / "demo"
 BATCH = 8                                            # prompts at a time for --data
 INSTRUCTIONS = [                                     # the demo's adapter was trained on none of these
     {"instruction": "What is the opposite of slow?"},

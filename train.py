@@ -25,24 +25,57 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from llama.alpaca import SupervisedDataset, ahead, plan_epoch, read_examples, windows
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS, load_checkpoint, read_params, save_checkpoint, save_weights
-from llama.cli import (DTYPES, Parser, add_hardware_flags, bad_input_ends_in_one_line, held_out, leave, named_values, number,
-                       peak_memory_mb, pick_hardware, progress, text)
-from llama.distill import Distillation, add_flags as add_teacher_flags, check as check_teacher, settle as settle_teacher
-from llama.evaluate import TOKENS, evaluate
-from llama.loss import answer_loss
-from llama.packing import pack
+from finetune.arguments import Parser, add_hardware_flags, named_values, number, text
+from finetune.batches import ahead, pack, plan_epoch, windows
+from finetune.dataset import SupervisedDataset, read_examples
+from finetune.distill import Distillation
+from finetune.distill import add_flags as add_teacher_flags
+from finetune.distill import check as check_teacher
+from finetune.distill import settle as settle_teacher
+from finetune.errors import bad_input_ends_in_one_line
+from finetune.evaluate import TOKENS, evaluate
+from finetune.hardware import DTYPES, peak_memory_mb, pick_hardware
+from finetune.loss import answer_loss
+from finetune.pictures import picture_of
+from finetune.preflight import (
+    check_data,
+    check_gradients,
+    describe,
+    memory_of_a_step,
+    out_of_memory_ends_in_one_line,
+    trying_batch,
+)
+from finetune.progress import held_out, progress
+from finetune.ranks import leave
+from finetune.state import Run
+from finetune.state import add_flags as add_survival_flags
+from llama.checkpoint import (
+    PARAMS,
+    TOKENIZER,
+    WEIGHTS,
+    load_checkpoint,
+    read_params,
+    save_checkpoint,
+    save_weights,
+)
 from llama.peft import adapter_at
-from llama.pictures import picture_of
-from llama.preflight import check_data, check_gradients, describe, memory_of_a_step, out_of_memory_ends_in_one_line, trying_batch
-from llama.state import Run, add_flags as add_survival_flags
-from lora import AdapterState, LoRAConfig, add_lora, begin_step, follow_optimizer, load_adapter, method_options, read_adapter, save_adapter
+from lora import (
+    AdapterState,
+    LoRAConfig,
+    add_lora,
+    begin_step,
+    follow_optimizer,
+    load_adapter,
+    method_options,
+    read_adapter,
+    save_adapter,
+)
 from lora.adapter import METHODS
-from lora.lora_plus import lora_plus_groups
-from lora.quantize import KINDS as QUANTIZED, quantizer
+from lora.methods.lora_plus import lora_plus_groups
+from lora.quantize import KINDS as QUANTIZED
+from lora.quantize import quantizer
 
-DEMO = Path(__file__).parent / "llama" / "demo"
+DEMO = Path(__file__).parent / "finetune" / "demo"
 SETTINGS = ("method", "r", "alpha", "dropout", "targets")        # what --adapter brings along
 
 

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import train
-from llama.alpaca import read_examples
+from finetune.arguments import number, text
+from finetune.dataset import read_examples
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
-from llama.cli import number, text
 
 from .runs import add_training_flags, examined, finished, training_flags
 from .tables import cell, fresh, listed, markdown, spread

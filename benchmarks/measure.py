@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama.cli import peak_memory_mb
-from llama.loss import answer_loss
+from finetune.hardware import peak_memory_mb
+from finetune.loss import answer_loss
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

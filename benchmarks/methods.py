@@ -12,9 +12,9 @@ import torch
 
 import generate
 import train
-from llama.alpaca import encode_prompt, read_examples
+from finetune.arguments import number
+from finetune.dataset import encode_prompt, read_examples
 from llama.checkpoint import read_params
-from llama.cli import number
 from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.adapter import METHODS

@@ -16,9 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import train
-from llama.alpaca import count_answer
+from finetune.arguments import number, text
+from finetune.dataset import count_answer
+from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
-from llama.cli import DTYPES, number, pick_hardware, text
 from llama.sampling import generate as generate_ids
 from lora.prepack import prepack
 
@@ -143,7 +144,7 @@ def make(args):
                          "say what to install, each in an environment of its own")
     if not is_huggingface(Path(args.folder)):
         raise ValueError(f"{args.folder} is not in Hugging Face's layout, which both sides read: "
-                         f"python -m llama.checkpoint {args.folder} COPY --to hf")
+                         f"python -m finetune.convert {args.folder} COPY --to hf")
     tables, panels, versions = {}, {}, {}
     for name in names:
         sides = contestants(args, name, pythons)

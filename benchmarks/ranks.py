@@ -3,8 +3,8 @@ import sys
 import tempfile
 
 import train
-from llama.alpaca import read_examples
-from llama.cli import number
+from finetune.arguments import number
+from finetune.dataset import read_examples
 
 from .runs import add_training_flags, examined, finished, training_flags
 from .tables import cell, fresh, listed, markdown, picture

@@ -1,7 +1,7 @@
 """The machine's best matrix products, and what share of that training reaches."""
 import torch
 
-from llama.cli import DTYPES, pick_hardware
+from finetune.hardware import DTYPES, pick_hardware
 
 from . import runs
 from .measure import flop_a_token, matmul_peak

@@ -14,19 +14,23 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 import generate
 import train
-from llama.alpaca import IGNORE, SupervisedDataset, count_answer, read_examples
+from finetune.arguments import add_hardware_flags, number, text
+from finetune.dataset import IGNORE, SupervisedDataset, count_answer, read_examples
+from finetune.evaluate import Exam, measures
+from finetune.hardware import DTYPES, pick_hardware
+from finetune.pictures import read_metrics
+from finetune.preflight import memory_of_a_step
+from finetune.state import METRICS, Run
 from llama.checkpoint import TOKENIZER, read_params
-from llama.cli import DTYPES, add_hardware_flags, number, pick_hardware, text
-from llama.evaluate import Exam, measures
 from llama.files import write_json
-from llama.pictures import read_metrics
-from llama.preflight import memory_of_a_step
-from llama.state import METRICS, Run
-from lora.dylora import set_rank
+from lora.methods.dylora import set_rank
 
 from .measure import Peaks, counted, multiplied
 from .tables import OutOfMemory, cell, tried, within_memory

@@ -10,8 +10,7 @@ import shlex
 import sys
 import tempfile
 
-import train
-from llama.cli import number
+from finetune.arguments import number
 from lora.adapter import METHODS
 
 from .runs import add_training_flags, finished, training_flags

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from llama.cli import in_one_line
+from finetune.errors import in_one_line
+from finetune.pictures import Panel, draw
 from llama.files import read_object, write_json
-from llama.pictures import Panel, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 

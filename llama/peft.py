@@ -6,7 +6,15 @@ base's, lora_A has none.  VeRA stays here: one frozen B serves layers of both or
 import re
 from pathlib import Path
 
-from .files import SAFETENSORS, has_safetensors, read_object, read_saved, read_tensors, write_json, write_tensors
+from .files import (
+    SAFETENSORS,
+    has_safetensors,
+    read_object,
+    read_saved,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from .huggingface import as_halves, as_pairs, heads, ours, theirs
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."

@@ -5,8 +5,7 @@ from itertools import accumulate
 
 import torch
 
-from .alpaca import IGNORE
-from .packing import Layout, pack
+from .layout import Layout, arrange
 
 BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
 GUESSES, FEWER = 24, 12                              # tokens: for a row alone, at least; for each of several, where they cost more
@@ -24,20 +23,22 @@ def next_logits(model, rows, trees=None):
     Raises ValueError where weights have gone wrong and a logit is no finite number.
     """
     trees = trees or [{}] * len(rows)
-    tokens, _, _, layout = pack([([*row, *(token for _, token in tree)], [IGNORE] * len(row) + [0] * len(tree))
-                                 for row, tree in zip(rows, trees)], share_prefix=True)
-    stops, seen, places = list(accumulate(length for length, _ in layout.segments)), {}, []
-    for tree, end in zip(trees, layout.ends):
+    whole = [[*row, *(token for _, token in tree)] for row, tree in zip(rows, trees)]
+    pieces, ends = arrange(whole, [len(row) - 1 for row in rows])
+    tokens = torch.tensor([[token for piece in pieces for token in whole[piece.example][piece.start:piece.stop]]])
+    segments = [(piece.stop - piece.start, piece.context) for piece in pieces]
+    stops, seen, places = list(accumulate(length for length, _ in segments)), {}, []
+    for tree, end in zip(trees, ends):
         places.append(range(stops[end] - len(tree) - 1, stops[end]))         # the row's last token and the tree's
         if tree:
-            length, _ = layout.segments[end]
+            length, _ = segments[end]
             seen[end] = torch.ones(length, length, dtype=torch.bool).tril()
             for i, (parent, _) in enumerate(tree, length - len(tree)):
                 seen[end][i] = seen[end][length - len(tree) + parent]
                 seen[end][i, i] = True
     device = next(model.parameters()).device
     logits = model(tokens.to(device), rows=torch.tensor([place for some in places for place in some], device=device),
-                   layout=Layout(layout.segments, seen).to(device)).float().cpu()
+                   layout=Layout(segments, seen).to(device)).float().cpu()
     if not logits.max() < torch.inf:                                 # nan is neither
         raise ValueError("the model's logits are no finite numbers: are its weights, or the adapter's?")
     return logits.split([len(some) for some in places])

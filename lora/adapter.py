@@ -2,24 +2,13 @@
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from .layers import lora_layers
-
-# method -> base layer -> adapter layer.  One line and one file a method: without both, all others are as they were.
-METHODS = {method: import_module(f".{file}", __package__).LAYERS for method, file in {
-    "lora": "layers",
-    "rslora": "rslora",
-    "lora-fa": "lora_fa",
-    "vera": "vera",
-    "delta-lora": "delta_lora",
-    "dora": "dora",
-    "dylora": "dylora",
-}.items()}
+from .methods import METHODS
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 
 import train
 from llama import ModelArgs, Tokenizer, Transformer, save_checkpoint
-from llama.alpaca import plan_epoch, windows
+from finetune.batches import plan_epoch, windows
 
 ROOT = Path(__file__).parents[1]
 CORPUS = [

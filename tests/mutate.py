@@ -245,8 +245,9 @@ def build(folder):
     """One small file of every kind, in `folder`: {kind: (path, command lines that read it)}."""
     import sentencepiece as spm
 
-    from llama import Tokenizer, checkpoint, huggingface, load_checkpoint, save_checkpoint
-    from llama.state import Run
+    from finetune import convert
+    from finetune.state import Run
+    from llama import Tokenizer, load_checkpoint, save_checkpoint
     from lora import LoRAConfig, add_lora, lora_state_dict, save_adapter
 
     import train as program
@@ -279,9 +280,9 @@ def build(folder):
             torch.nn.init.normal_(tensor, std=0.1)
         save_adapter(model, folder / f"{method}.pt")
         if method == "dora":
-            checkpoint.main([str(folder / "base"), str(folder / "small"), "--to", "int8", "--adapter", str(folder / "dora.pt")])
+            convert.main([str(folder / "base"), str(folder / "small"), "--to", "int8", "--adapter", str(folder / "dora.pt")])
             for suffix in (".bin", ".safetensors")[:1 + bool(find_spec("safetensors"))]:
-                checkpoint.main([str(folder / "base"), str(folder / f"peft{suffix}"), "--to", "peft", "--adapter", str(folder / "dora.pt"),
+                convert.main([str(folder / "base"), str(folder / f"peft{suffix}"), "--to", "peft", "--adapter", str(folder / "dora.pt"),
                                  *["--bin"] * (suffix == ".bin")])
     (folder / "data.json").write_text(json.dumps(EXAMPLES[:3]))
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES[:3])))
@@ -331,7 +332,7 @@ def run(line, log, most):
     """(outcome, what it said) of a command line, with its streams in the file `log`, native writes too."""
     import generate
     import train
-    from llama import checkpoint
+    from finetune import convert
     program, *flags = line
     flags = FLAGS[program] + flags + (["--instruction", "Say"] if program == "generate" and "--data" not in flags else [])
     os.ftruncate(log, 0)
@@ -343,7 +344,7 @@ def run(line, log, most):
     signal.setitimer(signal.ITIMER_PROF, SECONDS)                 # of its own: a machine may be busy with others
     signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)            # it waits for what does not come
     try:
-        code = {"generate": generate, "train": train, "checkpoint": checkpoint}[program].main(flags) or 0
+        code = {"generate": generate, "train": train, "checkpoint": convert}[program].main(flags) or 0
     except SystemExit as error:
         code = error.code
     except BaseException as error:

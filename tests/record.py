@@ -26,14 +26,15 @@ import torch.nn.functional as F
 
 import train
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
-from llama.alpaca import encode_prompt, plan_epoch, read_examples
+from finetune.batches import plan_epoch
+from finetune.dataset import encode_prompt, read_examples
 from llama.sampling import generate
 from lora import LoRAEmbedding, LoRALinear, lora_state_dict
 
 from .conftest import EXAMPLES, ROOT
 
 RECORDED = Path(__file__).with_name("recorded.json")
-TOKENIZER = ROOT / "llama/demo/tokenizer.model"               # fixed bytes, which a tokenizer trained here would not be
+TOKENIZER = ROOT / "finetune/demo/tokenizer.model"               # fixed bytes, which a tokenizer trained here would not be
 
 SHAPES = {
     "MHA": dict(),

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from llama.alpaca import (DataCollatorForSupervisedDataset, SupervisedDataset, encode_example, encode_prompt,
-                          format_prompt, read_examples)
+from finetune.batches import DataCollatorForSupervisedDataset
+from finetune.dataset import encode_example, encode_prompt, format_prompt, read_examples, SupervisedDataset
 
 from .conftest import epoch_windows
 

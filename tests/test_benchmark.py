@@ -20,12 +20,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import benchmark
+from benchmarks import __main__ as benchmark
 import train
 from benchmarks import ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling, search, tables
-from llama import ModelArgs, checkpoint
-from llama.alpaca import count_answer
-from llama.packing import pack
+from finetune import convert
+from llama import ModelArgs
+from finetune.dataset import count_answer
+from finetune.batches import pack
 from lora import LoRAConfig, add_lora
 
 from . import peers as their_side
@@ -350,7 +351,7 @@ def test_figures_of_other_data_are_others(monkeypatch, tmp_path, capsys):
 def test_bad_flags_end_in_one_line(flags, said, capsys):
     with pytest.raises(SystemExit) as left:
         benchmark.main(flags)
-    assert left.value.code == 2 and re.fullmatch(rf"benchmark.py: .*{said}.*\n", capsys.readouterr().err)
+    assert left.value.code == 2 and re.fullmatch(rf"benchmarks: .*{said}.*\n", capsys.readouterr().err)
 
 
 def test_what_is_no_transformer_ends_in_one_line(tmp_path, tokenizer, capsys):
@@ -359,7 +360,7 @@ def test_what_is_no_transformer_ends_in_one_line(tmp_path, tokenizer, capsys):
     for name in "ablation", "scaling", "roofline", "peers":
         with pytest.raises(SystemExit, match="2"):
             benchmark.main([name, "--checkpoint", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out")])
-        assert capsys.readouterr().err == f"benchmark.py: {tmp_path} is no transformer: what is counted here is a transformer's work\n"
+        assert capsys.readouterr().err == f"benchmarks: {tmp_path} is no transformer: what is counted here is a transformer's work\n"
 
 
 def test_cells_and_peers_that_are_not_there(tmp_path, capsys):
@@ -496,7 +497,7 @@ def table(monkeypatch, tmp_path, capsys):
 
 def killed_after_two_cells(name, path, flags):
     """The cells that `benchmark.py name`, a process of its own, leaves in `path`."""
-    process = subprocess.Popen([sys.executable, ROOT / "benchmark.py", name, "--out", path.parent, *map(str, flags)], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", name, "--out", path.parent, *map(str, flags)], cwd=ROOT,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
         assert process.poll() is None                            # it must not have ended by itself
@@ -567,7 +568,7 @@ def test_methods_to_the_end(base, data, table):
 @pytest.mark.skipif(not find_spec("peft") or not find_spec("transformers"), reason="transformers and peft are not installed")
 def test_peers_to_the_end(base, tmp_path, table):
     """In fp32, greedy: the same text as transformers, cache or not."""
-    checkpoint.main([str(base), str(tmp_path / "hf"), "--to", "hf"])
+    convert.main([str(base), str(tmp_path / "hf"), "--to", "hf"])
     said = "\n".join(table("peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps", "1",
                            "--cells", "train bf16 batch 32*,generate fp32 64*"))
     assert "| train bf16 batch 32 share-prefix |" in said and said.count("| yes |") == 2 and "| no |" not in said
@@ -589,7 +590,7 @@ def test_a_killed_search_continues_and_ends_as_if_it_had_not_been(base, data, tm
 @pytest.mark.slow
 def test_one_adapter_cut_to_each_rank_beside_one_trained_at_each(tmp_path, capsys):
     """At its whole rank a cut DyLoRA is the adapter as it was saved; a rank is not another's; finished cells are kept."""
-    examples = json.loads((ROOT / "llama/demo/held_out.json").read_text())[:12]
+    examples = json.loads((ROOT / "finetune/demo/held_out.json").read_text())[:12]
     (tmp_path / "few.json").write_text(json.dumps(examples))
     flags = ["--data", str(tmp_path / "few.json"), "--val-data", str(tmp_path / "few.json")]
     benchmark.main(["ranks", *flags, "--ranks", "1,2,4", "--out", str(tmp_path)])

@@ -13,13 +13,13 @@ import pytest
 
 import generate as command
 from llama import load_checkpoint
-from llama.alpaca import encode_prompt, read_examples
+from finetune.dataset import encode_prompt, read_examples
 from llama.sampling import generate
 from lora import load_adapter, lora_disabled
 
 from .conftest import ROOT
 
-DEMO = ROOT / "llama" / "demo"
+DEMO = ROOT / "finetune" / "demo"
 
 
 def python(folder, *command):
@@ -119,7 +119,7 @@ def test_held_out_examples_are_not_among_the_training_examples():
 @pytest.mark.slow
 def test_the_documented_commands_make_the_demo_again(tmp_path):
     """The same data and tokenizer to the byte; a tenth of the base's training is enough to see it learn."""
-    subprocess.run([sys.executable, "-m", "llama.demo.make", tmp_path / "world"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "finetune.demo.make", tmp_path / "world"], cwd=ROOT, check=True)
     for name in ("train.json", "held_out.json", "tokenizer.model", "params.json"):
         assert (tmp_path / "world" / name).read_bytes() == (DEMO / name).read_bytes(), name
     flags = (DEMO / "make.py").read_text().split("python train.py ")[1].split("\n    python -c")[0].replace("\\\\", "").split()
@@ -134,5 +134,5 @@ def test_the_documented_commands_make_the_demo_again(tmp_path):
 
 
 def test_making_the_demo_wants_a_folder():
-    done = subprocess.run([sys.executable, "-m", "llama.demo.make"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == "usage: python -m llama.demo.make DIR\n"
+    done = subprocess.run([sys.executable, "-m", "finetune.demo.make"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "usage: python -m finetune.demo.make DIR\n"

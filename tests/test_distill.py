@@ -14,13 +14,15 @@ import torch
 import generate
 import train
 from benchmarks import distill as table
-from llama import ModelArgs, Tokenizer, Transformer, checkpoint, load_checkpoint, save_checkpoint
-from llama.alpaca import IGNORE, Batch, DataCollatorForSupervisedDataset
-from llama.distill import Distillation
-from llama.evaluate import forced
-from llama.loss import CHUNK, answer_loss
-from llama.packing import pack
-from llama.preflight import estimate_memory
+from finetune import convert
+from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
+from finetune.batches import Batch, DataCollatorForSupervisedDataset
+from finetune.dataset import IGNORE
+from finetune.distill import Distillation
+from finetune.evaluate import forced
+from finetune.loss import answer_loss, CHUNK
+from finetune.batches import pack
+from finetune.preflight import estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
 
@@ -444,5 +446,5 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):
-            checkpoint.main(["made", "converted", "--to", layout, *["--adapter", "a.pt"] * (layout == "peft")])
+            convert.main(["made", "converted", "--to", layout, *["--adapter", "a.pt"] * (layout == "peft")])
         assert "made is no transformer" in capsys.readouterr().err

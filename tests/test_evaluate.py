@@ -2,7 +2,6 @@
 
     pytest -s tests/test_evaluate.py        prints how much faster scoring is than the slow reference
 """
-import functools
 import json
 import math
 import time
@@ -11,16 +10,15 @@ import pytest
 import torch
 
 import generate as command
-import llama.evaluate as module
+import finetune.evaluate as module
 import train
 from llama import load_checkpoint
-from llama.alpaca import IGNORE, SupervisedDataset, encode_prompt, read_examples
-from llama.evaluate import Exam, class_answers, evaluate, forced, grouped, intervals, lay, log_likelihoods, measures, small_set
-from lora import LoRAConfig, add_lora
+from finetune.dataset import encode_prompt, IGNORE, read_examples, SupervisedDataset
+from finetune.evaluate import class_answers, evaluate, Exam, forced, grouped, intervals, lay, log_likelihoods, measures, small_set
 
 from .conftest import EXAMPLES, ROOT, tiny
 
-DEMO = ROOT / "llama" / "demo"
+DEMO = ROOT / "finetune" / "demo"
 nothing = torch.autocast("cpu", enabled=False)
 
 

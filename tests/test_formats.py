@@ -1,4 +1,4 @@
-"""llama/huggingface.py, llama/peft.py and `python -m llama.checkpoint`: other tools' folders in and out, to the bit, or refused."""
+"""llama/huggingface.py, llama/peft.py and `python -m finetune.convert`: other tools' folders in and out, to the bit, or refused."""
 import io
 import json
 import random
@@ -13,6 +13,7 @@ import torch
 
 import generate
 import train
+from finetune import convert
 from llama import ModelArgs, Tokenizer, Transformer, checkpoint, huggingface, load_checkpoint, save_checkpoint
 from llama.huggingface import as_halves, as_pairs, ours, theirs, with_width
 from llama.peft import adapter_at
@@ -44,7 +45,7 @@ def meta(request, tmp_path, tokenizer):
 
 
 def run(*flags):
-    checkpoint.main([str(flag) for flag in flags])
+    convert.main([str(flag) for flag in flags])
 
 
 def to_hf(base, suffix=".bin"):
@@ -351,7 +352,7 @@ def test_a_merge_says_what_it_lost_and_what_helps(base, tmp_path, capsys, monkey
     def save(model, *args):                                               # with one set of weights in memory
         assert all(layer.own == (None,) for layer in lora_layers(model).values())
         save_checkpoint(model, *args)
-    monkeypatch.setattr(checkpoint, "save_checkpoint", save)
+    monkeypatch.setattr(convert, "save_checkpoint", save)
     model = trained_like(load_checkpoint(base)[0])
     for name, tensor in lora_state_dict(model).items():
         if name.endswith("lora_B"):
@@ -499,7 +500,7 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
         config(hf, **change)
     assert message in refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
     assert message in refused(train.main, "--checkpoint", str(hf), "--data", str(data))
-    assert message in refused(checkpoint.main, str(hf), "new", "--to", "meta")
+    assert message in refused(convert.main, str(hf), "new", "--to", "meta")
     assert not list(hf.parent.glob("*new*"))
 
 
@@ -546,7 +547,7 @@ def test_a_peft_folder_that_is_wrong(refused, base, data, tmp_path, change, mess
         config(tmp_path / "peft", "adapter_config.json", **change)
     assert message in refused(generate.main, "--checkpoint", str(base), "--adapter", "peft")
     assert message in refused(train.main, "--checkpoint", str(base), "--data", str(data), "--adapter", "peft")
-    assert message in refused(checkpoint.main, str(base), "new", "--to", "meta", "--adapter", "peft")
+    assert message in refused(convert.main, str(base), "new", "--to", "meta", "--adapter", "peft")
     assert not list(tmp_path.glob("*new*"))
 
 
@@ -579,7 +580,7 @@ def test_a_conversion_that_cannot_be(refused, base, data, tmp_path, tokenizer, f
     torch.save({**content, "base": {"layers": "x"}}, tmp_path / "nonsense.pt")
     torch.save({**content, "base": None}, tmp_path / "baseless.pt")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert message in refused(checkpoint.main, *flags)
+    assert message in refused(convert.main, *flags)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before and not list(tmp_path.glob("new*"))
 
 
@@ -612,13 +613,13 @@ def test_a_write_that_fails_leaves_nothing(refused, base, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
     for to in ("meta", "hf"):
-        assert "No space left" in refused(checkpoint.main, str(base), "deep/new", "--to", to, *["--bin"] * (to == "hf"))
+        assert "No space left" in refused(convert.main, str(base), "deep/new", "--to", to, *["--bin"] * (to == "hf"))
         assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(base.iterdir())
     monkeypatch.undo()
     (tmp_path / "empty").mkdir()
     run(base, tmp_path / "empty", "--to", "meta")                         # an empty folder is as good as none
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "deep", tmp_path / "empty"])
-    limit = "import resource, sys; from llama import checkpoint; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); checkpoint.main()"
+    limit = "import resource, sys; from finetune import convert; resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); convert.main()"
     for flags in (["hf", "--bin"], *[["hf"]] * bool(find_spec("safetensors"))):              # a disk that ends
         done = subprocess.run([sys.executable, "-c", limit, str(base), str(tmp_path / "new"), "--to", *flags], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot be written" in done.stderr
@@ -635,7 +636,7 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, 
         **dict(model_type="bpe", vocab_size=300, byte_fallback=settings.get("model_type") != "unigram", remove_extra_whitespaces=False,
                normalization_rule_name="identity"), **settings})
     (base / "tokenizer.model").write_bytes(out.getvalue())
-    assert "has no form that transformers would read alike" in refused(checkpoint.main, str(base), "new", "--to", "hf", "--bin")
+    assert "has no form that transformers would read alike" in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
     run(base, base.parent / "new", "--to", "meta")
 
 
@@ -648,7 +649,7 @@ def test_an_adapter_of_the_first_layers_says_what_base_peft_needs(base, tmp_path
 def test_without_the_safetensors_package(refused, base, tmp_path, monkeypatch):          # noqa: F811
     hf = to_hf(base)
     monkeypatch.setattr("llama.files.find_spec", lambda name: None)
-    assert "new needs a package that is not installed: pip install safetensors" in refused(checkpoint.main, str(base), "new", "--to", "hf")
+    assert "new needs a package that is not installed: pip install safetensors" in refused(convert.main, str(base), "new", "--to", "hf")
     (hf / "model.safetensors").write_bytes(b"never read")
     load_checkpoint(hf)                                                   # for there is a .bin too
     (hf / "pytorch_model.bin").unlink()
@@ -685,7 +686,7 @@ def test_bytes_changed_at_random(base, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_in_a_fresh_process(base, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "llama.checkpoint", str(base), str(tmp_path / "new"), "--to", "hf", "--bin"],
+    done = subprocess.run([sys.executable, "-m", "finetune.convert", str(base), str(tmp_path / "new"), "--to", "hf", "--bin"],
                           cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"written   {tmp_path / 'new'}\n")
     subprocess.run([sys.executable, "-c", "from llama import *; save_checkpoint; import sys, llama.checkpoint, llama.peft; assert not {'lora', 'safetensors'} & sys.modules.keys()"],

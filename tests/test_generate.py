@@ -9,7 +9,7 @@ import torch
 
 import generate as command
 import train
-from llama import load_checkpoint, packing, sampling, save_checkpoint
+from llama import layout as packed, load_checkpoint, sampling, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from llama.sampling import BLOCK, FEWER, GUESSES, LINE, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
 
@@ -118,7 +118,7 @@ def test_a_tree_of_guesses_by_hand():
 @pytest.mark.parametrize("short", [0, 256])
 def test_each_token_of_a_tree_sees_its_row_and_its_own_line_alone(monkeypatch, short):
     """Against the row and the line as a row of their own, for the Transformer in both kernels, and for the LSTM."""
-    monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(packed, "SHORT", short)
     torch.manual_seed(0)
     rows = [[1, 5, 9, 20], [7], [1, *range(300, 309), 4], [1, *range(300, 309), 5, 6], [1, *range(300, 309), 4]]
     trees = [{(-1, 5): 0, (0, 6): 1, (-1, 7): 2, (0, 8): 3, (3, 9): 4, (2, 6): 5}, {(-1, 3): 0, (0, 3): 1}, {}, {(-1, 2): 0, (-1, 3): 1}, {(-1, 9): 0}]

@@ -25,8 +25,9 @@ import torch
 
 import generate
 import train
+from finetune import convert
 from llama import checkpoint, load_checkpoint, save_checkpoint
-from llama.cli import bad_input_ends_in_one_line, in_one_line
+from finetune.errors import bad_input_ends_in_one_line, in_one_line
 from llama.files import STORAGES, read_saved
 from llama.sampling import next_logits
 from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
@@ -223,7 +224,7 @@ def made(tmp_path_factory, tokenizer):
         torch.nn.init.normal_(weight)
     save_adapter(model, folder / "adapter.pt")
     for to in ("peft", "int8"):
-        checkpoint.main([str(folder / "base"), str(folder / to), "--to", to, "--adapter", str(folder / "adapter.pt"), *["--bin"] * (to == "peft")])
+        convert.main([str(folder / "base"), str(folder / to), "--to", to, "--adapter", str(folder / "adapter.pt"), *["--bin"] * (to == "peft")])
     (folder / "data.json").write_text(json.dumps(EXAMPLES))
     return folder
 
@@ -243,10 +244,10 @@ def reads(name):
         return [(train.main, "--checkpoint", "base", "--data", name), (generate.main, "--checkpoint", "base", "--adapter", "none", "--data", name)]
     if top in ("base", "hf", "shards"):
         return [(train.main, "--checkpoint", top, "--data", "data.json"), (generate.main, "--checkpoint", top, "--adapter", "none"),
-                (checkpoint.main, top, "new", "--to", "meta")]
+                (convert.main, top, "new", "--to", "meta")]
     adapter = "int8/adapter.pt" if top == "int8" else top
     return [(train.main, "--checkpoint", "base", "--data", "data.json", "--adapter", adapter),
-            (generate.main, "--checkpoint", "base", "--adapter", adapter), (checkpoint.main, "base", "new", "--to", "int8", "--adapter", adapter)]
+            (generate.main, "--checkpoint", "base", "--adapter", adapter), (convert.main, "base", "new", "--to", "int8", "--adapter", adapter)]
 
 
 TORCH = ["base/consolidated.00.pth", "hf/pytorch_model.bin", "shards/pytorch_model-00001-of-00003.bin", "adapter.pt", "peft/adapter_model.bin"]

@@ -2,8 +2,9 @@
 import torch
 import torch.nn.functional as F
 
-from llama.alpaca import IGNORE, DataCollatorForSupervisedDataset
-from llama.loss import answer_loss
+from finetune.batches import DataCollatorForSupervisedDataset
+from finetune.dataset import IGNORE
+from finetune.loss import answer_loss
 
 from .conftest import tiny
 

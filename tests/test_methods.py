@@ -194,7 +194,7 @@ def test_delta_lora_by_hand():
 
 def test_dylora_by_hand():
     """r 2, alpha 4, x (1, 1): rank 1 is 4/1 (1, 2) 3; rank 2 adds the second pair, and halves the scale."""
-    from lora.dylora import set_rank
+    from lora.methods.dylora import set_rank
     model = nn.Sequential(OrderedDict(only=nn.Linear(2, 2, bias=False).double()))
     layer = adapted("dylora", "only", model=model, r=2, alpha=4, moved=False).only
     layer.base.weight.data.zero_()
@@ -546,7 +546,7 @@ def test_dyloras_rank_is_drawn_from_seed_and_step_alone():
 
 def test_any_smaller_rank_works_afterwards(tmp_path):
     """On a target of rank 6 each rank does better than the one below it, and any but the whole better than LoRA cut to it."""
-    from lora.dylora import set_rank
+    from lora.methods.dylora import set_rank
     torch.manual_seed(0)
     goal, x = torch.randn(8, 6) @ torch.randn(6, 8) / 8, torch.randn(64, 8)
     error = {}
@@ -578,7 +578,7 @@ def test_any_smaller_rank_works_afterwards(tmp_path):
 
 
 def test_a_chosen_rank_is_merged_saved_and_refused_out_of_range(tmp_path):
-    from lora.dylora import set_rank
+    from lora.methods.dylora import set_rank
     model = adapted("dylora", "all", r=3)
     set_rank(model, 2)
     save_adapter(model, tmp_path / "adapter.pt")
@@ -600,7 +600,7 @@ def test_a_chosen_rank_is_merged_saved_and_refused_out_of_range(tmp_path):
 
 def test_a_merge_in_the_midst_of_training_is_of_the_chosen_rank():
     """Not of the rank that the last step happened to draw."""
-    from lora.dylora import set_rank
+    from lora.methods.dylora import set_rank
     model = adapted("dylora", r=3).train()
     begin_step(model, 5)
     set_rank(model, 2)
@@ -613,7 +613,7 @@ def test_a_merge_in_the_midst_of_training_is_of_the_chosen_rank():
 
 def test_the_controller_by_hand():
     """From 4 down: the mean 10, then 9.9, then 9.89, which 9.95 is above; at the bound twice; nan says nothing."""
-    from lora.rank_by_loss import RankByLoss
+    from lora.methods.rank_by_loss import RankByLoss
     control, path = RankByLoss(2, 4), []
     for step, loss in enumerate([None, 10, 9, 9.8, 9.95, 9, 9, 20, math.nan, 20, 20], 1):
         path.append(control(step, loss))
@@ -626,7 +626,7 @@ def test_the_controller_by_hand():
 
 
 def test_the_controllers_path_is_in_the_log_and_its_end_in_the_file(run, tmp_path):
-    from lora.rank_by_loss import RankByLoss
+    from lora.methods.rank_by_loss import RankByLoss
     rows = run("out", "--method", "dylora", "--method-options", "rank_by=loss,rank_min=2", "--epochs", "10", "--accumulation-steps", "1")
     control, loss = RankByLoss(2, 4), None
     for step, row in enumerate(rows, 1):
@@ -668,7 +668,7 @@ def test_a_merged_vera_leaves_no_pair_in_a_checkpoint(tmp_path, base):
 
 
 def test_lora_plus_sets_b_of_linear_layers_apart():
-    from lora.lora_plus import lora_plus_groups
+    from lora.methods.lora_plus import lora_plus_groups
     for method in ("lora", "rslora", "delta-lora", "dora", "dylora"):
         model = adapted(method, "all")
         slow, fast = lora_plus_groups(model, 0.01, 16)
@@ -744,7 +744,7 @@ def test_bad_settings_end_in_one_line(run, capsys, flags, message):
 
 def test_the_config_that_is_given_stays_as_it_is():
     """Two models from one config: the rank of one is not the other's."""
-    from lora.dylora import set_rank
+    from lora.methods.dylora import set_rank
     config = LoRAConfig("dylora", r=3, targets=("up",))
     one, other = Small(), Small()
     add_lora(one, config), add_lora(other, config)
@@ -764,11 +764,10 @@ def test_files_from_before_there_were_options_load(tmp_path):
 
 
 def test_layers_say_nothing_of_methods():
-    """The shared page names none, and so do train.py's loop and the injector but for the one line of registry each."""
+    """The shared page, the injector and train.py's loop name none; the registry has one import and one line each."""
     words = re.compile(r"rslora|lora.fa\b|vera\b|delta.lora|dora\b|dylora", re.I)
     assert not words.search((ROOT / "lora/layers.py").read_text())
-    assert [line.split()[0] for line in (ROOT / "lora/adapter.py").read_text().splitlines() if words.search(line)] == [
-        f'"{method}":' for method in METHODS if method != "lora"]
+    assert not words.search((ROOT / "lora/adapter.py").read_text())
     assert not words.search(re.search(r"^def train.*?^def ", (ROOT / "train.py").read_text(), re.M | re.S)[0])
 
 
@@ -778,15 +777,18 @@ def test_any_method_can_be_deleted(gone, tmp_path, base, data, monkeypatch):
     """In a copy of the tree without its file and its line (LoRA+: the lines of train.py that name it) all others run."""
     shutil.copytree(ROOT / "lora", tmp_path / "lora", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", tmp_path)
-    (tmp_path / f"lora/{gone.replace('-', '_')}.py").unlink()
+    name = gone.replace("-", "_")
+    (tmp_path / f"lora/methods/{name}.py").unlink()
     if gone == "lora-plus":
         code = (tmp_path / "train.py").read_text().replace("groups = lora_plus_groups(model, args.lr, args.lora_plus_ratio)", "groups = trainable")
         code = re.sub(r"    flag\(\"--lora-plus-ratio\".*\n.*\n", "", code)
         (tmp_path / "train.py").write_text(re.sub(r".*lora_plus.*\n", "", code))
     else:
-        registry = (tmp_path / "lora/adapter.py").read_text()
-        assert len(lines := re.findall(rf'^ *"{gone}": .*\n', registry, re.M)) == 1
-        (tmp_path / "lora/adapter.py").write_text(registry.replace(lines[0], ""))
+        registry = tmp_path / "lora/methods/__init__.py"
+        lines = registry.read_text().splitlines(keepends=True)
+        others = [line for line in lines if not re.search(rf"\b{name}\b", line)]
+        assert len(others) == len(lines) - 2
+        registry.write_text("".join(others))
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lora", "train")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
@@ -800,6 +802,6 @@ def test_any_method_can_be_deleted(gone, tmp_path, base, data, monkeypatch):
 
 
 def test_each_method_is_a_page():
-    for path in (ROOT / "lora").glob("*.py"):
-        if path.name not in ("__init__.py", "adapter.py", "layers.py", "quantize.py"):
+    for path in (ROOT / "lora/methods").glob("*.py"):
+        if path.name != "__init__.py":
             assert 20 <= len(path.read_text().splitlines()) <= 95, path

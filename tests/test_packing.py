@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import train
-from llama import packing
-from llama.alpaca import DataCollatorForSupervisedDataset, ahead, fill, plan_epoch
-from llama.loss import answer_loss
-from llama.packing import pack
+from llama import layout as packed
+from finetune.batches import ahead, DataCollatorForSupervisedDataset, fill, plan_epoch
+from finetune.loss import answer_loss
+from finetune.batches import pack
 from lora import LoRAConfig, add_lora
 
 from .conftest import epoch_windows, tiny
@@ -55,7 +55,7 @@ def test_written_out_by_hand():
 
 def test_a_shared_beginning_written_out_by_hand(monkeypatch):
     """Two of three begin with 1 5 6; the second answers at once, so 6, which predicts its answer, is its own."""
-    monkeypatch.setattr(packing, "LEAST", 2)
+    monkeypatch.setattr(packed, "LEAST", 2)
     batch = pack([([1, 5, 6, 8, 9, 2], [_, _, _, _, 9, 2]), ([1, 4, 2], [_, _, 2]), ([1, 5, 6, 7, 2], [_, _, _, 7, 2])], True)
     assert batch.tokens.tolist() == [[1, 5, 6, 8, 9, 2, 6, 7, 2, 1, 4, 2]]
     assert batch.labels.tolist() == [[_, _, _, _, 9, 2, _, 7, 2, _, _, 2]]
@@ -68,7 +68,7 @@ def test_a_shared_beginning_written_out_by_hand(monkeypatch):
 @pytest.mark.parametrize("short", [256, 0], ids=["products", "kernel"])
 @pytest.mark.parametrize("dtype, loss_off, gradient_off", [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-13, 1e-12)])
 def test_loss_and_gradients_are_the_padded_ones(monkeypatch, share_prefix, short, dtype, loss_off, gradient_off):
-    monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(packed, "SHORT", short)
     for rows in drawn(), drawn(2), drawn(3)[:1], drawn(3)[:1] * 4, drawn(9, seed=1):
         batch = pack(rows, share_prefix)
         loss, gradient, n = gradients(DataCollatorForSupervisedDataset(0)(rows), dtype=dtype)
@@ -105,7 +105,7 @@ def test_no_example_sees_another(share_prefix):
 @pytest.mark.parametrize("short", [256, 0], ids=["products", "kernel"])
 def test_models_of_several_kinds_read_one_layout(monkeypatch, short):
     """A teacher in bf16 without gradients, a student in fp32, other numbers of heads, another device: each its own masks."""
-    monkeypatch.setattr(packing, "SHORT", short)
+    monkeypatch.setattr(packed, "SHORT", short)
     batch, apart = (pack(drawn(3), share_prefix=True) for each in range(2))
     for dtype, heads in (torch.bfloat16, 4), (torch.float32, 4), (torch.float32, 2), (torch.float64, 1):
         model, apart.layout.masks = tiny(n_kv_heads=heads).to(dtype), {}

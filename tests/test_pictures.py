@@ -5,8 +5,8 @@ import sys
 import pytest
 
 import train
-from llama import pictures
-from llama.pictures import Panel, draw, panels_of_a_run, plot, points, read_metrics, smoothed
+from finetune import pictures
+from finetune.pictures import draw, Panel, panels_of_a_run, plot, points, read_metrics, smoothed
 
 
 def rows(*losses, **more):
@@ -85,7 +85,7 @@ def test_a_run_ends_well_without_a_picture(base, data, tmp_path, monkeypatch, ca
         monkeypatch.setitem(sys.modules, name, None)
     train.main(run)
     said, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picture")]
-    assert said.endswith(f": pip install matplotlib, then python -m llama.pictures {tmp_path / 'run'}")
+    assert said.endswith(f": pip install matplotlib, then python -m finetune.pictures {tmp_path / 'run'}")
     assert not (tmp_path / "run" / "loss.png").exists()
     monkeypatch.setattr(pictures, "draw", lambda *_: 1 / 0)
     assert pictures.picture_of(tmp_path / "run").startswith("none: division by zero")
@@ -95,7 +95,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(3.0, None, 2.0)))
     with pytest.raises(SystemExit) as left:
         pictures.main([str(tmp_path / "nowhere")])
-    assert left.value.code == 2 and capsys.readouterr().err.startswith("llama.pictures: ")
+    assert left.value.code == 2 and capsys.readouterr().err.startswith("finetune.pictures: ")
     with pytest.raises(ValueError, match="nothing to draw in some.png"):
         draw("some.png", [])
     pytest.importorskip("matplotlib")

@@ -8,9 +8,10 @@ import torch
 
 import train
 from llama import ModelArgs, Transformer
-from llama.alpaca import IGNORE, Batch
-from llama.loss import answer_loss
-from llama.preflight import check_gradients, estimate_memory
+from finetune.batches import Batch
+from finetune.dataset import IGNORE
+from finetune.loss import answer_loss
+from finetune.preflight import check_gradients, estimate_memory
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora
 from lora.quantize import quantizer
@@ -189,7 +190,7 @@ def test_a_dry_run_finds_what_a_run_would_stumble_over(no_weights, capsys, flags
 def test_what_is_printed_for_the_demo_is_what_its_step_takes(tmp_path, monkeypatch, capsys):
     """The printed total against every tensor that train.py has alive, data and optimizer and all."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(ROOT / "llama/demo/train.json", "data.json")
+    shutil.copy(ROOT / "finetune/demo/train.json", "data.json")
     Path("held_out.json").write_text(json.dumps(json.loads(Path("data.json").read_text())[:40]))
     with LiveBytes() as memory:
         train.main(["--data", "data.json", "--val-data", "held_out.json", "--max-steps", "1", "--batch-size", "32", "--accumulation-steps", "2"])

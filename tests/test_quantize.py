@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import generate
 import train
-from llama import checkpoint, load_checkpoint, save_checkpoint
+from finetune import convert
+from llama import load_checkpoint, save_checkpoint
 from lora import LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lora, read_adapter, unmerge_lora
 from lora.adapter import METHODS
 from lora.quantize import KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels, quantizer
@@ -231,7 +232,7 @@ def test_train_generate_merge(run, base, tmp_path, capsys, kind):
     answer, said = capsys.readouterr()
     assert f"fp32 and {kind} on cpu" in said
     for to in "meta", "hf":
-        checkpoint.main([str(base), f"{kind}-{to}", "--to", to, "--adapter", adapter, "--dtype", "fp32", *["--bin"] * (to == "hf")])
+        convert.main([str(base), f"{kind}-{to}", "--to", to, "--adapter", adapter, "--dtype", "fp32", *["--bin"] * (to == "hf")])
         assert "% of the update survives in float32" in capsys.readouterr().out
         generate.main(["--checkpoint", f"{kind}-{to}", "--adapter", "none", "--instruction", "Say blue.", "--max-new-tokens", "8"])
         assert capsys.readouterr().out == answer
@@ -253,7 +254,7 @@ def test_two_ranks_over_nf4_give_the_run_of_one(run, base, data, tmp_path):
 
 def test_the_adapter_itself_in_int8(run, base, tmp_path, capsys):
     run(out="plain")
-    checkpoint.main([str(base), "small", "--to", "int8", "--adapter", "plain/adapter.pt"])
+    convert.main([str(base), "small", "--to", "int8", "--adapter", "plain/adapter.pt"])
     assert "int8: logits of up to" in capsys.readouterr().out
     whole, small = (read_adapter(tmp_path / name / "adapter.pt")["tensors"] for name in ("plain", "small"))
     assert whole.keys() == small.keys()

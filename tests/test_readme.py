@@ -5,11 +5,11 @@ import shlex
 
 import pytest
 
-import benchmark
+from benchmarks import __main__ as benchmark
 import generate
 import train
-from llama import checkpoint
-from llama.alpaca import read_examples
+from finetune import convert
+from finetune.dataset import read_examples
 
 from .conftest import ROOT
 
@@ -23,7 +23,7 @@ def commands(program):
 
 
 @pytest.mark.parametrize("program, parse", [("train.py", train.parse_args), ("generate.py", generate.parse_args),
-                                            ("-m llama.checkpoint", checkpoint.parse_args), ("benchmark.py", benchmark.parse_args)])
+                                            ("-m finetune.convert", convert.parse_args), ("-m benchmarks", benchmark.parse_args)])
 def test_every_command_parses(program, parse):
     assert len(commands(program)) >= 2
     for command in commands(program):
@@ -79,7 +79,7 @@ def test_the_table_of_traps_is_what_the_tests_say():
 
 def test_pictures_are_there_and_small():
     shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert shown and {ROOT / path for path in shown} == set((ROOT / "pictures").iterdir())
+    assert shown and {ROOT / path for path in shown} == set((ROOT / "docs/pictures").iterdir())
     assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
 
 
@@ -89,13 +89,13 @@ def test_requirements_are_four_and_pinned():
 
 
 def test_no_framework_in_what_is_shipped():
-    ours = [*ROOT.glob("*.py"), *(path for room in ("llama", "lora", "benchmarks") for path in ROOT.glob(f"{room}/**/*.py"))]
+    ours = [*ROOT.glob("*.py"), *(path for room in ("llama", "lora", "finetune", "benchmarks") for path in ROOT.glob(f"{room}/**/*.py"))]
     for path in ours:
         assert not re.search(r"^\s*(import|from) (transformers|peft|litgpt|accelerate|lightning|datasets)\b", path.read_text(), re.M), path
 
 
 def test_the_library_snippet_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "llama").symlink_to(ROOT / "llama")
+    (tmp_path / "finetune").symlink_to(ROOT / "finetune")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", README, re.S)[1], {})
     assert capsys.readouterr().out == "1.0\n"

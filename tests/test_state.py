@@ -26,8 +26,9 @@ import pytest
 import torch
 
 import train
-from llama import save_checkpoint, state
-from llama.preflight import knobs, out_of_memory_ends_in_one_line
+from finetune import state
+from llama import save_checkpoint
+from finetune.preflight import knobs, out_of_memory_ends_in_one_line
 
 from .conftest import EXAMPLES, ROOT, tiny
 

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import generate
 import train
 from llama import load_checkpoint, save_checkpoint
-from llama.alpaca import (IGNORE, Batch, DataCollatorForSupervisedDataset, SupervisedDataset, count_answer, encode_example,
-                          encode_prompt, format_prompt)
-from llama.distill import Distillation
-from llama.evaluate import Exam, measures
-from llama.loss import answer_loss
+from finetune.batches import Batch, DataCollatorForSupervisedDataset
+from finetune.dataset import count_answer, encode_example, encode_prompt, format_prompt, IGNORE, SupervisedDataset
+from finetune.distill import Distillation
+from finetune.evaluate import Exam, measures
+from finetune.loss import answer_loss
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 

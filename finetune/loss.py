@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .alpaca import IGNORE
+from .dataset import IGNORE
 
 CHUNK = 128                                                      # rows of logits at a time in fp32
 

@@ -3,7 +3,7 @@ import random
 
 import torch.nn as nn
 
-from .layers import LoRAEmbedding, LoRALayer, LoRALinear, lora_layers
+from ..layers import LoRAEmbedding, LoRALayer, LoRALinear, lora_layers
 from .rank_by_loss import RankByLoss
 
 

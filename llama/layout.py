@@ -1,15 +1,14 @@
-"""Micro-batches without padding: examples one behind another in one row, and only attention knows where each begins.
+"""Packed rows: several examples in one row without padding, each attending to itself alone.
 
-A third of a padded batch of Alpaca examples is padding, and a quarter of what remains is the same preamble again.
-Training can do without (alpaca.py's collator gives the same loss); generation and scoring lay their rows out here too.
+A third of a padded batch of Alpaca examples is padding, and a quarter of the rest is the same preamble again.  Training,
+scoring and generation all lay out their rows here.
 """
 import copy
 from os.path import commonprefix
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from .alpaca import IGNORE, Batch, count_answer
 
 LEAST = 8                                            # tokens: sharing fewer costs more in attention than it saves
 SHORT = 256                                          # tokens: up to here plain products beat torch's CPU kernel (bf16)
@@ -72,39 +71,40 @@ def after_context(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H > K).transpose(1, 2)
 
 
-def pack(rows, share_prefix=False):
-    """List of (tokens, labels) -> Batch of one row (1, N) and its Layout; nothing is padded.
+class Piece(NamedTuple):
+    """Tokens start..stop of one example, which continue the earlier pieces that `context` lists."""
+    example: int
+    start: int
+    stop: int
+    context: tuple
 
-    share_prefix: what examples have in common at their beginning, up to before the token that predicts the first
-    target, stands once, and its gradient is the sum of theirs.  Exact but for dropout, which then drops the same
-    there for all.  Preambles may branch (Alpaca's two do).
+
+def arrange(rows, shareable):
+    """Return (pieces, ends): how examples stand one behind another, with equal beginnings only once.
+
+    rows: lists of ids.  shareable: for each row, how many of its first tokens may be shared; 0 shares nothing.
+    pieces: a list of Piece from left to right.  ends: for each row, the index of its last piece.
+    Beginnings may branch, as Alpaca's two preambles do.
     """
-    tokens, labels, segments, ends = [], [], [], [None] * len(rows)
+    pieces = []
+    ends = [None] * len(rows)
 
-    def lay(row, start, stop, context):
-        tokens.extend(row[0][start:stop])
-        labels.extend([IGNORE, *row[1][start + 1:stop]])         # what predicts this token stands elsewhere, if at all
-        segments.append((stop - start, context))
-
-    def shareable(i):
-        first = next((j for j, label in enumerate(rows[i][1][1:], 1) if label != IGNORE), len(rows[i][0]))
-        return rows[i][0][:first - 1]
-
-    def place(some, start, context):
-        """`some` of the rows, which agree in their first `start` tokens; `context` holds these."""
+    def place(members, start, context):
+        """Lay out the rows in `members`, which agree in their first `start` tokens; `context` holds those."""
         branches = {}
-        for i in some:
-            beginning = tuple(shareable(i)[start:start + LEAST]) if share_prefix else ()
-            branches.setdefault(beginning if len(beginning) == LEAST else i, []).append(i)
+        for i in members:
+            beginning = tuple(rows[i][start:min(start + LEAST, shareable[i])])
+            key = beginning if len(beginning) == LEAST else i
+            branches.setdefault(key, []).append(i)
         for branch in branches.values():
             first = branch[0]
             if len(branch) == 1:
-                ends[first] = len(segments)
-                lay(rows[first], start, len(rows[first][0]), context)
+                ends[first] = len(pieces)
+                pieces.append(Piece(first, start, len(rows[first]), context))
             else:
-                stop = len(commonprefix([shareable(i) for i in branch]))
-                lay(rows[first], start, stop, context)
-                place(branch, stop, (*context, len(segments) - 1))
+                stop = len(commonprefix([rows[i][:shareable[i]] for i in branch]))
+                pieces.append(Piece(first, start, stop, context))
+                place(branch, stop, (*context, len(pieces) - 1))
+
     place(range(len(rows)), 0, ())
-    return Batch(torch.tensor([tokens]), torch.tensor([labels]), sum(count_answer(labels) for _, labels in rows),
-                 Layout(segments, ends=ends))
+    return pieces, ends

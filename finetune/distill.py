@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from .checkpoint import sampled
-from .cli import number, shown, text
+from llama.checkpoint import sampled
+
+from .arguments import number, text
+from .errors import shown
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 TEMPERATURE, WEIGHT = 2.0, 0.5

@@ -1,6 +1,6 @@
 """Pictures of lines, where matplotlib is installed: of a run, from its metrics.jsonl, and of any table.
 
-    python -m llama.pictures out            draw out/loss.png again, or while the run goes on
+    python -m finetune.pictures out            draw out/loss.png again, or while the run goes on
 """
 import argparse
 import io
@@ -9,9 +9,11 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-from .alpaca import split
-from .cli import Parser, bad_input_ends_in_one_line, in_one_line, text
-from .files import write_whole
+from llama.files import write_whole
+
+from .arguments import Parser, text
+from .batches import split
+from .errors import bad_input_ends_in_one_line, in_one_line
 from .state import METRICS, PICTURE
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"     # Okabe & Ito 2008, without yellow
@@ -44,8 +46,8 @@ def draw(path, panels, said=""):
     if not panels:
         raise ValueError(f"there is nothing to draw in {path}")
     try:
-        from matplotlib.figure import Figure                     # here, for nothing else needs it
-        from PIL import Image                                    # which comes with it
+        from matplotlib.figure import Figure  # here, for nothing else needs it
+        from PIL import Image  # which comes with it
     except ImportError as error:
         raise ValueError(f"{error}: pip install matplotlib") from None
     columns = min(2, len(panels))
@@ -156,12 +158,12 @@ def picture_of(out):
     try:
         return draw_run(out)
     except Exception as error:                                   # a package that does not fit its others raises anything
-        return f"none: {in_one_line(error)}, then python -m llama.pictures {out}"
+        return f"none: {in_one_line(error)}, then python -m finetune.pictures {out}"
 
 
 def main(argv=None):
-    with bad_input_ends_in_one_line("llama.pictures"):
-        parser = Parser(prog="llama.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    with bad_input_ends_in_one_line("finetune.pictures"):
+        parser = Parser(prog="finetune.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("out", metavar="DIR", type=text, help="a run's folder")
         print(draw_run(Path(parser.parse_args(argv).out)))
 

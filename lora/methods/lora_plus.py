@@ -1,7 +1,7 @@
 """LoRA+ (Hayou et al. 2024): B learns faster than A, by the optimizer's groups alone."""
 import torch.nn as nn
 
-from .layers import lora_layers
+from ..layers import lora_layers
 
 
 def lora_plus_groups(model, lr, ratio):

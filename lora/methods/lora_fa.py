@@ -1,7 +1,7 @@
 """LoRA-FA (Zhang et al. 2023): A stays as it was drawn, so a layer needs to remember far less for backward."""
 import torch.nn as nn
 
-from .layers import LoRALinear, like
+from ..layers import LoRALinear, like
 
 
 class LoRAFALinear(LoRALinear):

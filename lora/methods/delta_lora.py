@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import LoRALinear
+from ..layers import LoRALinear
 
 
 class DeltaLoRALinear(LoRALinear):

@@ -1,6 +1,6 @@
 """Make the demo's small world: a base text, questions for fine-tuning, a tokenizer.  Then train its base on it:
 
-    python -m llama.demo.make world
+    python -m finetune.demo.make world
     python train.py --init random --method full --checkpoint world --data world/text.jsonl --out base \\
         --lr 3e-3 --epochs 6 --batch-size 32 --accumulation-steps 1 --max-seq-len 128 --precision bf16
     python -c "import llama, torch; llama.save_checkpoint(*llama.load_checkpoint('base', dtype=torch.bfloat16), 'demo')"
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from llama.alpaca import format_prompt
+from finetune.dataset import format_prompt
 
 SEED = 7
 TEXT_ROWS = 24000
@@ -429,6 +429,6 @@ def make(folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: python -m llama.demo.make DIR", file=sys.stderr)
+        print("usage: python -m finetune.demo.make DIR", file=sys.stderr)
         sys.exit(2)
     make(Path(sys.argv[1]))

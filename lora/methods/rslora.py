@@ -3,7 +3,7 @@ import math
 
 import torch.nn as nn
 
-from .layers import LoRAEmbedding, LoRALinear
+from ..layers import LoRAEmbedding, LoRALinear
 
 
 class RSLoRA:

@@ -27,9 +27,12 @@ try:
 except ImportError:                                               # on Windows nothing keeps two runs apart
     fcntl = None
 
-from .checkpoint import PARAMS, TOKENIZER, WEIGHTS
-from .cli import end, in_one_line, leave, number, sum_over_ranks
-from .files import check_alike, first_line, read_saved, reading, write_json, write_whole
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS
+from llama.files import check_alike, first_line, read_saved, reading, write_json, write_whole
+
+from .arguments import number
+from .errors import end, in_one_line
+from .ranks import leave, sum_over_ranks
 
 ARGS, METRICS, STATE, PREVIOUS, BEST = "args.json", "metrics.jsonl", "state.pt", "state.previous.pt", "best.pt"
 PICTURE = "loss.png"

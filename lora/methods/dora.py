@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import LoRALinear
+from ..layers import LoRALinear
 
 
 class DoRALinear(LoRALinear):

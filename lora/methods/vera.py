@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .layers import LoRALayer, like
+from ..layers import LoRALayer, like
 
 WIDEST = 2 ** 14                 # r: nothing of a layer bounds it, and the pair is as large as it says
 

@@ -5,11 +5,13 @@ from contextlib import contextmanager
 
 import torch
 
-from .alpaca import count_answer
-from .cli import DTYPES, end, shown
+from llama.layout import SHORT
+
+from .dataset import count_answer
+from .errors import end, shown
 from .evaluate import class_answers
+from .hardware import DTYPES
 from .loss import CHUNK
-from .packing import SHORT
 
 
 def check_data(dataset, max_seq_len, name):

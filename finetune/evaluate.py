@@ -11,11 +11,13 @@ from os.path import commonprefix
 
 import torch
 
-from .alpaca import IGNORE, encode_example, split
-from .cli import sum_over_ranks
+from llama.layout import LEAST, Layout
+from llama.sampling import generate, room
+
+from .batches import split
+from .dataset import IGNORE, encode_example
 from .loss import CHUNK
-from .packing import LEAST, Layout
-from .sampling import generate, room
+from .ranks import sum_over_ranks
 
 MOST = 20                                            # answers, if there are no more, are classes
 TOKENS = 2048                                        # a forward

@@ -1,0 +1,18 @@
+"""One file a method.  To delete a method, delete its file and the two lines here that name it."""
+from .. import layers
+from . import delta_lora
+from . import dora
+from . import dylora
+from . import lora_fa
+from . import rslora
+from . import vera
+
+METHODS = {                                          # name -> {base layer: adapter layer}
+    "lora": layers.LAYERS,
+    "rslora": rslora.LAYERS,
+    "lora-fa": lora_fa.LAYERS,
+    "vera": vera.LAYERS,
+    "delta-lora": delta_lora.LAYERS,
+    "dora": dora.LAYERS,
+    "dylora": dylora.LAYERS,
+}
