@@ -19,7 +19,7 @@ import torch
 
 from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
 from finetune.dataset import encode_prompt, read_examples
-from finetune.errors import bad_input_ends_in_one_line, in_one_line, shown
+from finetune.errors import one_line_errors, in_one_line, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import PROBE, load_checkpoint
@@ -116,7 +116,7 @@ def load(args, device):
     quantize = args.quantize or base.get("quantize", "none")
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[args.precision], device, convert=quantizer(quantize))
     prepack(model.eval())
-    said = f"base {shown(folder)}, {model.args.n_layers} layers, {args.precision}{f' and {quantize}' * (quantize != 'none')} on {device}"
+    said = f"base {short_path(folder)}, {model.args.n_layers} layers, {args.precision}{f' and {quantize}' * (quantize != 'none')} on {device}"
     if args.adapter:
         load_adapter(model, adapter_at(args.adapter, model.args))
         config = model.lora_config
@@ -238,7 +238,7 @@ def interact(model, tokenizer, args):
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(encoding="utf-8")     # whatever the terminal's or the file's own would be
-    with bad_input_ends_in_one_line("generate.py"):
+    with one_line_errors("generate.py"):
         args = parse_args(argv)
         device, args.precision = pick_hardware(args.device, args.precision)
         required = ("instruction", "output") if args.score else ("instruction",)

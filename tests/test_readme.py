@@ -78,9 +78,9 @@ def test_the_table_of_traps_is_what_the_tests_say():
 
 
 def test_pictures_are_there_and_small():
-    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert shown and {ROOT / path for path in shown} == set((ROOT / "docs/pictures").iterdir())
-    assert all((ROOT / path).stat().st_size < 80_000 for path in shown)
+    short_path = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert short_path and {ROOT / path for path in short_path} == set((ROOT / "docs/pictures").iterdir())
+    assert all((ROOT / path).stat().st_size < 80_000 for path in short_path)
 
 
 def test_requirements_are_four_and_pinned():
