@@ -200,6 +200,30 @@ def test_what_a_method_moves_goes_on(flags, own):
         assert len({row["rank"] for row in one[0][3:]}) > 1
 
 
+OPTIMIZERS = {
+    "SGD": lambda groups, options: torch.optim.SGD(groups, lr=options.lr, momentum=0.9),
+    "Adagrad": lambda groups, options: torch.optim.Adagrad(groups, lr=options.lr),       # which has its state before a step
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda groups, options: torch.optim.Muon(groups, lr=options.lr)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_is_killed_and_goes_on(flags, monkeypatch, capsys, name):
+    """By a change of build_optimizer alone.  What another optimizer saved is refused in one line."""
+    adamw = train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", OPTIMIZERS[name])
+    train.main([*flags, "--out", name])
+    assert child([*flags, "--out", f"{name}-killed"], dying_in_a_save("renamed", 4)) == -signal.SIGKILL
+    assert rows_in(f"{name}-killed") == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_optimizer", adamw)
+        line = refused([*flags, "--out", f"{name}-killed", "--resume"], capsys)
+        assert "it was saved by another optimizer, or one with other settings" in line
+    train.main([*flags, "--out", f"{name}-killed", "--resume"])
+    assert left(f"{name}-killed") == left(name) != left("whole")
+
+
 @pytest.fixture
 def half(flags, tmp_path):
     """half() copies the folder of a run that was told to stop, by Ctrl-C, in its third step; with what it printed."""
