@@ -278,7 +278,7 @@ def train(job: Job, run: Run):
     """Train job.model by job.plan; record, evaluate and save as the options say."""
     options, ranks, precision, model = job.options, job.ranks, job.precision, job.model
     # Freeze first, wrap second: DDP waits for a gradient from all that was trainable at wrapping.
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
+    parallel = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
@@ -299,7 +299,7 @@ def train(job: Job, run: Run):
         factor = lr_factor(run.progress.taken, n_steps, warmup, options.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
-        loss = accumulate_gradients(wrapped, job.loss_fn, window, precision, ranks)
+        loss = accumulate_gradients(parallel, job.loss_fn, window, precision, ranks)
         precision.scaler.unscale_(optimizer)                  # so that clipping sees true gradients
         grad_norm = clip_grad_norm_(trainable, options.clip_grad_norm or math.inf).item()
         loss = run.sum_loss(loss)
@@ -307,10 +307,11 @@ def train(job: Job, run: Run):
         if is_finite:
             precision.scaler.step(optimizer)
         loss_scale = precision.scaler.get_scale()
-        precision.scaler.update()                             # An overflow in fp16 lowers the scale.
+        precision.scaler.update()                             # An overflow lowers fp16's scale.
         optimizer.zero_grad(set_to_none=True)
-        row = dict(step=step, epoch=window.epoch, loss=loss, lr=optimizer.param_groups[0]["lr"],
-                   grad_norm=grad_norm, tokens=window.n_tokens, answer_tokens=window.n_answer)
+        row = {"step": step, "epoch": window.epoch, "loss": loss,
+               "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
+               "tokens": window.n_tokens, "answer_tokens": window.n_answer}
         row["tokens_per_second"] = window.n_tokens / (time.perf_counter() - step_began)
         row["peak_memory_mb"] = peak_memory_mb(precision.device)
         row |= {"loss_scale": loss_scale, **notes}
@@ -397,7 +398,7 @@ def save_trained(job: Job, path):
 
 
 def save(job: Job, out):
-    """Write the adapter or, for --method full, the model in fp32; in bf16 most steps would be lost."""
+    """Write the adapter or, for --method full, the model in fp32: bf16 would lose most steps."""
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
         old_results = (PARAMS, WEIGHTS, TOKENIZER)            # another kind of run's, gone only now

@@ -34,7 +34,7 @@ def in_one_line(error) -> str:
 def one_line_errors(program: str, ranks=ALONE):
     """Turn an error about the input into one line on stderr and exit code 2.
 
-    All ranks must pass through the block: an error on any of them ends all, and the first prints it.
+    All ranks must pass through the block: an error on any of them ends all; the first prints it.
     """
     line = None
     try:

@@ -75,7 +75,7 @@ class Options:
 
 
 def parse_options(argv=None, description=None) -> Options:
-    """Return the Options of a command line.  Raises ValueError for flags that do not go together."""
+    """Return the Options of a command line.  Raises ValueError for flags that contradict."""
     parser = make_parser(description)
     args = parser.parse_args(argv)
     check_combinations(args, parser)
@@ -242,7 +242,8 @@ def add_cost_flags(group):
     flag("--compile", action="store_true",
          help="compile the blocks: slow at first, worth it from some hundred steps on")
     flag("--fast-matmul", action="store_true",
-         help="let fp32 matrix products round to bf16 on a CPU, to TF32 on CUDA; all else stays fp32")
+         help="let fp32 matrix products round to bf16 on a CPU, to TF32 on CUDA; all else stays "
+              "fp32")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
          help="recompute blocks in backward instead of keeping them: less memory, up to half more "
               "time (default: no)")

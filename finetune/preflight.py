@@ -161,8 +161,9 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
     if not wrapped and width < FP32:                 # autocast's copies, kept until backward
         weights += width * sum(p.numel() for p in parameters if p.dim() == 2)
     # A quantised matrix is made whole, by way of fp32, for the moment of its product.
-    quantised = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")]
-    weights += max(quantised, default=0) * (width + FP32)
+    quantised = [m for m in model.modules() if hasattr(m, "dequantize")]
+    sizes = [layer.in_features * layer.out_features for layer in quantised]
+    weights += max(sizes, default=0) * (width + FP32)
     copies = 2 if world_size > 1 else 1              # DDP's buckets are a second copy.
     is_in_block = in_block > at_logits
     kinds = {
@@ -197,8 +198,8 @@ def activation_bytes(model, wrapped, size: Size, precision):
             if not parameter.requires_grad and parameter.element_size() > width:
                 block += width * parameter.numel()
     in_block = 3 * size.tokens * args.hidden_dim * width
-    if set(wrapped) == {"output"}:                   # Nothing before it is trained, nothing is kept:
-        return 3 * size.tokens * args.dim * width, in_block      # only h passes, and its norm.
+    if set(wrapped) == {"output"}:                   # Nothing before it is trained, so only h and
+        return 3 * size.tokens * args.dim * width, in_block      # its norm pass, and nothing is kept.
     if model.checkpointing:
         stream = FP32 if not wrapped else width
         return args.n_layers * size.tokens * args.dim * stream, in_block + block
@@ -322,15 +323,17 @@ def base_line(job) -> str:
     numbers = job.precision.name
     if job.quantize != "none":
         numbers += f" and {job.quantize}"
-    return (f"{short_path(options.checkpoint)}: {plural(job.model.args.n_layers, 'layer')}{random}, "
-            f"{numbers} on {job.precision.device}")
+    n_layers = plural(job.model.args.n_layers, "layer")
+    folder = short_path(options.checkpoint)
+    return f"{folder}: {n_layers}{random}, {numbers} on {job.precision.device}"
 
 
 def data_line(job) -> str:
     train_set = job.train_set
     longest = max(len(tokens) for tokens, _ in train_set.rows)
-    return (f"{short_path(job.options.data)}: {plural(len(train_set), 'example')}, longest {longest} "
-            f"tokens, {train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
+    n_examples = plural(len(train_set), "example")
+    return (f"{short_path(job.options.data)}: {n_examples}, longest {longest} tokens, "
+            f"{train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
             f"{len(train_set) - train_set.cut} end in eos")
 
 

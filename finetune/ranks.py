@@ -90,7 +90,7 @@ def leave(code: int):
     """Exit with this code, together with all other ranks.
 
     A rank waits for the others, so that none is killed before it has printed or saved.  It then
-    skips the interpreter's own end, where gloo's threads, still letting go of a tensor, would abort.
+    skips the interpreter's own end, which gloo's threads would abort if they still hold a tensor.
     """
     if dist.is_initialized():
         dist.barrier()

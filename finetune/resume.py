@@ -90,7 +90,7 @@ def read_save(path: Path, warning=None) -> Save:
     content = read_saved(path, what, mapped=True)
     with reading(path, what):
         counters = dict(content["counters"])
-        if "taken" not in counters:                  # A save of an earlier version has it elsewhere.
+        if "taken" not in counters:                  # An earlier version saved it elsewhere.
             counters["taken"] = content["parts"]["schedule"]["last_epoch"]
         settings = json.loads(json.dumps(content["args"]))     # no tensors, and names are text
         save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],

@@ -110,15 +110,16 @@ class Run:
                         "--batch-size and --accumulation-steps")
         n_steps = len(self.plan)
         if not 0 <= self.progress.taken <= self.progress.step <= n_steps:
-            raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of {n_steps}, "
-                             f"and that {self.progress.taken} moved the weights")
+            raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
+                             f"{n_steps}, and that {self.progress.taken} moved the weights")
         shared = {name: value for name, value in self.settings.items() if name not in OWN_TO_RANKS}
         self.ranks.agree(shared, "their flags")
         self.ranks.agree(self.about, "their examples")
         if self.last_save:
             if self.last_save.warning:
                 print(f"resume    {in_one_line(self.last_save.warning)}; the one before it is used")
-            print(f"resume    {self.last_save.path}: {self.progress.step} of {n_steps} steps are done")
+            print(f"resume    {self.last_save.path}: {self.progress.step} of {n_steps} steps are "
+                  "done")
             for change in changes:
                 print(f"changed   {in_one_line(change)}")
         elif self.resumes:
@@ -161,14 +162,15 @@ class Run:
         are there.  Raises ValueError where it was begun over another base, where another run has
         begun in a named --out or is at work there, or where the metrics do not go with the save.
         """
-        self.must_equal("base", job.model.origin.get("fingerprint"), "it was begun over another base")
+        base = job.model.origin.get("fingerprint")
         teacher = job.distillation.fingerprint() if job.distillation else None
+        self.must_equal("base", base, "it was begun over another base")
         self.must_equal("teacher", teacher, "it was begun with another teacher")
         self.ranks.agree(self.about, "their bases")  # Only now that all are well is a file touched.
         if not self.ranks.is_first:
             return
         n_bytes = self.check_metrics()
-        self.metrics = open(self.out / METRICS, "ab", buffering=0)       # so that a row is one write
+        self.metrics = open(self.out / METRICS, "ab", buffering=0)   # so that a row is one write
         self.lock_folder()
         if self.last_save and self.last_save.warning:
             (self.out / STATE).unlink(missing_ok=True)           # or it would replace the whole one
@@ -361,8 +363,8 @@ class Run:
             return
         (self.out / PREVIOUS).unlink(missing_ok=True)
         if self.progress.best_step:
-            print(f"best      {self.out / BEST}: held-out loss {self.progress.best:.4f}, after step "
-                  f"{self.progress.best_step}")
+            print(f"best      {self.out / BEST}: held-out loss {self.progress.best:.4f}, after "
+                  f"step {self.progress.best_step}")
         else:
             (self.out / BEST).unlink(missing_ok=True)            # It is another run's.
 
@@ -396,17 +398,19 @@ def claim_folder(options, out: Path, resumes: bool):
     kind = "folder" if obstacle.is_dir() else "device"
     cases = [                                        # Whether it is so, and why that is refused.
         (out.resolve() == Path(options.checkpoint).resolve(),
-         f"{out} is the base's own folder and a run replaces what is there; name another with --out"),
+         f"{out} is the base's own folder and a run replaces what is there; name another with "
+         "--out"),
         (holds_something and not holds_run and not goes_on,
          f"{out} holds a model already, and not a run; name another folder with --out"),
         (holds_something and not may_replace and resumes,
-         f"{out} holds a run but no {STATE} to go on from, --overwrite replaces it, and --out names "
-         "another folder"),
+         f"{out} holds a run but no {STATE} to go on from, --overwrite replaces it, and --out "
+         "names another folder"),
         (holds_something and not may_replace,
          f"{out} holds a run already: --resume goes on with it, --overwrite replaces it, and --out "
          "names another folder"),
         (bool(not_files),
-         f"{obstacle} is a {kind}, where a file of the run belongs; name another folder with --out"),
+         f"{obstacle} is a {kind}, where a file of the run belongs; name another folder with "
+         "--out"),
     ]
     for is_so, problem in cases:
         if is_so:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from .errors import BAD_INPUT, RANK_FAILED, end_process
 
-GRACE = 20                # seconds a rank waits for the others once told to stop; torchrun kills after 30
+# Seconds that a rank waits for the others once it was told to stop; torchrun kills after 30.
+GRACE = 20
 
 
 class StopRequest:
