@@ -198,8 +198,9 @@ def activation_bytes(model, wrapped, size: Size, precision):
             if not parameter.requires_grad and parameter.element_size() > width:
                 block += width * parameter.numel()
     in_block = 3 * size.tokens * args.hidden_dim * width
-    if set(wrapped) == {"output"}:                   # Nothing before it is trained, so only h and
-        return 3 * size.tokens * args.dim * width, in_block      # its norm pass, and nothing is kept.
+    if set(wrapped) == {"output"}:
+        # Nothing before it is trained, so no block keeps anything: only h and its norm pass.
+        return 3 * size.tokens * args.dim * width, in_block
     if model.checkpointing:
         stream = FP32 if not wrapped else width
         return args.n_layers * size.tokens * args.dim * stream, in_block + block
