@@ -585,7 +585,7 @@ def test_a_conversion_that_cannot_be(refused, base, data, tmp_path, tokenizer, f
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave --method, --r, --alpha, --dropout, --targets out"),
+    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave out --method, --r, --alpha, --dropout, --targets"),
     (["--adapter", "peft", "--method", "full"], "--adapter brings its own settings"),
     (["--adapter", "nowhere"], "no adapter file at nowhere"),
     (["--adapter", "other.pt"], "other.pt was trained on another base"),

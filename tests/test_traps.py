@@ -20,7 +20,7 @@ from finetune.distill import Distillation
 from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss
 from finetune.options import parse_options
-from finetune.ranks import ALONE
+from finetune.ranks import SINGLE_PROCESS
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
@@ -413,7 +413,7 @@ def test_reentrant_checkpointing():
 def test_copies_of_frozen_weights(base):
     """Under autocast a frozen fp32 weight is copied to 16 bit at each use and kept until backward: LoRA takes more memory.
     https://github.com/MakazhanAlpamys/Soup/issues/339"""
-    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), SINGLE_PROCESS)
     ours, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     wrong = load_checkpoint(base, dtype=torch.float32)[0]
     add_lora(wrong, LoRAConfig(r=2))
@@ -428,7 +428,7 @@ def test_copies_of_frozen_weights(base):
 def test_norms_under_autocast(base):
     """CUDA's autocast gives norms out in fp32, so what an adapter reads is held twice as wide for nothing.
     https://github.com/AgileRL/AgileRL/issues/623"""
-    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), SINGLE_PROCESS)
     model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     for device in "cpu", "cuda":                                         # entered, no GPU is asked for anything
         assert not train.mixed_precision("bf16", torch.device(device), job.lora).autocast._enabled
