@@ -800,9 +800,3 @@ def test_any_method_can_be_deleted(gone, tmp_path, base, data, monkeypatch):
         other.main(["--checkpoint", str(base), "--data", str(data), "--r", "4", "--method", method, "--max-steps", "2", "--out", method])
     for name in [name for name in sys.modules if name.partition(".")[0] in ("lora", "train")]:
         del sys.modules[name]                                                            # the copy's; the originals come back
-
-
-def test_each_method_is_a_page():
-    for path in (ROOT / "lora/methods").glob("*.py"):
-        if path.name != "__init__.py":
-            assert 20 <= len(path.read_text().splitlines()) <= 95, path

@@ -1,4 +1,4 @@
-"""README.md: its commands parse, its line counts, symbols and tests are true, its two commands are what CI runs."""
+"""README.md: its commands parse, its symbols and tests are true, its two commands are what CI runs."""
 import ast
 import re
 import shlex
@@ -34,12 +34,6 @@ def test_ci_runs_the_two_commands_of_the_first_screen():
     ci = (ROOT / ".ci/run").read_text()
     for command in ("pip install -r requirements.txt && python train.py --layers 1", "pip install -r requirements.txt && pytest"):
         assert command in README[:3500] and command in ci
-
-
-def test_line_counts():
-    counted = re.findall(r"^\| `([\w/.]+\.py)` \| (\d+) \|", README, re.M)
-    assert len(counted) >= 8
-    assert {path: int(n) for path, n in counted} == {path: len((ROOT / path).read_text().splitlines()) for path, _ in counted}
 
 
 def defined(path):
@@ -86,12 +80,6 @@ def test_pictures_are_there_and_small():
 def test_requirements_are_four_and_pinned():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in lines] == ["torch", "sentencepiece", "numpy", "pytest"] and all("==" in l for l in lines)
-
-
-def test_no_framework_in_what_is_shipped():
-    ours = [*ROOT.glob("*.py"), *(path for room in ("llama", "lora", "finetune", "benchmarks") for path in ROOT.glob(f"{room}/**/*.py"))]
-    for path in ours:
-        assert not re.search(r"^\s*(import|from) (transformers|peft|litgpt|accelerate|lightning|datasets)\b", path.read_text(), re.M), path
 
 
 def test_the_library_snippet_runs(tmp_path, monkeypatch, capsys):
