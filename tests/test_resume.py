@@ -259,7 +259,7 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     assert "it was begun over another base" in refused([*argv, "--checkpoint", "other"], capsys)
     content = torch.load(f"{folder}/state.pt", weights_only=True)
     torch.save({**content, "about": {**content["about"], "ranks": 2}}, f"{folder}/state.pt")
-    assert "each rank has random numbers of its own; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
+    assert "each rank has its own random numbers; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
     open(f"{folder}/state.pt", "wb").write(before["state.pt"])
     after = contents(folder)
     assert {**after, "args.json": None} == {**before, "args.json": None}
@@ -685,7 +685,7 @@ def test_torchrun_told_to_stop(two_ranks, place, monkeypatch):
         else:
             os.killpg(done.pid, signal.SIGKILL)
         out, error = done.communicate(timeout=40)
-        assert done.returncode != 0 and (blow == "all" or "told/state.pt; the same command with --resume goes on" in out), error
+        assert done.returncode != 0 and (blow == "all" or "told/state.pt; the same command with --resume continues" in out), error
         argv += ["--resume"] * (n == 0)
     done = torchrun(*argv)
     out, error = done.communicate(timeout=60)
