@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from finetune.arguments import Parser, text
-from finetune.errors import bad_input_ends_in_one_line
+from finetune.errors import one_line_errors
 from llama.files import write_whole
 
 from . import ablation, distill, front, methods, peers, ranks, roofline, scaling, search
@@ -53,7 +53,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with bad_input_ends_in_one_line("benchmarks"):
+    with one_line_errors("benchmarks"):
         args = parse_args(argv)
         args.out.mkdir(parents=True, exist_ok=True)
         page = TABLES[args.table]

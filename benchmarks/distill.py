@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import train
+from finetune.options import DEMO
 from finetune.arguments import number, text
 from finetune.dataset import read_examples
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
@@ -64,14 +64,14 @@ def trained_beside(argv, examples):
 def make(args):
     """A student's learning rate is the one of --lrs that gives the lowest held-out loss with the first seed, chosen for
     either way of training on its own."""
-    teacher, data, folder, rows = args.checkpoint or str(train.DEMO), training_flags(args), args.out / "distill", {}
+    teacher, data, folder, rows = args.checkpoint or str(DEMO), training_flags(args), args.out / "distill", {}
     if args.adapter and not args.checkpoint:
         raise ValueError("--adapter is the teacher's over a --checkpoint; name that too")
     if args.checkpoint:
         data = data[2:]                                           # each student has a folder of its own
     if not args.data:
-        data += ["--data", str(train.DEMO / "train.json"), "--val-data", str(train.DEMO / "held_out.json")]
-    examples, taught = read_examples(args.val_data or train.DEMO / "held_out.json"), [*["--checkpoint", teacher] * bool(args.checkpoint), *data]
+        data += ["--data", str(DEMO / "train.json"), "--val-data", str(DEMO / "held_out.json")]
+    examples, taught = read_examples(args.val_data or DEMO / "held_out.json"), [*["--checkpoint", teacher] * bool(args.checkpoint), *data]
     home = folder / f"teacher-{hashlib.sha256(json.dumps([taught, args.on]).encode()).hexdigest()[:8]}"        # one for all it depends on
     adapter = args.adapter or str(home / "adapter.pt")
     folder.mkdir(exist_ok=True)
@@ -102,16 +102,16 @@ def make(args):
         f"{', '.join(f'{lr:g}' for lr in args.lrs)} by the held-out loss of seed {args.seeds[0]}, for each row)"]
 
 
-def table(rows, shown):
+def table(rows, short_path):
     """Lines of Markdown from {(student, way): cells}; below them, what distillation changed in each student's means."""
     titles = {"exact_match": "right to the letter", "accuracy": "accuracy", "mcc": "MCC"}
     forms = {"loss": "{:.3f}", "exact_match": "{:.1%}", "accuracy": "{:.1%}", "mcc": "{:.3f}"}
-    lines = markdown(["model", "trained", "learning rate", "parameters", "held-out loss", *(titles[name] for name in shown)], [
+    lines = markdown(["model", "trained", "learning rate", "parameters", "held-out loss", *(titles[name] for name in short_path)], [
         [name, way, f"{cells[0]['lr']:g}" if "lr" in cells[0] else "", f"{cells[0]['parameters']:,}",
-         *(spread((cell[measure] for cell in cells), forms[measure]) for measure in ("loss", *shown))] for (name, way), cells in rows.items()])
+         *(spread((cell[measure] for cell in cells), forms[measure]) for measure in ("loss", *short_path))] for (name, way), cells in rows.items()])
     lines.append("")
     for name in dict.fromkeys(name for name, way in rows if way):
-        alone, distilled = ([statistics.mean(cell[measure] for cell in rows[name, way]) for measure in ("loss", shown[-1])] for way in WAYS)
-        lines.append(f"What the teacher changed in {name}: held-out loss {distilled[0] - alone[0]:+.3f}, {titles[shown[-1]]} "
+        alone, distilled = ([statistics.mean(cell[measure] for cell in rows[name, way]) for measure in ("loss", short_path[-1])] for way in WAYS)
+        lines.append(f"What the teacher changed in {name}: held-out loss {distilled[0] - alone[0]:+.3f}, {titles[short_path[-1]]} "
                      f"{distilled[1] - alone[1]:+.3f}.")
     return lines

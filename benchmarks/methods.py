@@ -12,9 +12,12 @@ import torch
 
 import generate
 import train
+from finetune.options import DEMO
+from finetune.preflight import largest_batch
+from finetune.ranks import ALONE
+from finetune.run import ADAPTER
 from finetune.arguments import number
 from finetune.dataset import encode_prompt, read_examples
-from llama.checkpoint import read_params
 from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.adapter import METHODS
@@ -36,16 +39,18 @@ def add_flags(parser):
 
 
 def trained(argv):
-    """What one run of train.py says of itself."""
-    args, rows = finished(argv)
-    examples, args.precision = train.load_data(args, read_params(args.checkpoint)[1])[0], args.precision or "fp32"
-    model, _ = train.load_model(args, train.lora_config(args), torch.device("cpu"), "random")
-    batch = train.trying_batch(examples, train.pack, train.plan(args, examples, 1))
+    """Run train.py; return what the run says of itself."""
+    options, rows = finished(argv)
+    job = train.prepare(options, ALONE)
+    model, _ = train.load_model(job, torch.device("cpu"), "random")
+    batch = job.collate(largest_batch(job.train_set, job.plan))
     kept = counted(model, [batch], contextlib.nullcontext())
-    left = (Path(args.out) / "adapter.pt").exists()                  # not where the last steps were all skipped
-    return dict(held_out_loss=rows[-1].get("val_loss") if left else None, parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    left = (Path(options.out) / ADAPTER).exists()                    # not where the last steps were all skipped
+    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)
+    return dict(held_out_loss=rows[-1].get("val_loss") if left else None,
+                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 kept_mb=(kept["copies"] + kept["activations"]) / 2 ** 20, process_mb=rows[-1]["peak_memory_mb"],
-                examples_per_second=rows[-1]["epoch"] * len(examples) / sum(row["tokens"] / row["tokens_per_second"] for row in rows))
+                examples_per_second=rows[-1]["epoch"] * len(job.train_set) / seconds)
 
 
 def answered(adapter, data, precision):
@@ -109,7 +114,7 @@ def loss_of(result):
 
 
 def make(args):
-    args.questions = args.val_data or str(train.DEMO / "held_out.json")
+    args.questions = args.val_data or str(DEMO / "held_out.json")
     args.train = training_flags(args) + ["--epochs", str(args.epochs)] * bool(args.epochs)
     rows, panels = [], {"held-out loss": [], "right to the letter": []}
     for name in FAMILY:

@@ -15,9 +15,9 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
-import train
 from finetune.arguments import number, text
 from finetune.dataset import count_answer
+from finetune.options import parse_options
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
 from llama.sampling import generate as generate_ids
@@ -84,11 +84,11 @@ def theirs(python, ask, rows):
 def generated(run):
     """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up, with what was
     said in answers to others before; from the first again when they end, but then with nothing."""
-    args = train.parse_args(run["flags"])
-    device, args.precision = pick_hardware(args.device, args.precision)
+    args = parse_options(run["flags"])
+    device, precision = pick_hardware(args.device, args.precision)
     peaks, prompts = Peaks(device), [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(run)]
     peaks("start")
-    model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[args.precision], device, init=args.init)
+    model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[precision], device, init=args.init)
     prepack(model.eval())
     peaks("weights")
     batch, answers, seconds, pool = run["batch"], [], [], {}

@@ -2,7 +2,7 @@
 import sys
 import tempfile
 
-import train
+from finetune.options import DEMO
 from finetune.arguments import number
 from finetune.dataset import read_examples
 
@@ -28,7 +28,7 @@ def answered(argv, left, ranks, examples):
 def make(args):
     base, left = training_flags(args), ["--precision", args.precision] * bool(args.precision)
     base += ["--lr", str(args.lr), "--seed", str(args.seed)]
-    examples = read_examples(args.val_data or train.DEMO / "held_out.json")
+    examples = read_examples(args.val_data or DEMO / "held_out.json")
 
     def known(ranks, *flags):
         found = cell(args, dict(flags=[*base, *flags], ranks=ranks), lambda: fresh(answered, [*base, *flags], left, ranks, examples))

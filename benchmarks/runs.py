@@ -1,13 +1,12 @@
 """A run of train.py as a cell: its own loop over rows in file order, from a checkpoint or at a shape with random weights."""
-import argparse
 import contextlib
-import functools
 import os
 import shlex
 import shutil
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -22,12 +21,17 @@ from torch.optim.optimizer import (
 import generate
 import train
 from finetune.arguments import add_hardware_flags, number, text
+from finetune.batches import example_indices
 from finetune.dataset import IGNORE, SupervisedDataset, count_answer, read_examples
+from finetune.errors import GAVE_UP
 from finetune.evaluate import Exam, measures
 from finetune.hardware import DTYPES, pick_hardware
+from finetune.loss import answer_loss
+from finetune.options import DEMO, parse_options
 from finetune.pictures import read_metrics
 from finetune.preflight import memory_of_a_step
-from finetune.state import METRICS, Run
+from finetune.ranks import Ranks, connect
+from finetune.run import METRICS, Run
 from llama.checkpoint import TOKENIZER, read_params
 from llama.files import write_json
 from lora.methods.dylora import set_rank
@@ -92,7 +96,7 @@ def shape_folder(name, out):
     write_json(folder / "config.json", {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
                                         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
                                         **SHAPES[name]})
-    shutil.copyfile(train.DEMO / TOKENIZER, folder / TOKENIZER)
+    shutil.copyfile(DEMO / TOKENIZER, folder / TOKENIZER)
     return folder
 
 
@@ -122,65 +126,103 @@ def drawn_rows(vocab_size, length=None, n=200, seed=0):
 
 
 def rows_of(run):
-    """The rows that a run reads, in their order."""
-    args = train.parse_args(run["flags"])
-    model_args, tokenizer = read_params(args.checkpoint)
+    """Return the rows that a run reads, in their order."""
+    options = parse_options(run["flags"])
+    model_args, tokenizer = read_params(options.checkpoint)
     if not run["data"]:
         return Rows(drawn_rows(model_args.vocab_size, run["length"]))
-    return Rows(SupervisedDataset(read_examples(args.data), tokenizer, args.max_seq_len, args.data).rows)
+    examples = read_examples(options.data)
+    return Rows(SupervisedDataset(examples, tokenizer, options.max_seq_len, options.data).rows)
 
 
-def in_file_order(rows, run, batch_size, accumulation, world_size=1):
-    """train.py's steps over the rows in their order, from the first again when they end: the warm-up's, then each repeat's."""
-    at = (i % len(rows) for i in count())
-    steps = [(0.5, [[[next(at) for _ in range(batch_size)] for _ in range(accumulation)] for _ in range(world_size)])
+def in_file_order(rows, run, options, world_size=1):
+    """Return steps over the rows in their order, from the first again when they end.
+
+    First the steps of the warm-up, then each repeat's.
+    """
+    indices = (i % len(rows) for i in count())
+
+    def next_rank():
+        return [[next(indices) for _ in range(options.batch_size)]
+                for _ in range(options.accumulation_steps)]
+
+    steps = [(0.5, [next_rank() for _ in range(world_size)])
              for _ in range(run["warm"] + run["steps"])]
     return steps[:run["warm"]] + steps[run["warm"]:] * run["repeats"]
 
 
-def load(args, run, device, init):
-    """train.py's model for the flags.  run["autocast"]: a frozen base in fp32 under autocast, which train.py never does."""
-    kind = argparse.Namespace(**{**vars(args), "precision": "fp32" if run["autocast"] else args.precision})
-    return train.load_model(kind, train.lora_config(args), device, init)
+def job_of(run, ranks, *flags):
+    """Return train.py's Job for a run, over its rows in file order, with sizes for weights.
+
+    run["autocast"]: a frozen base in fp32 under autocast, which train.py itself never does.
+    """
+    options = parse_options([*run["flags"], *flags])
+    job = train.prepare(options, ranks)
+    rows = rows_of(run)
+    plan = in_file_order(rows, run, options, ranks.size)
+    job = replace(job, train_set=rows, val_set=None, plan=plan)
+    model, wrapped = load(run, job, train.META, "random")
+    if run["autocast"]:
+        precision = train.mixed_precision(job.precision.name, job.precision.device, None)
+        job = replace(job, precision=precision)
+    return replace(job, model=model, wrapped=wrapped)
+
+
+def load(run, job, device, init):
+    """Return train.py's (model, wrapped paths) for a job; with run["autocast"] in fp32."""
+    if run["autocast"]:
+        fp32 = train.mixed_precision("fp32", job.precision.device, job.lora)
+        job = replace(job, precision=fp32)
+    return train.load_model(job, device, init)
 
 
 def measured(run):
-    """{tokens_per_second, seconds a step, loss, peaks in MiB by phase, and if run["count"] bytes and FLOP by kind} of
-    train.py's own loop; None on ranks above 0."""
-    args = train.parse_args(run["flags"])
-    rank, world_size, local_rank = train.setup_distributed()
-    device, args.precision = pick_hardware(args.device, args.precision, local_rank, args.fast_matmul)
-    peaks, rows = Peaks(device), rows_of(run)
-    steps = in_file_order(rows, run, args.batch_size, args.accumulation_steps, world_size)
-    peaks("start")
-    torch.manual_seed(args.seed)
-    model, _ = load(args, run, device, args.init)
-    peaks("weights")
-    if run["autocast"]:
-        args.method = "full"                                         # is all that makes train.py's loop take it
-    collate = functools.partial(train.pack, share_prefix=args.share_prefix)
-    with tempfile.TemporaryDirectory() as args.out, quietly(), phases(model, peaks) as (sizes, loss_fn):
-        kept = Run(args, rank, world_size)
-        kept.check(rows, None, steps)
-        kept.begin()
-        train.train(args, model, loss_fn, model, rows, None, steps, collate, device, kept, None)
-        log = read_metrics(Path(args.out) / METRICS) if rank == 0 else []
-    if world_size > 1:
+    """Run train.py's own loop; return what it took, or None on ranks above 0.
+
+    {tokens_per_second, seconds per step, loss, peaks in MiB by phase, and if run["count"] bytes and
+    FLOP by kind}.
+    """
+    ranks = connect()
+    with tempfile.TemporaryDirectory() as out:
+        job = job_of(run, ranks, "--out", out)
+        device = job.precision.device
+        peaks = Peaks(device)
+        peaks("start")
+        torch.manual_seed(job.options.seed)
+        model, wrapped = load(run, job, device, job.options.init)
+        peaks("weights")
+        with quietly(), phases(model, peaks) as (sizes, loss_fn):
+            job = replace(job, model=model, wrapped=wrapped, loss_fn=loss_fn)
+            kept = Run.open(job.options, ranks)
+            kept.check_same_run(job)
+            kept.begin(job)
+            train.train(job, kept)
+            log = read_metrics(Path(out) / METRICS) if ranks.is_first else []
+    if ranks.size > 1:
         dist.destroy_process_group()
-    if rank:
+    if not ranks.is_first:
         return None
-    timed = log[run["warm"]:]
-    some = [timed[i:i + run["steps"]] for i in range(0, len(timed), run["steps"])]
-    tokens = sum(row["tokens"] for row in some[0])
-    speed = statistics.median(tokens / sum(row["tokens"] / row["tokens_per_second"] for row in repeat) for repeat in some)
-    result = dict(tokens_per_second=speed, seconds=tokens / speed / run["steps"], loss=log[-1]["loss"], peaks=peaks.mb)
+    result = speed_of(run, log) | dict(loss=log[-1]["loss"], peaks=peaks.mb)
     if run["count"]:
-        batches = [collate([rows[i] for i in batch]).to(device) for batch in steps[-1][1][0]]
-        kinds = counted(model, batches, train.mixed_precision(args, device))
+        _, (first_rank, *_) = job.plan[-1]
+        batches = [job.collate([job.train_set[i] for i in batch]).to(device) for batch in first_rank]
+        kinds = counted(model, batches, job.precision.autocast)
         weights = sum(p.nbytes for p in model.parameters())
-        result["bytes"] = dict(parameters=weights + kinds["copies"], **sizes, activations=kinds["activations"])
-        result |= {kind: kinds[kind] / log[-1]["tokens"] for kind in ("forward", "flop")}      # of a token
+        result["bytes"] = dict(parameters=weights + kinds["copies"], **sizes,
+                               activations=kinds["activations"])
+        for kind in ("forward", "flop"):                          # per token
+            result[kind] = kinds[kind] / log[-1]["tokens"]
     return result
+
+
+def speed_of(run, log):
+    """Return {tokens_per_second, seconds per step}: the median of the repeats after the warm-up."""
+    timed = log[run["warm"]:]
+    repeats = [timed[i:i + run["steps"]] for i in range(0, len(timed), run["steps"])]
+    tokens = sum(row["tokens"] for row in repeats[0])
+    seconds = [sum(row["tokens"] / row["tokens_per_second"] for row in repeat) for repeat in repeats]
+    speed = statistics.median(tokens / time for time in seconds)
+    return dict(tokens_per_second=speed, seconds=tokens / speed / run["steps"])
 
 
 @contextlib.contextmanager
@@ -207,18 +249,18 @@ def training_flags(args):
 
 
 def finished(argv):
-    """(arguments, rows of metrics.jsonl) of a whole run of train.py, which may have ended for want of a finite step.
+    """Run train.py to its end; return (Options, rows of metrics.jsonl).
 
-    Raises ValueError where train.py refuses.
+    It may have given up for want of a finite step.  Raises ValueError where train.py refuses.
     """
-    args = train.parse_args(argv)
+    options = parse_options(argv)
     try:
         with quietly():
             train.main(argv)
-    except SystemExit as left:
-        if left.code != 3:
+    except SystemExit as exit:
+        if exit.code != GAVE_UP:
             raise ValueError(f"train.py {shlex.join(argv)} was refused, as it says above") from None
-    return args, read_metrics(Path(args.out) / METRICS)
+    return options, read_metrics(Path(options.out) / METRICS)
 
 
 def examined(flags, examples, rank=None):
@@ -242,7 +284,7 @@ def phases(model, peaks):
     def marked_loss(*batch):
         nonlocal last
         peaks("backward" if last == "forward" else None)
-        result = train.answer_loss(*batch)
+        result = answer_loss(*batch)
         peaks(last := "forward")
         return result
 
@@ -263,16 +305,24 @@ def phases(model, peaks):
 
 
 def estimated(run):
-    """{estimate: bytes by kind, as llama/preflight.py has them before any weight is loaded; P, as measure.py has it}."""
-    args, rows = train.parse_args(run["flags"]), rows_of(run)
-    model, wrapped = load(args, run, torch.device("meta"), "random")
-    steps = in_file_order(rows, run, args.batch_size, args.accumulation_steps, run["ranks"])
-    kinds, _ = memory_of_a_step(model, wrapped, rows, steps, args.precision, torch.device(args.device), run["ranks"])
-    if run["autocast"] and not args.checkpointing:                   # each frozen matrix once more, in 16 bit, until backward
-        kinds["weights"] += 2 * sum(p.numel() for p in model.parameters() if p.dim() == 2 and not p.requires_grad)
-    used = [rows[i] for _, ranks in steps for batches in ranks for batch in batches for i in batch]
-    share = sum(count_answer(labels) for _, labels in used) / sum(len(tokens) for tokens, _ in used)
-    return dict(estimate=kinds, P=multiplied(model.args, share))
+    """Return what is known before any weight is loaded: {estimate: bytes by kind, P}.
+
+    By finetune/preflight.py; P as measure.py has it.
+    """
+    job = job_of(run, Ranks(size=run["ranks"]))
+    kinds, _ = memory_of_a_step(job)
+    if run["autocast"] and not job.options.checkpointing:
+        # Each frozen matrix once more, in 16 bit, until backward.
+        frozen = [p for p in job.model.parameters() if p.dim() == 2 and not p.requires_grad]
+        kinds["weights"] += 2 * sum(p.numel() for p in frozen)
+    tokens = 0
+    answers = 0
+    for step in job.plan:
+        for i in example_indices(step):
+            row_tokens, labels = job.train_set[i]
+            tokens += len(row_tokens)
+            answers += count_answer(labels)
+    return dict(estimate=kinds, P=multiplied(job.model.args, answers / tokens))
 
 
 def taken(args, name, run):

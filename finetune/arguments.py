@@ -1,36 +1,46 @@
-"""Arguments that check themselves: what the command lines share."""
+"""Command-line arguments that check themselves."""
 import argparse
 import json
 
 from .hardware import DTYPES
 
+LARGEST = 2 ** 53                                    # up to here a float holds every whole number
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises ValueError, and takes no abbreviated flags."""
+    """An argparse parser that raises ValueError and accepts no abbreviated flags."""
 
     def __init__(self, **settings):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
 
 
-def number(kind, low, high=2 ** 53, open_low=False, open_high=False):
-    """A type for argparse: `kind` within low..high; an end is left out where it is open.  nan is never within."""
-    def parse(text):
-        value = kind(text)
-        if (low < value if open_low else low <= value) and (value < high if open_high else value <= high):
-            return value
-        bounds = f"{'above' if open_low else 'at least'} {low:g}"
-        if high < 2 ** 53 or value > high:
-            bounds += f" and {'below' if open_high else 'at most'} {high:.16g}"
-        raise argparse.ArgumentTypeError(f"{text} is out of range, must be {bounds}")
-    parse.__name__ = "whole number" if kind is int else "number"              # argparse names it in its messages
+def number(kind, low, high=LARGEST, open_low=False, open_high=False):
+    """Return a type for argparse that accepts an int or a float between low and high.
+
+    open_low, open_high: whether that end itself is excluded.  nan is never accepted.
+    """
+    def parse(value):
+        parsed = kind(value)
+        above = low < parsed if open_low else low <= parsed
+        below = parsed < high if open_high else parsed <= high
+        if above and below:
+            return parsed
+        bounds = f"above {low:g}" if open_low else f"at least {low:g}"
+        if high < LARGEST or parsed > high:
+            bounds += f" and below {high:.16g}" if open_high else f" and at most {high:.16g}"
+        raise argparse.ArgumentTypeError(f"{value} is out of range, must be {bounds}")
+
+    # argparse names the type in its own messages.
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
-def utf8(value):
-    """A type for argparse: text whose every character is one (bytes that are no UTF-8 come in as halves)."""
+def utf8(value: str) -> str:
+    """Return the text.  Raises ArgumentTypeError if its bytes were not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -38,28 +48,37 @@ def utf8(value):
     return value
 
 
-def text(value):
-    """A type for argparse: any text but none, as an unset variable of the shell would give."""
+def text(value: str) -> str:
+    """Return the text.  Raises ArgumentTypeError if it is empty, as an unset shell variable is."""
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return utf8(value)
 
 
-def named_values(text):
-    """A type for argparse: {name: value} from NAME=VALUE,NAME=VALUE; a value is a number, true, false, or a word."""
+def names(value: str) -> tuple:
+    """Return the words between commas."""
+    return tuple(value.split(","))
+
+
+def named_values(value: str) -> dict:
+    """Return {name: value} from NAME=VALUE,NAME=VALUE; a value is JSON, or else a word."""
     values = {}
-    for part in text.split(","):
-        name, given, value = part.partition("=")
-        if not given or not name or name in values:
-            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE" if name not in values else f"{name} is given twice")
+    for part in value.split(","):
+        name, equals, content = part.partition("=")
+        if name in values:
+            raise argparse.ArgumentTypeError(f"{name} is given twice")
+        if not equals or not name:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=VALUE")
         try:
-            values[name] = json.loads(value)
+            values[name] = json.loads(content)
         except ValueError:
-            values[name] = utf8(value)
+            values[name] = utf8(content)
     return values
 
 
 def add_hardware_flags(group):
-    group.add_argument("--device", type=text, help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    group.add_argument("--device", type=text,
+                       help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
     group.add_argument("--precision", choices=DTYPES,
-                       help="compute dtype (default: bf16 where the hardware has it, fp16 on older CUDA, else fp32)")
+                       help="compute dtype (default: bf16 if the hardware computes in it, fp16 on "
+                            "older CUDA, else fp32)")

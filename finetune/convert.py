@@ -22,7 +22,7 @@ from lora import load_adapter, merge_report, read_adapter
 from lora.quantize import dequantize, in_int8, quantizer
 
 from .arguments import Parser, number, text
-from .errors import bad_input_ends_in_one_line
+from .errors import one_line_errors
 from .hardware import DTYPES
 
 
@@ -99,7 +99,7 @@ def shrink(adapter, model, source, probe, folder):
 
 
 def main(argv=None):
-    with bad_input_ends_in_one_line("finetune.convert"):
+    with one_line_errors("finetune.convert"):
         args = parse_args(argv)
         with new_folder(args.target) as folder:
             report = convert(args, folder)

@@ -5,6 +5,7 @@ An example is a dict with "instruction", "input" (may be absent or empty) and "o
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 IGNORE = -100                                        # the label of what is no target: cross_entropy's own default
@@ -122,3 +123,30 @@ class SupervisedDataset(torch.utils.data.Dataset):
 def count_answer(labels):
     """Targets of one row (the first token has nothing before it that could predict it)."""
     return sum(label != IGNORE for label in labels[1:])
+
+
+def load_datasets(options, tokenizer):
+    """Return (training set, held-out set or None) of --data, --val-data and --val-fraction.
+
+    Raises FileNotFoundError or ValueError for files that cannot be used.
+    """
+    examples = read_examples(options.data)
+    numbers = None
+    held_out = None
+    if options.val_data:
+        held_out = read_examples(options.val_data)
+    elif options.val_fraction:
+        n = round(len(examples) * options.val_fraction)
+        if not 1 <= n < len(examples):
+            raise ValueError(f"--val-fraction {options.val_fraction} of {len(examples)} examples "
+                             "leaves one side empty")
+        order = np.random.default_rng(options.seed).permutation(len(examples)).tolist()
+        numbers = [i + 1 for i in order[n:]]
+        held_out = [examples[i] for i in order[:n]]
+        examples = [examples[i] for i in order[n:]]
+    train_set = SupervisedDataset(examples, tokenizer, options.max_seq_len, options.data, numbers)
+    val_set = None
+    if held_out:
+        name = options.val_data or options.data
+        val_set = SupervisedDataset(held_out, tokenizer, options.max_seq_len, name)
+    return train_set, val_set

@@ -10,42 +10,30 @@ import torch.nn as nn
 
 from llama.checkpoint import sampled
 
-from .arguments import number, text
-from .errors import shown
+from .errors import short_path
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
-TEMPERATURE, WEIGHT = 2.0, 0.5
 
+def check_teacher(options, student, teacher):
+    """Raise ValueError where the models do not read the same tokens.
 
-def add_flags(parser):
-    flag = parser.add_argument_group("who teaches").add_argument
-    flag("--teacher", metavar="DIR", type=text, help="a model with the same tokenizer, whose logits are learnt beside the answers")
-    flag("--teacher-adapter", metavar="PATH", type=text, help="the teacher's adapter, our file or PEFT's folder")
-    flag("--distill-temperature", metavar="F", type=number(float, 0.01, 1000),
-         help=f"what both models' logits are divided by (default: {TEMPERATURE:g})")
-    flag("--distill-weight", metavar="W", type=number(float, 0, 1),
-         help=f"the teacher's share of the loss; the answers have the rest (default: {WEIGHT:g})")
-
-
-def settle(args, parser):
-    """Defaults, which only a run with a teacher has."""
-    if args.teacher:
-        args.distill_temperature = args.distill_temperature or TEMPERATURE
-        args.distill_weight = WEIGHT if args.distill_weight is None else args.distill_weight
-    elif any(value is not None for value in (args.teacher_adapter, args.distill_temperature, args.distill_weight)):
-        parser.error("--teacher-adapter, --distill-temperature and --distill-weight are about a --teacher; name its folder")
-
-
-def check(args, student, theirs):
-    """Raise ValueError where the models (ModelArgs, Tokenizer) do not read the same tokens, or the run would replace its teacher."""
-    (sizes, own), (teacher, tokenizer) = student, theirs
-    if pieces(own) != pieces(tokenizer) or sizes.vocab_size != teacher.vocab_size:
-        raise ValueError(f"--teacher {args.teacher} has {teacher.vocab_size} tokens and {args.checkpoint} {sizes.vocab_size}, "
-                         f"{'the same' if pieces(own) == pieces(tokenizer) else 'others'} by name: distillation compares token by "
-                         "token; give both the same tokenizer.model and vocab_size")
-    out = Path(args.out or "out").resolve()
-    if out == Path(args.teacher).resolve() or args.teacher_adapter and out == Path(args.teacher_adapter).resolve().parent:
-        raise ValueError(f"{out} holds the teacher and a run replaces what is there; name another folder with --out")
+    student, teacher: (ModelArgs, Tokenizer).  Also where the run would replace its teacher.
+    """
+    student_args, student_tokenizer = student
+    teacher_args, teacher_tokenizer = teacher
+    same_names = pieces(student_tokenizer) == pieces(teacher_tokenizer)
+    if not same_names or student_args.vocab_size != teacher_args.vocab_size:
+        raise ValueError(f"--teacher {options.teacher} has {teacher_args.vocab_size} tokens and "
+                         f"{options.checkpoint} {student_args.vocab_size}, "
+                         f"{'the same' if same_names else 'others'} by name: distillation compares "
+                         "token by token; give both the same tokenizer.model and vocab_size")
+    out = Path(options.out or "out").resolve()
+    folders = [Path(options.teacher).resolve()]
+    if options.teacher_adapter:
+        folders.append(Path(options.teacher_adapter).resolve().parent)
+    if out in folders:
+        raise ValueError(f"{out} holds the teacher and a run replaces what is there; name another "
+                         "folder with --out")
 
 
 def pieces(tokenizer):
@@ -65,7 +53,7 @@ class Distillation:
     Its logits are never there whole: it gives the (R, D) that `output` reads, and each chunk of rows makes its own.
     """
 
-    def __init__(self, teacher, temperature=TEMPERATURE, weight=WEIGHT):
+    def __init__(self, teacher, temperature=2.0, weight=0.5):
         self.origin, self.temperature, self.weight = getattr(teacher, "origin", {}), temperature, weight
         self.teacher, self.head = teacher.eval().requires_grad_(False), teacher.output
         self.teacher.output = nn.Identity()
@@ -98,10 +86,12 @@ class Distillation:
         in_block = tokens * 3 * (args.dim + args.hidden_dim) * width
         return {"teacher": own + max(at_head, in_block - beside)}
 
-    def told(self, args):
-        """A line about it."""
-        adapter = f" with {args.teacher_adapter}" if args.teacher_adapter else ""
-        return (f"{shown(args.teacher)}{adapter}: {self.teacher.args.n_layers} layers, {args.precision}; temperature "
+    def summary(self, options, precision) -> str:
+        """Return a line about the teacher for people."""
+        adapter = f" with {options.teacher_adapter}" if options.teacher_adapter else ""
+        n_layers = self.teacher.args.n_layers
+        return (f"{short_path(options.teacher)}{adapter}: {n_layers} "
+                f"{'layer' if n_layers == 1 else 'layers'}, {precision.name}; temperature "
                 f"{self.temperature:g}, {100 * self.weight:g} % of the loss")
 
     def fingerprint(self):

@@ -1,61 +1,64 @@
-"""Bad input ends in one line on stderr and an exit code, never in a traceback."""
-import os
+"""Errors for people: one line on stderr that says what, where and what to do, and an exit code."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed as dist
+from .ranks import ALONE, FailedRank, leave, leave_alone
 
-from .ranks import leave
+RANK_FAILED = 1                                      # another rank died or hung
+BAD_INPUT = 2
+GAVE_UP = 3                                          # out of memory, or too many bad steps
+INTERRUPTED = 130                                    # told to stop, and all is saved
 
-LONGEST = 1000                                       # characters of an error message
+LONGEST_MESSAGE = 1000                               # characters
 
 
-def shown(path):
-    """The path as a person here would write it: from the current folder, if it is inside."""
+def short_path(path) -> Path:
+    """Return the path as a person here would write it: relative, if it is in this folder."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def in_one_line(error):
-    """What an error says, in one line of no more than LONGEST characters, each of which can be seen: files of others are
-    quoted there, and a terminal would obey what they hold."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    said = said if len(said) <= LONGEST else said[:LONGEST - 3] + "..."
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in said)
+def in_one_line(error) -> str:
+    """Return an error's text as one line of at most LONGEST_MESSAGE printable characters.
+
+    Errors quote what stands in other people's files, and a terminal would obey control characters.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST_MESSAGE:
+        text = text[:LONGEST_MESSAGE - 3] + "..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 @contextmanager
-def bad_input_ends_in_one_line(program):
-    """Turn the ValueError or OSError that says what is wrong with an input into one line on stderr and exit 2.
+def one_line_errors(program: str, ranks=ALONE):
+    """Turn an error about the input into one line on stderr and exit code 2.
 
-    Of several ranks each must pass here: an error on any ends all, and rank 0 alone prints it.  The block gets a
-    list; what it appends must be alike on all ranks.
+    All ranks must pass through the block: an error on any of them ends all; the first prints it.
     """
-    error, alike = None, []
+    line = None
     try:
-        yield alike
-    except BrokenPipeError:
+        yield
+    except BrokenPipeError:                          # This is an OSError, but no input's fault.
         raise
-    except (ValueError, OSError, MemoryError, RecursionError) as caught:
-        error = f"{program}: {in_one_line(caught)}"
-    said = [(error, alike)]
-    if dist.is_initialized():
-        said *= dist.get_world_size()
-        dist.all_gather_object(said, (error, alike))
-    error = next(filter(None, (error for error, _ in said)), None)
-    if not error and any(other != alike for _, other in said):
-        error = f"{program}: the ranks were not started alike: compare their flags, their data, their base and what they see in --out"
-    if error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(error, file=sys.stderr)
-        leave(2)
+    except FailedRank as failure:                    # Every rank has heard of this one already.
+        end_all_ranks(failure, ranks)
+    except (ValueError, OSError, MemoryError, RecursionError) as error:
+        line = f"{program}: {in_one_line(error)}"
+    try:
+        ranks.exchange(error=line)
+    except FailedRank as failure:
+        end_all_ranks(failure, ranks)
 
 
-def end(line, code):
-    """Say why on stderr and exit, without a word to other ranks: they are somewhere else, and torchrun ends them."""
+def end_all_ranks(failure, ranks):
+    """Print a failed rank's error once and leave with all ranks."""
+    if ranks.is_first:
+        print(failure, file=sys.stderr)
+    leave(BAD_INPUT)
+
+
+def end_process(line: str, code: int):
+    """Print why on stderr and exit, without waiting for ranks that are somewhere else."""
     print(line, file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave_alone(code)

@@ -1,41 +1,72 @@
-"""Device and precision: which there are, and what memory they have taken."""
+"""Device and precision: what there is here, what is taken by default, and what memory was used."""
 import sys
+from dataclasses import dataclass
 
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
-    """(torch.device, "fp32" | "bf16" | "fp16") from the two flags; each rank of a machine takes a GPU of its own.
+@dataclass(frozen=True)
+class Precision:
+    """In which numbers a run computes, and where.
 
-    fast_matmul: products of fp32 matrices may round what they read, to bf16 on a CPU, to TF32 on CUDA, and add up in fp32.
-    It is leave, no order: on a CPU without matrix units oneDNN's kernels, which then do them, round nothing.
-    Raises ValueError for a device that is not there.
+    name: "fp32", "bf16" or "fp16".  autocast, scaler: torch's own, switched off where not needed.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = f"cuda:{local_rank}" if device == "cuda" else device
+    name: str
+    device: torch.device
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.name]
+
+
+def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
+    """Return (torch.device, "fp32" | "bf16" | "fp16") for the flags --device and --precision.
+
+    Each rank of a machine takes a GPU of its own.  fast_matmul permits products of fp32 matrices to
+    round their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  This is permission,
+    not a command: a CPU without matrix units rounds nothing and only takes other kernels.
+    Raises ValueError for a device that cannot be used here.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
     if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {device} cannot be used here: there is cpu, cuda, cuda:N and mps")
+        raise ValueError(f"--device {device} cannot be used here: use cpu, cuda, cuda:N or mps")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     device = torch.device(device)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast_matmul else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if fast_matmul else "ieee"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        precision = precision or ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
-    return device, precision or "fp32"
+    return device, precision or default_precision(device)
 
 
-def peak_memory_mb(device):
-    """Peak of the GPU's allocations, or of the process's memory on a CPU, in MiB; None where nobody counts it."""
+def default_precision(device) -> str:
+    """Return "bf16" on a GPU that computes in it, "fp16" on an older one, "fp32" elsewhere."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def peak_memory_mb(device) -> float | None:
+    """Return the peak of the GPU's allocations, or of this process on a CPU, in MiB.
+
+    Windows does not tell: None.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:
-        import resource  # not on Windows
+        import resource                              # Windows lacks this module.
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    units_per_mib = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_mib

@@ -13,8 +13,8 @@ from llama.files import write_whole
 
 from .arguments import Parser, text
 from .batches import split
-from .errors import bad_input_ends_in_one_line, in_one_line
-from .state import METRICS, PICTURE
+from .errors import in_one_line, one_line_errors
+from .run import METRICS, PICTURE
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9"     # Okabe & Ito 2008, without yellow
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv<>P*"
@@ -162,7 +162,7 @@ def picture_of(out):
 
 
 def main(argv=None):
-    with bad_input_ends_in_one_line("finetune.pictures"):
+    with one_line_errors("finetune.pictures"):
         parser = Parser(prog="finetune.pictures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("out", metavar="DIR", type=text, help="a run's folder")
         print(draw_run(Path(parser.parse_args(argv).out)))

@@ -1,203 +1,384 @@
-"""Before step 1: say what is about to be trained, what memory it will take, and stop what cannot learn."""
+"""Before step 1: say what is trained and what memory it takes, and refuse what cannot learn."""
 import re
-from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 from llama.layout import SHORT
 
+from .batches import example_indices
 from .dataset import count_answer
-from .errors import end, shown
+from .errors import GAVE_UP, end_process, short_path
 from .evaluate import class_answers
-from .hardware import DTYPES
 from .loss import CHUNK
 
+MIB = 2 ** 20
+FP32 = 4                                             # bytes
 
-def check_data(dataset, max_seq_len, name):
+
+class Size(NamedTuple):
+    """Of a micro-batch: tokens, answer tokens, and the pairs of tokens whose scores are kept.
+
+    pairs: of query and key in examples so short that a CPU multiplies them out (llama/layout.py).
+    """
+    tokens: int
+    answers: int
+    pairs: int
+
+
+def check_data(dataset, max_seq_len: int, name: str):
     """Raise ValueError if eos is a target in no row: the model would not learn to stop."""
     if dataset.cut == len(dataset):
-        raise ValueError(f"{name}: no answer ends within {max_seq_len} tokens, so eos is never a target and the model "
-                         "would not learn to stop; allow longer rows with --max-seq-len")
+        raise ValueError(f"{name}: no answer ends within {max_seq_len} tokens, so eos is never a "
+                         "target and the model would not learn to stop; allow longer rows with "
+                         "--max-seq-len")
 
 
-def largest(dataset, steps):
-    """Of all micro-batches of `steps`: (indices of the one that takes most, most tokens, answer tokens, pairs of tokens)."""
-    sizes = [(len(tokens), count_answer(labels), len(tokens) ** 2 * (len(tokens) <= SHORT)) for tokens, labels in dataset.rows]
-    batches = {tuple(batch): [sum(size) for size in zip(*(sizes[i] for i in batch))]
-               for _, ranks in steps for batches in ranks for batch in batches}
-    return max(batches, key=lambda batch: sum(batches[batch][:2])), *map(max, zip(*batches.values()))
+def micro_batch_sizes(dataset, plan) -> dict:
+    """Return {micro-batch of the plan, as a tuple of indices: Size}."""
+    rows = []
+    for tokens, labels in dataset.rows:
+        pairs = len(tokens) ** 2 if len(tokens) <= SHORT else 0
+        rows.append(Size(len(tokens), count_answer(labels), pairs))
+    sizes = {}
+    for _, ranks in plan:
+        for batches in ranks:
+            for batch in batches:
+                sizes[tuple(batch)] = Size(*map(sum, zip(*[rows[i] for i in batch], strict=True)))
+    return sizes
 
 
-def trying_batch(dataset, collate, steps):
-    """The micro-batch that takes most: if memory does not suffice, it should show now."""
-    return collate([dataset[i] for i in largest(dataset, steps)[0]])
+def largest_batch(dataset, plan) -> list:
+    """Return the rows of the micro-batch that takes the most memory: on it, too little shows."""
+    sizes = micro_batch_sizes(dataset, plan)
+    indices = max(sizes, key=lambda batch: sizes[batch].tokens + sizes[batch].answers)
+    return [dataset[i] for i in indices]
 
 
-def check_gradients(model, wrapped, loss):
-    """Back-propagate loss() once; raise ValueError if it is no number or does not reach what is to be trained.
+def largest_size(dataset, plan) -> Size:
+    """Return the most tokens, answer tokens and pairs of any micro-batch of the plan."""
+    sizes = micro_batch_sizes(dataset, plan).values()
+    return Size(*map(max, zip(*sizes, strict=True)))
 
-    That is each adapter (wrapped: their paths) by one of its tensors at least, or without adapters each parameter.
-    Gradients and mode are left as they were found, and nothing is drawn from torch's random state, since dropout is
-    off.  On the meta device only what is connected can be seen.
+
+def check_gradients(model, wrapped, loss: Callable):
+    """Back-propagate loss() once.  Raises ValueError if it is not finite or does not reach a part.
+
+    The parts are the adapters (wrapped: their paths), of which one tensor each suffices, or without
+    adapters the trainable parameters.  Gradients and mode are left as they were, and dropout is
+    off, so nothing is drawn from torch's random state.  On the meta device only connections show.
     """
-    held, training = [(parameter, parameter.grad) for parameter in model.parameters()], model.training
-    parts = {path: list(model.get_submodule(path).parameters()) for path in wrapped} or {
-        name: [parameter] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved_grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    was_training = model.training
+    parts = {path: list(model.get_submodule(path).parameters()) for path in wrapped}
+    if not wrapped:
+        trainable = [item for item in model.named_parameters() if item[1].requires_grad]
+        parts = {name: [parameter] for name, parameter in trainable}
     try:
         model.zero_grad(set_to_none=True)
         model.eval()
         value = loss()
         if not value.is_meta and not value.isfinite():
-            raise ValueError(f"the loss is {value.item()} before the first step: are the weights whole, and is --precision "
-                             "one that they were made for?")
+            raise ValueError(f"the loss is {value.item()} before the first step: are the weights "
+                             "whole, and is --precision one that they were made for?")
         value.backward()
-        if lacking := [path for path, tensors in parts.items() if all(tensor.grad is None for tensor in tensors)]:
-            raise ValueError(f"no gradient reaches {', '.join(lacking[:4])}{' and others' * (len(lacking) > 4)}")
-        if not value.is_meta and not any(p.grad is not None and p.grad.any() for p, _ in held):
+        unreached = [path for path, tensors in parts.items() if not any(map(has_grad, tensors))]
+        if unreached:
+            others = " and others" if len(unreached) > 4 else ""
+            raise ValueError(f"no gradient reaches {', '.join(unreached[:4])}{others}")
+        if not value.is_meta and not any(has_grad(p) and p.grad.any() for p in model.parameters()):
             raise ValueError("every gradient is zero before the first step: are the weights whole?")
-        print(f"checked   one batch backward: a gradient reaches each of {len(parts)} {'adapters' if wrapped else 'parameters'}")
+        noun = plural(len(parts), "adapter" if wrapped else "parameter")
+        print(f"checked   one micro-batch backward: a gradient reaches every one of {noun}")
     finally:
-        model.train(training)
-        for parameter, grad in held:
+        model.train(was_training)
+        for parameter, grad in saved_grads:
             parameter.grad = grad
 
 
-def block_bytes(args, width, wrapped, dropout, on_cpu):
-    """Bytes a token that one block keeps for its backward pass.
+def has_grad(parameter) -> bool:
+    return parameter.grad is not None
 
-    width: bytes of a number in the compute dtype; wrapped: {name: adapter layer} of the block, None for full fine-tuning.
+
+def block_bytes(args, width: int, adapters: dict | None, dropout: bool, on_cpu: bool) -> int:
+    """Return the bytes per token that one transformer block keeps for its backward pass.
+
+    width: bytes of a number in the compute dtype.  adapters: {name: adapter layer} of the block;
+    None for full fine-tuning.
     """
-    D, K, F = args.dim, args.dim // args.n_heads * args.n_kv_heads, args.hidden_dim
-    norms = 2 * D * (4 if on_cpu else width)                     # what came in; torch's CPU norm keeps it in fp32
-    attention = (2 * D + 2 * K) * width + 4 * args.n_heads       # q, k, v, the result; a log-sum for each head
-    swiglu = 3 * F * width                                       # w1 x, silu(w1 x), w3 x
-    normed, result, normed_h, product = ("normed", D), ("result", D), ("normed h", D), ("product", F)
-    reads = dict(wq=normed, wk=normed, wv=normed, wo=result, w1=normed_h, w3=normed_h, w2=product)
-    readers = reads if wrapped is None else [name for name, layer in wrapped.items() if layer.keeps_input]
-    if dropout:                                                  # each adapter keeps its own: dropped, and the mask
-        inputs = sum(width * reads[name][1] for name in readers) + sum(
-            (width if on_cpu else 1) * reads[name][1] for name in wrapped)
-    else:                                                        # several read one; attention's result is kept already
-        inputs = sum(width * size for _, size in {reads[name] for name in readers} - {result})
-    if wrapped is None:
-        return norms + attention + swiglu + inputs + (2 * D * 4 if width < 4 else 0)   # autocast: norms' results in fp32 too
-    return norms + attention + swiglu + inputs + sum(
-        width * (layer.r + layer.keeps_results * layer.base.out_features) for layer in wrapped.values())
+    D = args.dim
+    K = args.dim // args.n_heads * args.n_kv_heads
+    F = args.hidden_dim
+    norms = 2 * D * (FP32 if on_cpu else width)      # Their inputs; torch's CPU norm keeps fp32.
+    attention = (2 * D + 2 * K) * width + FP32 * args.n_heads        # q, k, v, result; log-sums
+    swiglu = 3 * F * width                           # w1 x, silu(w1 x), w3 x
+    # What each matrix reads, and how wide that is.
+    reads = {"wq": ("normed", D), "wk": ("normed", D), "wv": ("normed", D), "wo": ("result", D),
+             "w1": ("normed h", D), "w3": ("normed h", D), "w2": ("product", F)}
+    readers = list(reads)
+    if adapters is not None:
+        readers = [name for name, layer in adapters.items() if layer.keeps_input]
+    if dropout:                                      # Each adapter keeps its own input and a mask.
+        mask = width if on_cpu else 1
+        inputs = sum(width * reads[name][1] for name in readers)
+        inputs += sum(mask * reads[name][1] for name in adapters)
+    else:                                            # Several read one; attention keeps its result.
+        different = {reads[name] for name in readers} - {("result", D)}
+        inputs = sum(width * size for _, size in different)
+    kept = norms + attention + swiglu + inputs
+    if adapters is None:
+        if width < FP32:
+            kept += 2 * D * FP32                     # Under autocast norms also return fp32.
+        return kept
+    for layer in adapters.values():
+        kept += width * (layer.r + layer.keeps_results * layer.base.out_features)
+    return kept
 
 
-def estimate_memory(model, wrapped, tokens, answers, precision, device, world_size=1, pairs=0):
-    """(bytes by kind at the peak of a step, where that peak is): sizes of tensors in closed form, without any weights.
+def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
+                    optimizer_bytes: float = 8):
+    """Return (bytes by kind at the peak of a step, where that peak is), without any weights.
 
-    model may be on the meta device; tokens, answers: of the largest micro-batch; pairs: of query and key, where
-    attention keeps them (packing.py, short examples on a CPU).  The peak is either at the head, where backward holds
-    the logits, their gradient and three fp32 tensors of a chunk's size (logits, log-softmax, its gradient), or in a
-    block, where it holds three gradients of SwiGLU's width and, with checkpointing, what that block has just computed
-    again.  What the process itself takes, some 300 MiB on a CPU, is not in it.
+    model may be on the meta device: sizes of tensors count, in closed form.  size: of the largest
+    micro-batch.  optimizer_bytes: of state per trained number (AdamW's two moments: 8).
+
+    The peak is at the logits or in a block.  At the logits backward holds them, their gradient and
+    three fp32 tensors of a chunk's size (logits, log-softmax, its gradient).  In a block it holds
+    three gradients of SwiGLU's width and, with checkpointing, what that block has just computed
+    again.  What the process itself takes, some 300 MiB on a CPU, is not counted.
     """
-    args, width, full = model.args, DTYPES[precision].itemsize, not wrapped
+    width = precision.dtype.itemsize
     parameters = list(model.parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
-    in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped if path.startswith("layers.0.")}
+    kept, in_block = activation_bytes(model, wrapped, size, precision)
+    # Each logit and its gradient; of a chunk also fp32 softmax and gradient, and an fp32 copy.
+    per_chunk_logit = 12 if width < FP32 else 8
+    at_logits = 2 * size.answers * width + min(size.answers, CHUNK) * per_chunk_logit
+    at_logits *= model.args.vocab_size
+    weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
+    if not wrapped and width < FP32:                 # autocast's copies, kept until backward
+        weights += width * sum(p.numel() for p in parameters if p.dim() == 2)
+    # A quantised matrix is made whole, by way of fp32, for the moment of its product.
+    quantised = [m for m in model.modules() if hasattr(m, "dequantize")]
+    sizes = [layer.in_features * layer.out_features for layer in quantised]
+    weights += max(sizes, default=0) * (width + FP32)
+    copies = 2 if world_size > 1 else 1              # DDP's buckets are a second copy.
+    is_in_block = in_block > at_logits
+    kinds = {
+        "weights": weights,
+        # One more of the largest: a micro-batch's gradient, before it is added.
+        "gradients": FP32 * (sum(trained) * copies + max(trained)),
+        "optimizer": round(optimizer_bytes * sum(trained)),
+        "activations": kept + (in_block if is_in_block else 0),
+        "logits": 0 if is_in_block else at_logits,
+    }
+    return kinds, "in a block" if is_in_block else "at the logits"
+
+
+def activation_bytes(model, wrapped, size: Size, precision):
+    """Return (bytes that all blocks keep for backward, bytes that computing in one block takes)."""
+    args = model.args
+    width = precision.dtype.itemsize
+    on_cpu = precision.device.type == "cpu"
+    in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped
+                if path.startswith("layers.0.")}
     dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
-    block = tokens * (model.block_bytes(width) if hasattr(model, "block_bytes")               # it is no transformer
-                      else block_bytes(args, width, None if full else in_first, dropout, device.type == "cpu"))
-    block += args.n_heads * pairs * width
+    if hasattr(model, "block_bytes"):                # The model is recurrent and knows its own.
+        per_token = model.block_bytes(width)
+    else:
+        per_token = block_bytes(args, width, in_first if wrapped else None, dropout, on_cpu)
+    block = size.tokens * per_token
+    if on_cpu:
+        block += args.n_heads * size.pairs * width
     # What a method holds frozen in more than the compute dtype is copied at each use, and kept.
-    block += sum(width * p.numel() for layer in in_first.values() for p in layer.parameters(recurse=False)
-                 if not p.requires_grad and p.element_size() > width)
-    kept, in_block = args.n_layers * block, 3 * tokens * args.hidden_dim * width
-    if set(wrapped) == {"output"}:                               # nothing before it is trained, so nothing is kept:
-        kept = 3 * tokens * args.dim * width                     # what passes is the stream, h and its norm
-    elif model.checkpointing:
-        kept, in_block = args.n_layers * tokens * args.dim * (4 if full else width), in_block + block
-    # Of each logit itself and its gradient; of a chunk fp32 softmax and gradient too, and where it was 16 bit its fp32 copy.
-    at_head = (2 * answers * width + min(answers, CHUNK) * (12 if width < 4 else 8)) * args.vocab_size
-    copies = width * sum(p.numel() for p in parameters if p.dim() == 2) if full and width < 4 else 0   # autocast's, kept too
-    # A quantised matrix is made whole, by way of 4 bytes a weight, for the moment of its product.
-    made = max((m.in_features * m.out_features for m in model.modules() if hasattr(m, "dequantize")), default=0) * (width + 4)
-    kinds = {"weights": sum(t.nbytes for t in (*parameters, *model.buffers())) + copies + made,
-             # One more of the largest: a micro-batch's gradient, before it is added.  DDP's buckets are a second copy.
-             "gradients": 4 * (sum(trained) * (2 if world_size > 1 else 1) + max(trained)),
-             "optimizer": 8 * sum(trained),                                      # AdamW's two moments
-             "activations": kept + (in_block if in_block > at_head else 0),
-             "logits": 0 if in_block > at_head else at_head}
-    return kinds, "in a block" if in_block > at_head else "at the logits"
+    for layer in in_first.values():
+        for parameter in layer.parameters(recurse=False):
+            if not parameter.requires_grad and parameter.element_size() > width:
+                block += width * parameter.numel()
+    in_block = 3 * size.tokens * args.hidden_dim * width
+    if set(wrapped) == {"output"}:                   # Nothing before it is trained, so only h and
+        return 3 * size.tokens * args.dim * width, in_block      # its norm pass, and nothing is kept.
+    if model.checkpointing:
+        stream = FP32 if not wrapped else width
+        return args.n_layers * size.tokens * args.dim * stream, in_block + block
+    return args.n_layers * block, in_block
 
 
-def memory_of_a_step(model, wrapped, train_set, steps, precision, device, world_size, distillation=None):
-    """What estimate_memory says of the largest micro-batches of a plan, and a teacher of itself."""
-    _, tokens, answers, pairs = largest(train_set, steps)
-    kinds, where = estimate_memory(model, wrapped, tokens, answers, precision, device, world_size, pairs if device.type == "cpu" else 0)
-    if distillation:
-        kinds |= distillation.memory(tokens, answers, DTYPES[precision].itemsize, kinds["activations"] + kinds["logits"])
+def memory_of_a_step(job):
+    """Return what estimate_memory says of the plan's largest micro-batches, and of a teacher."""
+    size = largest_size(job.train_set, job.plan)
+    kinds, where = estimate_memory(job.model, job.wrapped, size, job.precision, job.ranks.size,
+                                   job.optimizer_bytes)
+    if job.distillation:
+        student = kinds["activations"] + kinds["logits"]
+        width = job.precision.dtype.itemsize
+        kinds |= job.distillation.memory(size.tokens, size.answers, width, student)
     return kinds, where
 
 
-def knobs(args, estimate):
-    """[(flags, bytes less)]: what would lower estimate(args), a number of bytes, the most effective first."""
-    tries = [dict(checkpointing=True)] * (not args.checkpointing) + [dict(precision="bf16")] * (args.precision == "fp32")
-    if args.tokens_per_batch:
-        tries.append(dict(tokens_per_batch=max(1, args.tokens_per_batch // 2)))
-    elif args.batch_size > 1:                                    # the same examples a step
-        smaller = max(n for n in range(1, args.batch_size) if args.batch_size % n == 0)
-        tries.append(dict(batch_size=smaller, accumulation_steps=args.accumulation_steps * args.batch_size // smaller))
-    if args.method == "full":
-        tries.append(dict(method="lora"))
-    elif args.quantize == "none" and args.method != "delta-lora":
-        tries.append(dict(quantize="nf4"))
-    now = estimate(args)
-    less = {" ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in flags.items()):
-            now - estimate(Namespace(**vars(args) | flags)) for flags in tries}
-    return sorted(((flags, size) for flags, size in less.items() if size > 0), key=lambda knob: -knob[1])
+def optimizer_state_bytes(build: Callable) -> float:
+    """Return the bytes of state per trained number of the optimizer that build(groups) makes.
+
+    Measured on one step over a small matrix, so it holds for whatever optimizer stands there.
+    """
+    stand_in = torch.zeros(64, 64, requires_grad=True)
+    stand_in.grad = torch.zeros(64, 64)
+    optimizer = build([{"params": [stand_in]}])
+    optimizer.step()
+    state = optimizer.state[stand_in].values()
+    tensors = [value for value in state if torch.is_tensor(value) and value.dim() > 0]
+    return sum(tensor.nbytes for tensor in tensors) / stand_in.numel()
+
+
+def memory_advice(job, estimate: Callable) -> list:
+    """Return [(flags, bytes less)]: what would lower the estimate, the most effective first.
+
+    estimate(job, **changes): the bytes of a step with these options changed.
+    """
+    options = job.options
+    candidates = []
+    if not options.checkpointing:
+        candidates.append({"checkpointing": True})
+    if job.precision.name == "fp32":
+        candidates.append({"precision": "bf16"})
+    if options.tokens_per_batch:
+        candidates.append({"tokens_per_batch": max(1, options.tokens_per_batch // 2)})
+    elif options.batch_size > 1:                     # The same examples per step, in smaller parts.
+        smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
+        steps = options.accumulation_steps * options.batch_size // smaller
+        candidates.append({"batch_size": smaller, "accumulation_steps": steps})
+    if not job.lora:
+        candidates.append({"method": "lora"})
+    elif job.quantize == "none" and job.lora.method != "delta-lora":
+        candidates.append({"quantize": "nf4"})
+    now = estimate(job)
+    advice = [(as_flags(changes), now - estimate(job, **changes)) for changes in candidates]
+    helpful = [item for item in advice if item[1] > 0]
+    return sorted(helpful, key=lambda item: -item[1])
+
+
+def as_flags(changes: dict) -> str:
+    """Return changed options as they would stand on the command line."""
+    words = []
+    for name, value in changes.items():
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(str(value))
+    return " ".join(words)
 
 
 @contextmanager
-def out_of_memory_ends_in_one_line(args, estimate, then=""):
-    """Turn out of memory into one line that names the knobs in order of effect, and exit 3."""
+def out_of_memory_advice(job, estimate: Callable, hint: str = ""):
+    """Turn out of memory into one line that names what would help, and exit code 3."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:                 # torch's own name for it is a RuntimeError, and few say it by name
-        said = [*str(error).splitlines(), "out of memory"][0].rpartition("err == 0. ")[2]
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not re.search("out of memory|allocate memory|ALLOC_FAILED", said):
+    except (RuntimeError, MemoryError) as error:     # Few of torch's errors say it by their type.
+        line = (str(error).splitlines() or ["out of memory"])[0].rpartition("err == 0. ")[2]
+        is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not is_named and not re.search("out of memory|allocate memory|ALLOC_FAILED", line):
             raise
-        caught = ". ".join(said.split(". ")[:2])                 # what was asked for; then come addresses and advice
+        cause = ". ".join(line.split(". ")[:2])      # What was asked for; addresses come after it.
     else:
         return
-    help = ", ".join(f"{flags} (by estimate {mib(less)} MiB less)" for flags, less in knobs(args, estimate))
-    end(f"train.py: {caught}; try {help or 'a smaller base or a larger device'}{then}", 3)
+    advice = [f"{flags} (by estimate {mib(less)} MiB less)"
+              for flags, less in memory_advice(job, estimate)]
+    remedy = ", ".join(advice) or "a smaller base or a larger device"
+    end_process(f"train.py: {cause}; try {remedy}{hint}", GAVE_UP)
 
 
-def mib(size):
-    return f"{size / 2 ** 20:,.{0 if size >= 100 * 2 ** 20 else 1}f}"
+def mib(size) -> str:
+    digits = 0 if size >= 100 * MIB else 1
+    return f"{size / MIB:,.{digits}f}"
 
 
-def describe(args, model, wrapped, train_set, val_set, steps, device, world_size, distillation=None):
-    """Print the few lines that say what is about to be trained, on what, and what it takes."""
-    total = sum(p.numel() for p in model.parameters()) + sum(
-        module.in_features * module.out_features for module in model.modules() if hasattr(module, "dequantize"))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"base      {shown(args.checkpoint)}: {model.args.n_layers} layers{', random' if args.init == 'random' else ''}, "
-          f"{args.precision}{f' and {args.quantize}' * (args.quantize != 'none')} on {device}")
+def plural(n: int, noun: str) -> str:
+    """Return "1 layer", "2 layers" or "2 batches"."""
+    if n != 1:
+        noun += "es" if noun.endswith("ch") else "s"
+    return f"{n:,} {noun}"
+
+
+def describe(job):
+    """Print the few lines that say what is trained, on what, and what memory it takes."""
+    print(f"base      {base_line(job)}")
+    print(f"data      {data_line(job)}")
+    if job.val_set:
+        print(f"held out  {held_out_line(job)}")
+    print(f"{job.options.method if not job.lora else job.lora.method:<9} {method_line(job)}")
+    print(f"steps     {steps_line(job)}")
+    if job.distillation:
+        print(f"teacher   {job.distillation.summary(job.options, job.precision)}")
+    kinds, where = memory_of_a_step(job)
+    per_rank = " per rank" if job.ranks.size > 1 else ""
+    listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
+    print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, the most {where}: "
+          f"{listed}", flush=True)
+
+
+def base_line(job) -> str:
+    options = job.options
+    random = ", random" if options.init == "random" else ""
+    numbers = job.precision.name
+    if job.quantize != "none":
+        numbers += f" and {job.quantize}"
+    n_layers = plural(job.model.args.n_layers, "layer")
+    folder = short_path(options.checkpoint)
+    return f"{folder}: {n_layers}{random}, {numbers} on {job.precision.device}"
+
+
+def data_line(job) -> str:
+    train_set = job.train_set
     longest = max(len(tokens) for tokens, _ in train_set.rows)
-    print(f"data      {shown(args.data)}: {len(train_set)} examples, longest {longest} tokens, {train_set.cut} cut at "
-          f"{args.max_seq_len}, {train_set.dropped} dropped; {len(train_set) - train_set.cut} end in eos")
-    if val_set:
-        print(f"held out  {shown(args.val_data or args.data)}: {len(val_set)} examples, {val_set.cut} cut, {val_set.dropped} dropped"
-              + (f"; answers of {len(choices)} classes" if (choices := class_answers(val_set, args.max_seq_len)) else ""))
-    own = "".join(f", {name} {value}" for name, value in args.method_options.items())
-    adapter = f"r {args.r}, alpha {args.alpha:g}{own} on {','.join(args.targets)}: {len(wrapped)} layers wrapped, " * bool(wrapped)
-    print(f"{args.method:<9} {adapter}{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)")
-    if args.tokens_per_batch:
-        filled = sum(len(train_set[i][0]) for _, ranks in steps for batches in ranks for batch in batches for i in batch)
-        filled /= sum(len(batches) for _, ranks in steps for batches in ranks) * args.tokens_per_batch
-        a_step = f"{args.tokens_per_batch:,} tokens ({filled:.0%} filled) x {args.accumulation_steps} micro-batches x {world_size} ranks a step"
+    n_examples = plural(len(train_set), "example")
+    return (f"{short_path(job.options.data)}: {n_examples}, longest {longest} tokens, "
+            f"{train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
+            f"{len(train_set) - train_set.cut} end in eos")
+
+
+def held_out_line(job) -> str:
+    val_set = job.val_set
+    line = (f"{short_path(job.options.val_data or job.options.data)}: "
+            f"{plural(len(val_set), 'example')}, {val_set.cut} cut, {val_set.dropped} dropped")
+    choices = class_answers(val_set, job.options.max_seq_len)
+    if choices:
+        line += f"; answers of {len(choices)} classes"
+    return line
+
+
+def method_line(job) -> str:
+    parameters = list(job.model.parameters())
+    quantised = [m for m in job.model.modules() if hasattr(m, "dequantize")]
+    total = sum(p.numel() for p in parameters)
+    total += sum(layer.in_features * layer.out_features for layer in quantised)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    line = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
+    if not job.lora:
+        return line
+    lora = job.lora
+    settings = "".join(f", {name} {value}" for name, value in lora.options.items())
+    return (f"r {lora.r}, alpha {lora.alpha:g}{settings} on {','.join(lora.targets)}: "
+            f"{plural(len(job.wrapped), 'layer')} wrapped, {line}")
+
+
+def steps_line(job) -> str:
+    options = job.options
+    n_ranks = job.ranks.size
+    shape = f"{plural(options.accumulation_steps, 'micro-batch')} x {plural(n_ranks, 'rank')}"
+    if options.tokens_per_batch:
+        n_batches = 0
+        for _, ranks in job.plan:
+            n_batches += sum(map(len, ranks))
+        n_tokens = 0
+        for step in job.plan:
+            n_tokens += sum(len(job.train_set[i][0]) for i in example_indices(step))
+        filled = n_tokens / (n_batches * options.tokens_per_batch)
+        per_step = f"{options.tokens_per_batch:,} tokens ({filled:.0%} filled) x {shape} per step"
     else:
-        a_step = (f"{args.batch_size} examples x {args.accumulation_steps} micro-batches x {world_size} ranks = "
-                  f"{args.batch_size * args.accumulation_steps * world_size} examples a step")
-    print(f"steps     {a_step}; {len(steps)} steps, {steps[-1][0]:.3g} epochs")
-    if distillation:
-        print(f"teacher   {distillation.told(args)}")
-    kinds, where = memory_of_a_step(model, wrapped, train_set, steps, args.precision, device, world_size, distillation)
-    print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{' a rank' * (world_size > 1)}, the most {where}: "
-          + ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items()), flush=True)
+        total = options.batch_size * options.accumulation_steps * n_ranks
+        per_step = (f"{plural(options.batch_size, 'example')} x {shape} = "
+                    f"{plural(total, 'example')} per step")
+    epochs, _ = job.plan[-1]
+    noun = "epoch" if epochs == 1 else "epochs"
+    return f"{per_step}; {plural(len(job.plan), 'step')}, {epochs:.3g} {noun}"

@@ -85,5 +85,6 @@ def data(tmp_path):
 def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0, rank=0, world_size=1, tokens_per_batch=None):
     """The windows of one epoch of (tokens, labels) rows, as train.py has them."""
     lengths = [len(rows[i][0]) for i in range(len(rows))]
-    planned = plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size, tokens_per_batch)
+    planned = plan_epoch(lengths, batch_size, accumulation_steps, seed, epoch, world_size=world_size,
+                         tokens_per_batch=tokens_per_batch)
     return list(windows(rows, collate, [(epoch + i / len(planned), step) for i, step in enumerate(planned, 1)], rank))

@@ -246,7 +246,7 @@ def build(folder):
     import sentencepiece as spm
 
     from finetune import convert
-    from finetune.state import Run
+    from finetune.run import Run
     from llama import Tokenizer, load_checkpoint, save_checkpoint
     from lora import LoRAConfig, add_lora, lora_state_dict, save_adapter
 
@@ -288,12 +288,12 @@ def build(folder):
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES[:3])))
 
     begin = ["--r", "2", "--checkpoint", "base", "--data", "data.json", "--max-steps", "3", "--out", "half"]
-    honest = Run.add
-    Run.add = lambda run, loss: os.kill(os.getpid(), signal.SIGTERM) or honest(run, loss)
+    honest = Run.sum_loss
+    Run.sum_loss = lambda run, loss: os.kill(os.getpid(), signal.SIGTERM) or honest(run, loss)
     try:
         program.main(FLAGS["train"] + begin)                      # told to stop in its first step
     except SystemExit:
-        Run.add = honest
+        Run.sum_loss = honest
 
     def base(path):
         train = ["train", "--r", "2", "--checkpoint", path, "--data", "data.json"]

@@ -132,7 +132,7 @@ def test_data_that_is_wrong(refused, base, tmp_path, content, message):
     (["--beams", "0"], "--beams: 0 is out of range"),
     (["--beams", "2", "--temperature", "1"], "--beams searches and --temperature draws; give one"),
     (["--no-repeat-ngram", "-1"], "--no-repeat-ngram: -1 is out of range"),
-    (["--score"], "--score needs --data, whose outputs are what is right"),
+    (["--score"], "--score needs --data, whose outputs are the right answers"),
     (["--choices", "a,b"], "--choices are what --score chooses from"),
     (["--score", "--data", "examples.json", "--choices", "a"], "--choices a: give two answers or more, each once"),
     (["--score", "--data", "examples.json", "--choices", "a,b,a"], "--choices a,b,a: give two answers or more, each once"),

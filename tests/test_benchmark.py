@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import __main__ as benchmark
 import train
+from finetune.options import parse_options
 from benchmarks import ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling, search, tables
 from finetune import convert
 from llama import ModelArgs
@@ -179,9 +180,9 @@ def test_rows_as_long_as_alpaca_s():
 
 def test_steps_take_the_rows_in_order_and_repeat_what_is_measured():
     run = dict(warm=1, steps=2, repeats=2)
-    steps = [micro for _, micro in runs.in_file_order(range(5), run, batch_size=1, accumulation=2)]
+    steps = [micro for _, micro in runs.in_file_order(range(5), run, SimpleNamespace(batch_size=1, accumulation_steps=2))]
     assert steps == [[[[0], [1]]], [[[2], [3]]], [[[4], [0]]], [[[2], [3]]], [[[4], [0]]]]
-    assert runs.in_file_order(range(9), run, 2, 1, 2)[0][1] == [[[0, 1]], [[2, 3]]]
+    assert runs.in_file_order(range(9), run, SimpleNamespace(batch_size=2, accumulation_steps=1), 2)[0][1] == [[[0, 1]], [[2, 3]]]
 
 
 def result(parameters=8, gradients=8, optimizer=16, activations=40, forward=2e6, flop=6e6, seconds=1.0):
@@ -311,7 +312,7 @@ def test_ranks_take_a_gpu_each(gpus, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "taken", lambda args, name, run: asked.append(run) or result())
     monkeypatch.setattr(scaling, "picture", lambda *_: None)
     scaling.make(benchmark.parse_args(["scaling", "--out", str(tmp_path)]))
-    ranks = [(run["ranks"], train.parse_args(run["flags"]).device) for run in asked if run["flags"][-2] == "--device"]
+    ranks = [(run["ranks"], parse_options(run["flags"]).device) for run in asked if run["flags"][-2] == "--device"]
     assert ranks == [(n + 1, "cuda") for n in range(gpus)] and {run["ranks"] for run in asked[:-gpus]} == {1}
 
 
@@ -460,7 +461,7 @@ def test_a_method_that_diverges_is_a_row(args, monkeypatch):
 def test_a_run_that_leaves_no_adapter_diverged(base, data, tmp_path, monkeypatch):
     """Its last row may have a held-out loss all the same: of weights that no step has moved."""
     row = dict(val_loss=1.5, epoch=1.0, tokens=8, tokens_per_second=4.0, peak_memory_mb=1.0)
-    args = train.parse_args(["--checkpoint", str(base), "--data", str(data), "--out", str(tmp_path)])
+    args = parse_options(["--checkpoint", str(base), "--data", str(data), "--out", str(tmp_path)])
     monkeypatch.setattr(methods, "finished", lambda argv: (args, [row]))
     assert methods.trained([])["held_out_loss"] is None
     (tmp_path / "adapter.pt").touch()

@@ -22,7 +22,9 @@ from finetune.distill import Distillation
 from finetune.evaluate import forced
 from finetune.loss import answer_loss, CHUNK
 from finetune.batches import pack
-from finetune.preflight import estimate_memory
+from finetune.dataset import load_datasets
+from finetune.options import parse_options
+from finetune.preflight import Size, estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
 
@@ -30,7 +32,7 @@ from .conftest import tiny
 from .memory import LiveBytes
 from .test_distributed import rows as metrics, torchrun
 from .test_packing import drawn
-from .test_state import left, stopped_in
+from .test_resume import left, stopped_in
 
 
 class Said(torch.nn.Module):
@@ -182,7 +184,7 @@ def test_the_estimate_is_what_two_steps_allocate(sizes, batch):
     guide = Distillation(Transformer(ModelArgs(dim=dim, n_layers=2, n_heads=2, vocab_size=vocab, multiple_of=32)))
     model = tiny(vocab_size=vocab)
     wrapped = add_lora(model, LoRAConfig(r=2, dropout=0))
-    kinds, _ = estimate_memory(model, wrapped, B * T, B * answers, "fp32", torch.device("cpu"))
+    kinds, _ = estimate_memory(model, wrapped, Size(B * T, B * answers, 0), train.mixed_precision("fp32", torch.device("cpu"), None))
     kinds |= guide.memory(B * T, B * answers, 4, kinds["activations"] + kinds["logits"])
     with LiveBytes([list(part.parameters()) for part in (model, guide.teacher, guide.head)] + [tokens, labels]) as memory:
         for _ in range(2):
@@ -214,7 +216,7 @@ def test_a_run_with_a_teacher(run, tmp_path, monkeypatch, capsys):
     assert [row["loss"] for row in plain] == [row["loss"] for row in none]
     capsys.readouterr()
     half = run("half", *run.teacher, "--max-steps", "2")
-    assert "teacher   teacher: 1 layers, fp32; temperature 2, 50 % of the loss" in (said := capsys.readouterr().out)
+    assert "teacher   teacher: 1 layer, fp32; temperature 2, 50 % of the loss" in (said := capsys.readouterr().out)
     estimate = float(said.split("teacher ")[-1].split()[0])
     assert estimate >= (tmp_path / "teacher/consolidated.00.pth").stat().st_size / 2 ** 20 - 0.1
     own = run("own", "--teacher", "base", "--teacher-adapter", "plain/adapter.pt", "--max-steps", "2")
@@ -401,7 +403,7 @@ def test_the_estimate_of_a_recurrent_student(kind):
             answer_loss(model, Batch(tokens, labels, 80))[0].backward()
             optimizer.step()
             optimizer.zero_grad()
-    kinds, _ = estimate_memory(model, [], 400, 80, "fp32", torch.device("cpu"))
+    kinds, _ = estimate_memory(model, [], Size(400, 80, 0), train.mixed_precision("fp32", torch.device("cpu"), None))
     assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12)
 
 
@@ -424,7 +426,7 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, tmp_p
     assert left("part") == left("whole")
     model, tokenizer = load_checkpoint("whole")
     assert isinstance(model, RNN) and model.origin["fingerprint"] != load_checkpoint("teacher")[0].origin["fingerprint"]
-    columns = forced(model, train.load_data(train.parse_args(["--checkpoint", "whole", "--data", str(data)]), tokenizer)[0].rows)
+    columns = forced(model, load_datasets(parse_options(["--checkpoint", "whole", "--data", str(data)]), tokenizer)[0].rows)
     assert (columns["nats"].sum() / columns["tokens"].sum()).item() == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
     assert load_checkpoint("whole", layers=1)[0].args.n_layers == 1
     generate.main(["--checkpoint", "whole", "--adapter", "none", "--instruction", "Say cold.", "--max-new-tokens", "3"])

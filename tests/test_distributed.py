@@ -48,7 +48,7 @@ def test_one_process_and_two_ranks_give_the_same_run(flags, data, tmp_path):
         train.main([*flags, *cut, "--out", str(tmp_path / out)])
     done = torchrun(tmp_path, ROOT / "train.py", *flags, "--batch-size", "2", "--accumulation-steps", "2", "--out", "2x2x2", "--checkpointing")
     assert done.returncode == 0, done.stderr
-    assert "2 examples x 2 micro-batches x 2 ranks = 8 examples a step; 6 steps" in done.stdout
+    assert "2 examples x 2 micro-batches x 2 ranks = 8 examples per step; 6 steps" in done.stdout
     assert done.stdout.count("\nstep 1/6 | ") == done.stdout.count("\nsaved     ") == 1            # one rank speaks
     one = rows(tmp_path / "8")
     for out in ("4x2", "2x2x2"):

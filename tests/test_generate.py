@@ -426,13 +426,13 @@ def test_the_adapter_file_names_its_base_and_layers(base, data, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     train.main(["--checkpoint", str(base), "--data", str(data), "--layers", "1", "--max-steps", "1", "--out", "one"])
     command.main(["--adapter", "one/adapter.pt", "--instruction", "Say", "--max-new-tokens", "1"])
-    assert "1 layers" in capsys.readouterr().err
+    assert "1 layer," in capsys.readouterr().err
 
 
 def test_the_adapter_answers_without_dropout(base, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--dropout", "0.5"])
-    model, *_ = command.load(command.parse_args(["--precision", "fp32"]), torch.device("cpu"))
+    model, *_ = command.load(command.parse_args(["--precision", "fp32"]), torch.device("cpu"), "fp32")
     assert not any(module.training for module in model.modules())
 
 

@@ -27,7 +27,7 @@ import generate
 import train
 from finetune import convert
 from llama import checkpoint, load_checkpoint, save_checkpoint
-from finetune.errors import bad_input_ends_in_one_line, in_one_line
+from finetune.errors import one_line_errors, in_one_line
 from llama.files import STORAGES, read_saved
 from llama.sampling import next_logits
 from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
@@ -439,7 +439,7 @@ def test_safetensors_that_lie(refused, here, content):          # noqa: F811
 @pytest.mark.parametrize("error", [MemoryError(), RecursionError("too deep")])
 def test_what_asks_for_too_much_ends_in_one_line_too(refused, error):    # noqa: F811
     def main(flags):
-        with bad_input_ends_in_one_line("x"):
+        with one_line_errors("x"):
             raise error
     assert refused(main) == f"x: {str(error) or 'MemoryError'}\n"
 

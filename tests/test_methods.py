@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import generate
 import train
+from finetune.options import parse_options
 from llama import ModelArgs, Transformer
 from lora import (LoRAConfig, LoRALinear, add_lora, begin_step, follow_optimizer, load_adapter, lora_disabled, lora_state_dict,
                   mark_only_lora_as_trainable, merge_lora, read_adapter, save_adapter, unmerge_lora)
@@ -422,9 +423,9 @@ def test_train_and_generate(run, method, data, tmp_path, capsys):
 def test_the_seed_reaches_what_a_method_draws(run):
     rows = {seed: run(seed, "--method", "dylora", "--seed", seed, "--epochs", "4") for seed in ("1", "2")}
     assert [row["rank"] for row in rows["1"]] != [row["rank"] for row in rows["2"]]
-    args = train.parse_args(["--method", "vera", "--seed", "3", "--method-options", "d_init=0.2"])
+    args = parse_options(["--method", "vera", "--seed", "3", "--method-options", "d_init=0.2"])
     assert args.method_options == {"seed": 3, "d_init": 0.2, "stored": False}
-    assert train.parse_args(["--method", "vera", "--seed", "3", "--method-options", "seed=4"]).method_options["seed"] == 4
+    assert parse_options(["--method", "vera", "--seed", "3", "--method-options", "seed=4"]).method_options["seed"] == 4
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from llama import ModelArgs, Transformer
 from finetune.batches import Batch
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
-from finetune.preflight import check_gradients, estimate_memory
+from finetune.preflight import Size, check_gradients, estimate_memory, optimizer_state_bytes
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora
 from lora.quantize import quantizer
@@ -54,9 +54,17 @@ def two_steps(model, batch, precision, lora, optimizer):
     return gradients
 
 
+def precision_of(name, device="cpu"):
+    return train.mixed_precision(name, torch.device(device), LoRAConfig())
+
+
+def size_of(batch):
+    return Size(batch.tokens.numel(), batch.n_answer, 0)
+
+
 def estimated(precision, lora, checkpointing, batch, device="cpu", **sizes):
     sketch, wrapped = built(precision, lora, checkpointing, "meta", **sizes)
-    return estimate_memory(sketch, wrapped, batch.tokens.numel(), batch.n_answer, precision, torch.device(device))
+    return estimate_memory(sketch, wrapped, size_of(batch), precision_of(precision, device))
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -96,7 +104,7 @@ def test_the_estimate_of_every_method(method, dropout, checkpointing):
                 if isinstance(layer, torch.nn.Linear) and kind != "none":
                     model.layers.set_submodule(path, quantizer(kind)(layer))
             return model, add_lora(model, LoRAConfig(method, r=8, dropout=dropout, targets=every))
-        kinds, _ = estimate_memory(*built_so("meta"), batch.tokens.numel(), batch.n_answer, "bf16", torch.device("cpu"))
+        kinds, _ = estimate_memory(*built_so("meta"), size_of(batch), precision_of("bf16"))
         model, _ = built_so("cpu")
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         follow_optimizer(model, optimizer)
@@ -128,7 +136,7 @@ def test_activations_are_what_autograd_keeps(precision):
     for lora in dict(dropout=0), dict(dropout=0, targets=("wo", "w1", "w2")):
         model, wrapped = built(precision, lora, n_layers=6)
         model.init_weights()
-        kinds, where = estimate_memory(model, wrapped, batch.tokens.numel(), batch.n_answer, precision, torch.device("cpu"))
+        kinds, where = estimate_memory(model, wrapped, size_of(batch), precision_of(precision))
         _, kept = saved_bytes(model, lambda: answer_loss(model, batch)[0])
         assert where == "at the logits"
         logits = batch.n_answer * 1280 * DTYPES[precision].itemsize
@@ -137,7 +145,7 @@ def test_activations_are_what_autograd_keeps(precision):
 
 def test_ranks_hold_their_gradients_twice():
     model, wrapped = built("fp32", dict(dropout=0))
-    one, two = (estimate_memory(model, wrapped, 8, 4, "fp32", torch.device("cpu"), n)[0] for n in (1, 2))
+    one, two = (estimate_memory(model, wrapped, Size(8, 4, 0), precision_of("fp32"), n)[0] for n in (1, 2))
     adapter = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert two["gradients"] - one["gradients"] == adapter and two["optimizer"] == one["optimizer"] == 2 * adapter
 
@@ -147,7 +155,7 @@ def test_llama_2_7b_by_arithmetic():
     with torch.device("meta"):
         model = Transformer(ModelArgs()).bfloat16()
         wrapped = add_lora(model, LoRAConfig())
-    kinds, _ = estimate_memory(model, wrapped, 512, 200, "bf16", torch.device("cuda"))
+    kinds, _ = estimate_memory(model, wrapped, Size(512, 200, 0), precision_of("bf16", "cuda"))
     assert kinds["weights"] == 2 * 6_738_415_616 + 4 * 8_388_608
     assert kinds["gradients"] == 4 * (8_388_608 + 16 * 4096) and kinds["optimizer"] == 8 * 8_388_608
     dropped = 2 * (2 + 1) * 4096                                         # two targets; a copy in bf16 and a mask of a byte
@@ -167,8 +175,8 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, cap
     train.main([*no_weights, "--r", "4", "--batch-size", "3", "--accumulation-steps", "2", "--out", "not/yet"])
     said, error = capsys.readouterr()
     assert "12 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 12 end in eos" in said
-    assert "4 layers wrapped" in said and "a gradient reaches each of 4 adapters" in said
-    assert "3 examples x 2 micro-batches x 1 ranks = 6 examples a step; 6 steps, 3 epochs" in said
+    assert "4 layers wrapped" in said and "a gradient reaches every one of 4 adapters" in said
+    assert "3 examples x 2 micro-batches x 1 rank = 6 examples per step; 6 steps, 3 epochs" in said
     assert "MiB of tensors" in said and said.endswith("nothing was trained, nothing was written\n") and error == ""
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -245,3 +253,10 @@ def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
     with pytest.raises(ValueError, match="the loss is nan before the first step"):
         check_gradients(model, [], lambda: model(tokens).sum())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("build, expected", [
+    (lambda groups: torch.optim.AdamW(groups, fused=True), 8), (lambda groups: torch.optim.SGD(groups), 0),
+    (lambda groups: torch.optim.SGD(groups, momentum=0.9), 4), (lambda groups: torch.optim.Adagrad(groups), 4)])
+def test_the_memory_line_counts_the_optimizer_that_is_there(build, expected):
+    assert optimizer_state_bytes(build) == expected

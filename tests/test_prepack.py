@@ -93,18 +93,18 @@ def test_adapters_over_it(method):
 
 def test_generate_py_answers_with_packed_weights(base, tokenizer, tmp_path):
     args = generate.parse_args(["--checkpoint", str(base), "--adapter", "none", "--precision", "fp32"])
-    packed, *_ = generate.load(args, torch.device("cpu"))
+    packed, *_ = generate.load(args, torch.device("cpu"), "fp32")
     assert any(isinstance(layer, PrepackedLinear) for layer in packed.modules())
     assert not any(type(layer) is nn.Linear for layer in packed.modules())
     plain, _ = load_checkpoint(base, dtype=torch.float32)
     prompts = [tokenizer.encode(text, bos=True) for text in ("Say blue please.", "Name a colour.")]
     assert list(sampling.generate(packed, prompts, 12, -1)) == list(sampling.generate(plain.eval(), prompts, 12, -1))
     args.quantize = "int8"
-    fewer, *_ = generate.load(args, torch.device("cpu"))
+    fewer, *_ = generate.load(args, torch.device("cpu"), "fp32")
     assert {type(layer).__name__ for layer in fewer.modules() if isinstance(layer, QuantizedLinear)} == {"Int8Linear", "PrepackedLinear"}
     model, _ = load_checkpoint(base, dtype=torch.float32)
     add_lora(model, LoRAConfig(r=2))
     save_adapter(model, tmp_path / "adapter.pt")
     args = generate.parse_args(["--adapter", str(tmp_path / "adapter.pt"), "--merge", "--precision", "fp32"])
-    merged, *_ = generate.load(args, torch.device("cpu"))
+    merged, *_ = generate.load(args, torch.device("cpu"), "fp32")
     assert lora_layers(merged) and not any(type(layer) is nn.Linear for layer in merged.modules())

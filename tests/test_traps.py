@@ -19,6 +19,8 @@ from finetune.dataset import count_answer, encode_example, encode_prompt, format
 from finetune.distill import Distillation
 from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss
+from finetune.options import parse_options
+from finetune.ranks import ALONE
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
@@ -411,13 +413,13 @@ def test_reentrant_checkpointing():
 def test_copies_of_frozen_weights(base):
     """Under autocast a frozen fp32 weight is copied to 16 bit at each use and kept until backward: LoRA takes more memory.
     https://github.com/MakazhanAlpamys/Soup/issues/339"""
-    args = train.parse_args(["--checkpoint", str(base), "--precision", "bf16"])
-    ours, _ = train.load_model(args, LoRAConfig(r=2), torch.device("cpu"), "checkpoint")
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    ours, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     wrong = load_checkpoint(base, dtype=torch.float32)[0]
     add_lora(wrong, LoRAConfig(r=2))
     kept = {}
     for model in ours, wrong:
-        with torch.autocast("cpu", torch.bfloat16) if model is wrong else train.mixed_precision(args, torch.device("cpu")):
+        with torch.autocast("cpu", torch.bfloat16) if model is wrong else job.precision.autocast:
             kept[model] = saved_bytes(model, lambda: model(torch.arange(4).view(1, 4)).sum())[1]
     matrices = sum(p.numel() for name, p in ours.named_parameters() if p.dim() == 2 and "lora" not in name and "tok" not in name)
     assert kept[wrong] > kept[ours] + 1.8 * matrices                     # 2 bytes for nearly each of them
@@ -426,15 +428,15 @@ def test_copies_of_frozen_weights(base):
 def test_norms_under_autocast(base):
     """CUDA's autocast gives norms out in fp32, so what an adapter reads is held twice as wide for nothing.
     https://github.com/AgileRL/AgileRL/issues/623"""
-    args = train.parse_args(["--checkpoint", str(base), "--precision", "bf16"])
-    model, _ = train.load_model(args, LoRAConfig(r=2), torch.device("cpu"), "checkpoint")
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     for device in "cpu", "cuda":                                         # entered, no GPU is asked for anything
-        assert not train.mixed_precision(args, torch.device(device))._enabled
+        assert not train.mixed_precision("bf16", torch.device(device), job.lora).autocast._enabled
     seen = set()
     for layer in model.modules():
         if isinstance(layer, nn.Linear | LoRALinear):
             layer.register_forward_pre_hook(lambda layer, x: seen.add(x[0].dtype))
-    with train.mixed_precision(args, torch.device("cpu")):
+    with job.precision.autocast:
         model(torch.arange(4).view(1, 4))
     assert seen == {torch.bfloat16}
 
@@ -516,8 +518,9 @@ def test_optimizer_given_frozen_weights(run, monkeypatch):
     """An optimizer over model.parameters() breaks on resuming once what is frozen changes, and decays what it should not.
     https://github.com/Lightning-AI/lit-llama/blob/main/finetune/lora.py"""
     given, AdamW = [], torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **rest: given.extend(p for group in groups for p in group["params"]) or AdamW(groups, **rest))
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **rest: given.append([p for group in groups for p in group["params"]]) or AdamW(groups, **rest))
     run("--max-steps", "1")
+    _, given = given                                                     # the first was the estimate's trial
     assert len(given) == 8 and all(parameter.requires_grad for parameter in given)
 
 

@@ -1,7 +1,7 @@
-"""llama/state.py: a run that is killed, told to stop, out of room or out of luck goes on as if nothing had been.
+"""finetune/run.py, resume.py, signals.py: a run that is killed, told to stop, out of room or out of luck goes on as if nothing had been.
 
-    pytest tests/test_state.py             kills aimed inside a save, in forked processes
-    pytest -m slow tests/test_state.py     kills at random moments, and under torchrun
+    pytest tests/test_resume.py             kills aimed inside a save, in forked processes
+    pytest -m slow tests/test_resume.py     kills at random moments, and under torchrun
 """
 import ctypes
 import functools
@@ -26,9 +26,13 @@ import pytest
 import torch
 
 import train
-from finetune import state
+from finetune import signals
+from finetune.options import parse_options
+from finetune.ranks import Ranks
+from finetune.resume import read_last_save
+from finetune.run import Run
 from llama import save_checkpoint
-from finetune.preflight import knobs, out_of_memory_ends_in_one_line
+from finetune.preflight import memory_advice, out_of_memory_advice
 
 from .conftest import EXAMPLES, ROOT, tiny
 
@@ -196,6 +200,30 @@ def test_what_a_method_moves_goes_on(flags, own):
         assert len({row["rank"] for row in one[0][3:]}) > 1
 
 
+OPTIMIZERS = {
+    "SGD": lambda groups, options: torch.optim.SGD(groups, lr=options.lr, momentum=0.9),
+    "Adagrad": lambda groups, options: torch.optim.Adagrad(groups, lr=options.lr),       # which has its state before a step
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda groups, options: torch.optim.Muon(groups, lr=options.lr)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_is_killed_and_goes_on(flags, monkeypatch, capsys, name):
+    """By a change of build_optimizer alone.  What another optimizer saved is refused in one line."""
+    adamw = train.build_optimizer
+    monkeypatch.setattr(train, "build_optimizer", OPTIMIZERS[name])
+    train.main([*flags, "--out", name])
+    assert child([*flags, "--out", f"{name}-killed"], dying_in_a_save("renamed", 4)) == -signal.SIGKILL
+    assert rows_in(f"{name}-killed") == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_optimizer", adamw)
+        line = refused([*flags, "--out", f"{name}-killed", "--resume"], capsys)
+        assert "it was saved by another optimizer, or one with other settings" in line
+    train.main([*flags, "--out", f"{name}-killed", "--resume"])
+    assert left(f"{name}-killed") == left(name) != left("whole")
+
+
 @pytest.fixture
 def half(flags, tmp_path):
     """half() copies the folder of a run that was told to stop, by Ctrl-C, in its third step; with what it printed."""
@@ -215,7 +243,7 @@ def refused(argv, capsys, code=2):
     return line
 
 
-def test_what_may_change_while_a_run_goes_on(flags, half, capsys, monkeypatch):
+def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     """Arguments are listed, refused where they would make it another run; so are other examples, another base, more ranks."""
     folder = half()
     before = contents(folder)
@@ -229,9 +257,10 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys, monkeypatch):
     weights = torch.load("base/consolidated.00.pth")
     torch.save({**weights, "norm.weight": 2 * weights["norm.weight"]}, "other/consolidated.00.pth")
     assert "it was begun over another base" in refused([*argv, "--checkpoint", "other"], capsys)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "setup_distributed", lambda: (0, 2, 0))
-        assert "each rank has random numbers of its own; start as many as it was begun with (ranks 1, now 2)" in refused(argv, capsys)
+    content = torch.load(f"{folder}/state.pt", weights_only=True)
+    torch.save({**content, "about": {**content["about"], "ranks": 2}}, f"{folder}/state.pt")
+    assert "each rank has random numbers of its own; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
+    open(f"{folder}/state.pt", "wb").write(before["state.pt"])
     after = contents(folder)
     assert {**after, "args.json": None} == {**before, "args.json": None}
     shutil.copy("examples.json", "moved.json")
@@ -261,8 +290,8 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
     for n, torn in enumerate((b"", data[:100], data[:-1], data[:len(data) // 2], open("whole/adapter.pt", "rb").read(), b'{"step": 1}',
                               open("payload.pt", "rb").read(), *(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:] for i in (80, 5000, len(data) // 2)))):
         open(f"{folder}/state.pt", "wb").write(torn)
-        saved, path, why = state.read_state(pathlib.Path(folder))
-        assert path.name == "state.previous.pt" and saved["counters"]["step"] == 2 and "is not a whole save of a run" in why, n
+        save = read_last_save(pathlib.Path(folder))
+        assert save.path.name == "state.previous.pt" and save.progress.step == 2 and "is not a whole save of a run" in save.warning, n
     train.main([*flags, "--out", folder, "--resume"])
     assert "is not a whole save of a run" in (said := capsys.readouterr().out) and "the one before it is used" in said
     assert left(folder) == left("whole") and not os.path.exists("payload")
@@ -298,16 +327,17 @@ def test_what_does_not_go_with_a_save(flags, half, capfd, name, change, said):
 
 @pytest.mark.parametrize("keys, value, said", [
     (("counters", "step"), 7, "claims step 7 of 6"), (("counters", "step"), -1, "claims step -1 of 6"),
-    (("counters", "seconds"), math.inf, "counters, seconds is not as it would be here"), (("counters", "worse"), 10 ** 400, "counters, worse"),
+    (("counters", "seconds"), math.inf, "seconds is inf"), (("counters", "worse"), 10 ** 400, "worse is 1000"),
     (("args",), {1: 2}, "was begun with --1 2, now None"), (("args", "log_every"), torch.ones(2), "is not a whole save of a run"),
     (("args", "data"), "\x1b[2J", None), (("about", "ranks"), torch.ones(2), "start as many"), (("about",), {}, "start as many"),
     (("metrics",), -1, "metrics.jsonl is not what it was"), (("random",), [], "does not fit this run"),
-    (("parts", "optimizer", "param_groups", 0, "amsgrad"), True, "optimizer, param_groups, 0, amsgrad is not as it would be here"),
-    (("parts", "optimizer", "param_groups", 0, "betas"), "x", "optimizer, param_groups, 0, betas"),
-    (("parts", "optimizer", "state", 0, "exp_avg"), torch.ones(3), "optimizer, state, 0, exp_avg"),
-    (("parts", "optimizer", "state", 9), {}, "does not fit this run"), (("parts", "optimizer", "state", 0, "exp_avg"), None, "optimizer, state, 0, exp_avg"),
+    (("parts", "optimizer", "param_groups", 0, "amsgrad"), True, "it was saved by another optimizer, or one with other settings"),
+    (("parts", "optimizer", "param_groups", 0, "betas"), "x", "it was saved by another optimizer"),
+    (("parts", "optimizer", "state", 0, "exp_avg"), torch.ones(3), "optimizer, exp_avg does not match this run"),
+    (("parts", "optimizer", "state", 9), {}, "a parameter that is not trained here"), (("parts", "optimizer", "state", 0, "exp_avg"), None, "optimizer, exp_avg does not match"),
     (("parts", "model", "tensors", "layers.0.attention.wq.lora_B"), torch.full((32, 4), math.nan), "model, tensors, layers.0.attention.wq.lora_B"),
-    (("parts", "schedule", "step"), 5, "schedule is not as it would be here"), (("parts", "schedule", "last_epoch"), 2 ** 60, "schedule, last_epoch"),
+    (("counters", "taken"), 4, "claims step 3 of 6, and that 4 moved the weights"), (("counters", "taken"), 2 ** 60, "taken is 1152921504606846976"),
+    (("counters", "finished"), 1, "finished is 1"), (("parts", "scaler"), {"scale": 1.0}, "scaler does not match this run"),
 ])
 def test_a_save_that_lies(flags, half, capfd, keys, value, said):
     """Whole, with its checksums right, and of nonsense: nothing of it is used, or what is quoted of it can be seen."""
@@ -340,7 +370,7 @@ def test_two_runs_in_one_folder(flags, half, capsys):
 
 def test_a_second_ctrl_c_ends_at_once(flags, half, monkeypatch):
     folder, now = half(), [0.0]
-    monkeypatch.setattr(state.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
 
     def impatient():
         for now[0] in (5.0, 5.5, 7.0):                                 # the second comes too soon: a shell passed one on twice
@@ -430,18 +460,20 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
     (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "[enforce fail]"),
     (RuntimeError("shapes cannot be multiplied"), None)])
 def test_memory_runs_out_by_many_names(error, said, capsys):
-    with pytest.raises(SystemExit if said else RuntimeError), out_of_memory_ends_in_one_line(train.parse_args(["--precision", "bf16"]), lambda _: 0):
+    job = train.prepare(parse_options(["--precision", "bf16"]), Ranks())
+    with pytest.raises(SystemExit if said else RuntimeError), out_of_memory_advice(job, lambda job, **changes: 0):
         raise error
     lines = capsys.readouterr().err.splitlines()
     assert [line.startswith(f"train.py: {said}") and line.endswith("; try a smaller base or a larger device") for line in lines] == [True] * bool(said)
 
 
-def test_the_knobs_are_in_order_of_effect():
+def test_the_advice_is_in_order_of_effect():
     """By an estimate that says what each saves; of a batch its largest part is taken, so that a step's examples stay the same."""
-    args = train.parse_args(["--batch-size", "6", "--accumulation-steps", "2", "--method", "full"])
-    args.precision = "fp32"
-    need = lambda a: 100 * (1 + (not a.checkpointing)) + 10 * a.batch_size + 5 * (a.precision == "fp32") + 0 * (a.method == "full")
-    assert knobs(args, need) == [("--checkpointing", 100), ("--batch-size 3 --accumulation-steps 4", 30), ("--precision bf16", 5)]
+    job = train.prepare(parse_options(["--batch-size", "6", "--accumulation-steps", "2", "--method", "full"]), Ranks())
+
+    def estimate(job, checkpointing=False, batch_size=6, precision="fp32", **others):
+        return 100 * (1 + (not checkpointing)) + 10 * batch_size + 5 * (precision == "fp32")
+    assert memory_advice(job, estimate) == [("--checkpointing", 100), ("--batch-size 3 --accumulation-steps 4", 30), ("--precision bf16", 5)]
 
 
 def test_best_and_last(flags, monkeypatch, capsys):
@@ -463,15 +495,15 @@ def test_best_and_last(flags, monkeypatch, capsys):
 
 def test_a_full_disk(flags, capfd):
     """No room for a save, for best.pt, for half of a row: one line, exit 2, and with room again nothing is lost."""
-    honest = state.Run.add
+    honest = Run.sum_loss
     for step, room, said in ((2, lambda: 3_000, "full/state.pt cannot be written: File too large"),
                              (3, lambda: 3_000, "full/best.pt cannot be written: File too large"),
                              (4, lambda: os.path.getsize("full/metrics.jsonl") + 100, "full/metrics.jsonl cannot be written: No space left")):
         def less_room(run, loss):
-            if run.step == step - 1:
+            if run.progress.step == step - 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room(),) * 2)
             return honest(run, loss)
-        assert child([*flags, "--out", "full", *["--resume"] * (step > 2)], lambda: setattr(state.Run, "add", less_room)) == 2
+        assert child([*flags, "--out", "full", *["--resume"] * (step > 2)], lambda: setattr(Run, "sum_loss", less_room)) == 2
         line, = capfd.readouterr().err.splitlines()
         assert line.startswith(f"train.py: {said}") and line.endswith("; what was saved is whole: --resume goes on from there")
         assert len(left("full")[0]) == (2 if step == 2 else step - 1)
@@ -484,9 +516,9 @@ def test_a_rank_that_waits_for_one_that_is_gone_leaves_all_the_same(flags, monke
     lock = ctypes.create_string_buffer(64)                             # a mutex of libc, taken twice: NCCL's wait, in short
     pid = os.fork()
     if pid == 0:
-        state.GRACE = 0.1
-        run = state.Run(train.parse_args([*flags, "--out", "stuck"]), 0, 2)
-        with run.survives():
+        signals.GRACE = 0.1
+        run = Run(parse_options([*flags, "--out", "stuck"]), Ranks(0, 2), pathlib.Path("stuck"), None, False)
+        with signals.stop_after_step_on_signals(run):
             while True:
                 ctypes.CDLL(None).pthread_mutex_lock(lock)
     time.sleep(0.2)

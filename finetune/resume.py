@@ -1,0 +1,244 @@
+"""state.pt: all that a run's next step depends on, written whole and read without trust.
+
+A save is written beside the last one, flushed and renamed, and the last one stays as
+state.previous.pt.  So a kill at any moment leaves a whole save.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+from array import array
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llama.files import first_line, read_saved, reading, write_whole
+
+STATE = "state.pt"
+PREVIOUS = "state.previous.pt"
+LARGEST = 2 ** 53                                    # no count or measure of a run is larger
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    loss: of the last step, over all ranks; None where it was not finite.  taken: steps that moved
+    the weights.  bad: steps in a row without a finite loss and gradient; skipped: all of them.
+    best: the lowest held-out loss, after step best_step; worse: measurements since without a
+    better one.  seconds: spent in training.
+    """
+    step: int = 0
+    loss: float | None = None
+    taken: int = 0
+    bad: int = 0
+    skipped: int = 0
+    best: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Save:
+    """What a state.pt holds.
+
+    settings: the run's flags as they were settled.  about: digests of what must stay the same.
+    metrics_bytes: length of metrics.jsonl.  launch: torchrun's name for the job.  parts: states of
+    model, optimizer and scaler.  random_states: one for each rank.  warning: why a later save was
+    passed over.
+    """
+    path: Path
+    progress: Progress
+    settings: dict
+    about: dict
+    metrics_bytes: int
+    launch: str
+    parts: dict
+    random_states: list
+    warning: str | None = None
+
+
+def read_last_save(out: Path) -> Save | None:
+    """Return the last whole save in a folder; None where there is no save.
+
+    Raises ValueError if there are saves and none of them can be read.
+    """
+    problems = []
+    for path in (out / STATE, out / PREVIOUS):
+        if path.exists():
+            try:
+                return read_save(path, "; ".join(problems) or None)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; there is nothing to go on from, "
+                         "--overwrite begins anew")
+    return None
+
+
+def read_save(path: Path, warning=None) -> Save:
+    """Return what a state.pt holds; tensors are mapped, and no pickled code runs.
+
+    Raises ValueError for a file that is torn, damaged, or no save at all.
+    """
+    what = "a whole save of a run"
+    content = read_saved(path, what, mapped=True)
+    with reading(path, what):
+        counters = dict(content["counters"])
+        if "taken" not in counters:                  # An earlier version saved it elsewhere.
+            counters["taken"] = content["parts"]["schedule"]["last_epoch"]
+        settings = json.loads(json.dumps(content["args"]))     # no tensors, and names are text
+        save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],
+                    content["launch"], content["parts"], content["random"], warning)
+        kinds = {"settings": dict, "about": dict, "metrics_bytes": int, "launch": str,
+                 "parts": dict, "random_states": list}
+        for name, kind in kinds.items():
+            if not isinstance(getattr(save, name), kind):
+                raise ValueError(f"its {name} have the wrong type")
+    return save
+
+
+def progress_of(counters: dict) -> Progress:
+    """Return the Progress with these values.  Raises ValueError for what cannot be one."""
+    progress = Progress(**counters)
+    for field in fields(Progress):
+        value = getattr(progress, field.name)
+        if value == field.default and type(value) is type(field.default):
+            continue
+        kind = float if field.name == "loss" else type(field.default)
+        if type(value) is not kind or not abs(value) <= LARGEST:
+            raise ValueError(f"{field.name} is {value!r}")
+    return progress
+
+
+def write_save(out: Path, save: Save):
+    """Write a save to its folder; the one before it stays beside it."""
+    content = {"counters": asdict(save.progress), "about": save.about,
+               "metrics": save.metrics_bytes, "args": json.loads(json.dumps(save.settings)),
+               "launch": save.launch, "random": save.random_states, "parts": save.parts}
+    # An empty save begins a run, and leaves nothing of another run to go back to.
+    previous = out / PREVIOUS if save.progress.step else None
+    write_whole(out / STATE, lambda file: torch.save(content, file), previous)
+
+
+def states_of(parts: dict) -> dict:
+    """Return {name: state} of parts that have state_dict()."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(save: Save, parts: dict, rank: int, device):
+    """Give each part its state back, and this rank its random numbers.
+
+    Raises ValueError for a state that does not fit its part.
+    """
+    try:
+        for name, part in parts.items():
+            state = save.parts[name]
+            if isinstance(part, torch.optim.Optimizer):
+                restore_optimizer(part, state)
+            else:
+                check_form(part.state_dict(), state, name)
+                part.load_state_dict(state)
+        set_random_state(save.random_states[rank], device)
+    except Exception as error:                       # Each part complains in its own way.
+        raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
+
+
+def restore_optimizer(optimizer, state: dict):
+    """Load an optimizer's state, of whatever kind it is, and check that its next step can use it.
+
+    load_state_dict compares the number of parameters only, and a fused step reads beyond a tensor
+    that is too small.  So each parameter's state must have the form that a step of a new optimizer
+    of this type makes.  What no check can tell is whether the numbers are those of this run.
+    """
+    if settings_of(optimizer.param_groups) != settings_of(state["param_groups"]):
+        raise ValueError("it was saved by another optimizer, or one with other settings")
+    optimizer.load_state_dict(state)
+    n_checked = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in optimizer.state:
+                n_checked += 1
+                stand_in = torch.zeros_like(parameter).requires_grad_()
+                stand_in.grad = torch.zeros_like(stand_in)
+                trial = type(optimizer)([{**group, "params": [stand_in]}])
+                trial.step()
+                check_form(trial.state[stand_in], optimizer.state[parameter], "optimizer")
+    if n_checked < len(optimizer.state):
+        raise ValueError("optimizer holds the state of a parameter that is not trained here")
+
+
+def settings_of(param_groups: list) -> list:
+    """Return an optimizer's groups without their parameters and learning rates."""
+    others = ("params", "lr", "initial_lr")
+    return [without(group, others) for group in param_groups]
+
+
+def without(items: dict, names: tuple) -> dict:
+    return {name: value for name, value in items.items() if name not in names}
+
+
+def check_form(expected, saved, name: str):
+    """Raise ValueError unless `saved` is made like `expected`, with finite numbers.
+
+    That is: the same keys, lengths, types, shapes, dtypes, words and switches; numbers may differ.
+    None in `expected` stands for a number that is not known yet.
+    """
+    inner = []
+    if isinstance(expected, dict):
+        fits = isinstance(saved, dict) and expected.keys() == saved.keys()
+        inner = expected.keys()
+    elif isinstance(expected, (list, tuple)):
+        fits = type(expected) is type(saved) and len(expected) == len(saved)
+        inner = range(len(expected))
+    elif isinstance(expected, torch.Tensor):
+        fits = (isinstance(saved, torch.Tensor) and expected.shape == saved.shape
+                and expected.dtype == saved.dtype and not saved.isnan().any())
+    elif expected is None or type(expected) in (int, float):
+        fits = expected is None and saved is None
+        if type(saved) in (int, float) and (expected is None or type(saved) is type(expected)):
+            fits = saved == expected or abs(saved) <= LARGEST
+    else:
+        fits = type(expected) is type(saved) and expected == saved
+    if not fits:
+        raise ValueError(f"{name} does not match this run")
+    for key in inner:
+        check_form(expected[key], saved[key], f"{name}, {key}")
+
+
+def random_state(device) -> dict:
+    """Return every stream of random numbers that a rank may draw from."""
+    name, keys, *rest = np.random.get_state()
+    streams = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+               "torch": torch.get_rng_state()}
+    if device.type != "cpu":
+        streams[device.type] = torch.get_device_module(device).get_rng_state()
+    return streams
+
+
+def set_random_state(streams: dict, device):
+    """Go on with the random numbers that `random_state` returned."""
+    random.setstate(streams["python"])
+    np.random.set_state(streams["numpy"])
+    torch.set_rng_state(streams["torch"])
+    if device.type in streams:
+        torch.get_device_module(device).set_rng_state(streams[device.type])
+
+
+def restarted_by_torchrun(save: Save | None) -> bool:
+    """Return whether torchrun has started this job again after it wrote the save."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and save is not None and save.launch == os.environ["TORCHELASTIC_RUN_ID"]
+
+
+def digest(lists) -> str:
+    """Return 16 hex digits that tell lists of lists of whole numbers apart."""
+    sha = hashlib.sha256()
+    for numbers in lists:
+        sha.update(array("q", [len(numbers), *numbers]))
+    return sha.hexdigest()[:16]

@@ -1,0 +1,466 @@
+"""A run in its folder: whether it may go there, what it records, its best model, when it stops."""
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                                  # On Windows nothing keeps two runs apart.
+    fcntl = None
+
+import torch
+
+from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS
+from llama.files import write_json
+
+from .batches import example_indices
+from .errors import GAVE_UP, INTERRUPTED, in_one_line
+from .ranks import leave, sum_over_ranks
+from .resume import (
+    PREVIOUS,
+    STATE,
+    Progress,
+    Save,
+    digest,
+    random_state,
+    read_last_save,
+    restarted_by_torchrun,
+    restore,
+    states_of,
+    write_save,
+)
+from .signals import StopRequest
+
+ARGS = "args.json"
+METRICS = "metrics.jsonl"
+ADAPTER = "adapter.pt"
+BEST = "best.pt"
+PICTURE = "loss.png"
+RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER)
+RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs leave in --out
+# What may change while a run goes on: paths, what is printed and kept, and how the examples of a
+# step are cut into micro-batches.
+FREE_SETTINGS = {
+    "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device",
+    "log_every", "save_every", "max_bad_steps", "early_stop", "batch_size", "accumulation_steps",
+    "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
+NOT_COMPARED = {"resume", "overwrite", "dry_run"}
+# Paths may differ from machine to machine, and each rank has a device of its own.
+OWN_TO_RANKS = {"checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out",
+                "device"}
+
+
+class Run:
+    """A run in its folder: how far it has come, what it saves, and when it stops.
+
+    Its life: `open`; `check_same_run` before the weights load; `begin`; `restore`; then for each
+    step `sum_loss`, `record` and `is_over`; at the end `finish`.
+    """
+
+    def __init__(self, options, ranks, out: Path, last_save: Save | None, resumes: bool):
+        self.options = options
+        self.ranks = ranks
+        self.out = out
+        self.resumes = resumes
+        self.last_save = last_save
+        self.progress = last_save.progress if last_save else Progress()
+        self.about = {}
+        self.stop_request = StopRequest(ranks)
+        self.told_to_stop = False                    # whether any rank was
+
+    @classmethod
+    def open(cls, options, ranks) -> "Run":
+        """Return the run of --out: a new one, or the one to go on with.
+
+        Raises ValueError or OSError if it must not or cannot go there, or if it cannot go on.
+        """
+        out = Path(options.out or "out")
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+        last_save = read_last_save(out) if options.resume or again else None
+        resumes = options.resume or restarted_by_torchrun(last_save)
+        if not resumes:
+            last_save = None
+        if ranks.is_first:
+            claim_folder(options, out, resumes)
+        run = cls(options, ranks, out, last_save, resumes)
+        ranks.agree((run.progress.step, run.progress.finished), "the saves in --out")
+        return run
+
+    def check_same_run(self, job):
+        """Raise ValueError where going on would not be the run that was begun.
+
+        Print what else has changed.
+        """
+        self.plan = job.plan
+        self.example_numbers = job.train_set.numbers
+        self.settings = json.loads(json.dumps(job.settings()))
+        changes = self.changed_settings()
+        self.must_equal("ranks", self.ranks.size, "each rank has random numbers of its own; start "
+                        "as many as it was begun with")
+        datasets = [part for part in (job.train_set, job.val_set) if part]
+        rows = ([*tokens, *labels] for part in datasets for tokens, labels in part.rows)
+        self.must_equal("data", digest(rows), "the examples are not those that it was begun with")
+        self.must_equal("steps", digest(map(example_indices, self.plan)),
+                        "its steps would not hold the same examples; keep the product of "
+                        "--batch-size and --accumulation-steps")
+        n_steps = len(self.plan)
+        if not 0 <= self.progress.taken <= self.progress.step <= n_steps:
+            raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
+                             f"{n_steps}, and that {self.progress.taken} moved the weights")
+        shared = {name: value for name, value in self.settings.items() if name not in OWN_TO_RANKS}
+        self.ranks.agree(shared, "their flags")
+        self.ranks.agree(self.about, "their examples")
+        if self.last_save:
+            if self.last_save.warning:
+                print(f"resume    {in_one_line(self.last_save.warning)}; the one before it is used")
+            print(f"resume    {self.last_save.path}: {self.progress.step} of {n_steps} steps are "
+                  "done")
+            for change in changes:
+                print(f"changed   {in_one_line(change)}")
+        elif self.resumes:
+            print(f"resume    {self.out} holds no save yet: from the beginning")
+
+    def changed_settings(self) -> list:
+        """Return a line for each setting that has changed.
+
+        Raises ValueError for those that would make this another run.
+        """
+        before = self.last_save.settings if self.last_save else self.settings
+        allowed = []
+        refused = []
+        for name in sorted(self.settings.keys() | before.keys()):
+            old = before.get(name)
+            new = self.settings.get(name)
+            if old == new or name in NOT_COMPARED:
+                continue
+            line = f"{as_flag(name, old)}, now {new}"
+            if name in FREE_SETTINGS:
+                allowed.append(line)
+            else:
+                refused.append(line)
+        if refused:
+            raise ValueError(f"{self.out} was begun with {'; '.join(refused)}: with that it would "
+                             "be another run; give what it was begun with, or another --out")
+        return allowed
+
+    def must_equal(self, name, value, why):
+        """Note a value about the run.  Raises ValueError where it began with another one."""
+        before = self.last_save.about.get(name) if self.last_save else value
+        if type(before) is not type(value) or before != value:
+            raise ValueError(f"{self.out} cannot go on: {why} ({name} {before}, now {value})")
+        self.about[name] = value
+
+    def begin(self, job):
+        """Check the weights and take possession of the folder.
+
+        On the first rank alone: an empty save, args.json and an empty metrics.jsonl, or those that
+        are there.  Raises ValueError where it was begun over another base, where another run has
+        begun in a named --out or is at work there, or where the metrics do not go with the save.
+        """
+        base = job.model.origin.get("fingerprint")
+        teacher = job.distillation.fingerprint() if job.distillation else None
+        self.must_equal("base", base, "it was begun over another base")
+        self.must_equal("teacher", teacher, "it was begun with another teacher")
+        self.ranks.agree(self.about, "their bases")  # Only now that all are well is a file touched.
+        if not self.ranks.is_first:
+            return
+        n_bytes = self.check_metrics()
+        self.metrics = open(self.out / METRICS, "ab", buffering=0)   # so that a row is one write
+        self.lock_folder()
+        if self.last_save and self.last_save.warning:
+            (self.out / STATE).unlink(missing_ok=True)           # or it would replace the whole one
+        if not self.last_save:
+            self.replace_old_run()
+        write_json(self.out / ARGS, self.settings)
+        self.metrics.truncate(n_bytes)
+        self.metrics.seek(n_bytes)
+
+    def check_metrics(self) -> int:
+        """Return the length of metrics.jsonl that goes with the save, in bytes."""
+        n_bytes = self.last_save.metrics_bytes if self.last_save else 0
+        path = self.out / METRICS
+        rows = path.read_bytes()[:n_bytes] if path.exists() else b""
+        is_whole = rows[-1:] in (b"", b"\n") and rows.count(b"\n") == self.progress.step
+        if len(rows) != n_bytes or not is_whole:
+            raise ValueError(f"{path} is not what it was when {self.last_save.path} was saved: "
+                             "put it back, or --overwrite the run")
+        return n_bytes
+
+    def lock_folder(self):
+        """Keep other runs out until this process ends, however it ends."""
+        if not fcntl:
+            return
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a run is at work in {self.out} already: wait until it has ended, or "
+                             "name another folder with --out") from None
+        except OSError:                              # This file system has no locks.
+            pass
+
+    def replace_old_run(self):
+        """Begin in the folder with an empty save, in place of what another run left."""
+        if self.options.out and not self.options.overwrite and not self.resumes:
+            try:
+                open(self.out / ARGS, "x").close()
+            except FileExistsError:
+                raise ValueError(f"another run has just begun in {self.out}; name another folder "
+                                 "with --out") from None
+        for name in (PREVIOUS, PICTURE):
+            (self.out / name).unlink(missing_ok=True)
+        write_save(self.out, self.make_save({}, [], 0))
+
+    def make_save(self, parts, random_states, metrics_bytes) -> Save:
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return Save(self.out / STATE, self.progress, self.settings, self.about, metrics_bytes,
+                    launch, parts, random_states)
+
+    def restore(self, device, save_best, **parts):
+        """Give the parts their states back where the run goes on, and save them from now on.
+
+        parts: objects with state_dict() and load_state_dict().  save_best(path) writes the model
+        as it then is.  Raises ValueError for a state that does not fit.
+        """
+        self.device = device
+        self.save_best = save_best
+        self.parts = parts
+        self.began = time.perf_counter() - self.progress.seconds
+        self.first_step = None                       # (step, time) after the first of this process
+        if self.progress.step:
+            restore(self.last_save, parts, self.ranks.rank, device)
+        self.last_save = None
+
+    def save(self):
+        """Write state.pt.  Every rank calls this after the same step; the first one writes."""
+        random_states = self.ranks.gather(random_state(self.device))
+        if self.ranks.is_first:
+            self.progress.seconds = time.perf_counter() - self.began
+            os.fsync(self.metrics.fileno())          # A save must not count rows that may get lost.
+            write_save(self.out, self.make_save(states_of(self.parts), random_states,
+                                                self.metrics.tell()))
+
+    def sum_loss(self, loss) -> float:
+        """Return the step's loss summed over the ranks, and hear whether any was told to stop.
+
+        So all ranks stop after the same step.
+        """
+        received = torch.full_like(loss, self.stop_request.received_at is not None)
+        total, told = sum_over_ranks(torch.stack([loss, received])).tolist()
+        self.told_to_stop = told > 0
+        return total
+
+    def record(self, row: dict, is_finite: bool, overflow: bool) -> str:
+        """Append a step's row to metrics.jsonl, keep the best model; return a remark to print.
+
+        is_finite: whether loss and gradient were, so that the step was taken.  overflow: whether
+        fp16's loss scale was too high and has been lowered, which alone is not a bad step.
+        """
+        progress = self.progress
+        progress.step = row["step"]
+        progress.loss = row["loss"] if math.isfinite(row["loss"]) else None
+        if self.first_step is None:
+            self.first_step = progress.step, time.perf_counter()
+        remark = ""
+        if is_finite:
+            progress.taken += 1
+            progress.bad = 0
+        elif overflow and progress.loss is not None and row["loss_scale"] > 1:
+            remark = " | overflow, step skipped"
+        else:
+            remark = self.count_bad_step(row, overflow)
+        if "val_loss" in row:
+            self.keep_best(row["val_loss"])
+        self.append({name: none_if_not_finite(value) for name, value in row.items()})
+        return remark
+
+    def count_bad_step(self, row, overflow) -> str:
+        """Count a step that moved nothing, and add its examples to the row; return a remark."""
+        progress = self.progress
+        progress.bad += 1
+        progress.skipped += 1
+        indices = example_indices(self.plan[progress.step - 1])
+        numbers = sorted(self.example_numbers[i] for i in indices)
+        row["skipped"] = progress.skipped
+        row["examples"] = numbers
+        listed = ", ".join(map(str, numbers[:8]))
+        if len(numbers) > 8:
+            listed += f" and {len(numbers) - 8} more"
+        what = "overflow" if overflow else "not finite"
+        return (f" | {what}, step skipped, {progress.bad} in a row, {progress.skipped} in all: "
+                f"examples {listed}")
+
+    def keep_best(self, val_loss):
+        progress = self.progress
+        if val_loss < progress.best:
+            progress.best = val_loss
+            progress.best_step = progress.step
+            progress.worse = 0
+            if self.ranks.is_first:
+                self.save_best(self.out / BEST)
+        else:
+            progress.worse += 1
+
+    def append(self, row):
+        """Append a line to metrics.jsonl: whole, or not at all."""
+        if not self.ranks.is_first:
+            return
+        line = json.dumps(row).encode() + b"\n"
+        n_bytes = self.metrics.tell()
+        try:
+            if self.metrics.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.metrics.truncate(n_bytes)
+            raise OSError(f"{self.out / METRICS} cannot be written: {error.strerror}") from error
+
+    def is_over(self) -> bool:
+        """Return whether this step was the last; save if it is time.
+
+        A run that has to stop leaves the process from here.
+        """
+        progress = self.progress
+        n_steps = len(self.plan)
+        if progress.bad >= self.options.max_bad_steps:
+            self.give_up()
+        if progress.step == n_steps:
+            return True
+        if self.options.early_stop and progress.worse >= self.options.early_stop:
+            print(f"stopped   after step {progress.step} of {n_steps}: no better held-out loss in "
+                  f"{progress.worse} measurements")
+            return True
+        save_every = self.options.save_every
+        if self.told_to_stop or save_every and progress.step % save_every == 0:
+            self.save()
+        if self.told_to_stop:
+            print(f"stopped   after step {progress.step} of {n_steps}: saved {self.out / STATE}; "
+                  "the same command with --resume goes on")
+            leave(INTERRUPTED)
+        return False
+
+    def give_up(self):
+        """Say why nothing has moved for too many steps, and leave."""
+        progress = self.progress
+        if self.ranks.is_first:
+            remedy = "a lower --lr or --clip-grad-norm"
+            if self.settings["precision"] == "fp16":
+                remedy += ", --precision bf16 or fp32"
+            print(f"train.py: no finite loss and gradient in {progress.bad} steps in a row, the "
+                  f"last at step {progress.step}: try {remedy}, or look at these examples in "
+                  f"{METRICS}; nothing has moved since step {progress.step - progress.bad}",
+                  file=sys.stderr)
+        leave(GAVE_UP)
+
+    def finish(self):
+        """Write the last save, once the results are there: nothing is left to go on with."""
+        self.progress.finished = True
+        self.save()
+        if not self.ranks.is_first:
+            return
+        (self.out / PREVIOUS).unlink(missing_ok=True)
+        if self.progress.best_step:
+            print(f"best      {self.out / BEST}: held-out loss {self.progress.best:.4f}, after "
+                  f"step {self.progress.best_step}")
+        else:
+            (self.out / BEST).unlink(missing_ok=True)            # It is another run's.
+
+    def seconds_left(self) -> float | None:
+        """Return an estimate of the time left; None before the second step of this process.
+
+        The first step is left out: it warms up caches and may compile.
+        """
+        first, then = self.first_step
+        if self.progress.step == first:
+            return None
+        per_step = (time.perf_counter() - then) / (self.progress.step - first)
+        return per_step * (len(self.plan) - self.progress.step)
+
+
+def claim_folder(options, out: Path, resumes: bool):
+    """Make the folder of --out if need be.
+
+    Raises ValueError or OSError if a run must not or cannot go there.
+    """
+    files = [name for name in RUN_FILES if (out / name).exists()]
+    holds_shards = any(out.glob("consolidated.[0-9][0-9].pth"))
+    holds_something = bool(files) or holds_shards
+    holds_run = ARGS in files and not (out / "consolidated.01.pth").exists()     # A run writes one.
+    holds_save = STATE in files or PREVIOUS in files
+    goes_on = resumes and holds_save
+    only_begun = resumes and not any(name in files for name in RESULTS)
+    may_replace = not options.out or options.overwrite or goes_on or only_begun
+    not_files = [out / name for name in files if not (out / name).is_file()]
+    obstacle = not_files[0] if not_files else out
+    kind = "folder" if obstacle.is_dir() else "device"
+    cases = [                                        # Whether it is so, and why that is refused.
+        (out.resolve() == Path(options.checkpoint).resolve(),
+         f"{out} is the base's own folder and a run replaces what is there; name another with "
+         "--out"),
+        (holds_something and not holds_run and not goes_on,
+         f"{out} holds a model already, and not a run; name another folder with --out"),
+        (holds_something and not may_replace and resumes,
+         f"{out} holds a run but no {STATE} to go on from, --overwrite replaces it, and --out "
+         "names another folder"),
+        (holds_something and not may_replace,
+         f"{out} holds a run already: --resume goes on with it, --overwrite replaces it, and --out "
+         "names another folder"),
+        (bool(not_files),
+         f"{obstacle} is a {kind}, where a file of the run belongs; name another folder with "
+         "--out"),
+    ]
+    for is_so, problem in cases:
+        if is_so:
+            raise ValueError(problem)
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    try:
+        if not options.dry_run:
+            out.mkdir(parents=True, exist_ok=True)
+            existing = out
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
+
+
+def as_flag(name, value) -> str:
+    """Return a setting as it would stand on the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    return f"no {flag}" if value is None else f"{flag} {value}"
+
+
+def none_if_not_finite(value):
+    """Return the value, or None for nan and infinity, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
+    """Return a step's row for people: whole and in fixed columns, so that a log file reads well."""
+    columns = [
+        f"step {row['step']:>{len(str(n_steps))}}/{n_steps}",
+        f"epoch {row['epoch']:.2f}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['lr']:.1e}",
+        f"grad norm {row['grad_norm']:.2f}",
+        f"{row['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if row["peak_memory_mb"] is not None:
+        columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        columns.append(f"{minutes}:{seconds:02} left")
+    if "val_loss" in row:
+        columns.append(held_out_columns(row))
+    return " | ".join(columns)
+
+
+def held_out_columns(row: dict) -> str:
+    """Return what was measured on held-out examples as columns of that line."""
+    text = f"held-out loss {row['val_loss']:.4f}"
+    if "val_accuracy" in row:
+        text += f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}"
+    return text
