@@ -7,14 +7,17 @@ docs/performance.md.
 import re
 from pathlib import Path
 
-import train
 from finetune.arguments import text
 from finetune.dataset import read_examples
+from finetune.evaluate import Exam
+from finetune.options import DEMO
 from finetune.pictures import Panel, draw, panels_of_a_run, read_metrics
-from finetune.state import METRICS
+from finetune.run import METRICS
+from llama import load_checkpoint
+from llama.peft import adapter_at
+from lora import load_adapter, lora_disabled
 
-from .runs import examined
-from .tables import ROOT, markdown
+from .tables import ROOT
 
 PEERS = ROOT / "docs" / "performance.md"
 FILES = [PEERS]
@@ -28,9 +31,9 @@ def add_flags(parser):
          help="what is drawn (default: docs/pictures/front.png)")
 
 
-def right_answers(adapter, examples):
-    """Return how many answers of the demo's base with `adapter` are right to the letter."""
-    return round(examined(["--adapter", adapter], examples)["exact_match"] * len(examples))
+def right_answers(model, exam):
+    """Return how many greedy answers of the model equal the example's output to the letter."""
+    return round(exam.take(model)["exact_match"].sum().item())
 
 
 def beside_peers(page):
@@ -58,9 +61,13 @@ def short(training):
 def make(args):
     run = Path(args.run)
     loss = panels_of_a_run(read_metrics(run / METRICS))[0]
-    examples = read_examples(train.DEMO / "held_out.json")
-    base = right_answers("none", examples)
-    adapted = right_answers(str(run / "adapter.pt"), examples)
+    examples = read_examples(DEMO / "held_out.json")
+    model, tokenizer = load_checkpoint(DEMO)
+    load_adapter(model.eval(), adapter_at(run / "adapter.pt"))
+    exam = Exam(examples, tokenizer, model.args.max_seq_len)
+    adapted = right_answers(model, exam)
+    with lora_disabled(model):
+        base = right_answers(model, exam)
     bars = {"": [("base alone", base), ("with the adapter", adapted)]}
     answers = Panel(f"right answers: {base} -> {adapted} of {len(examples)}", "",
                     "held-out questions", bars, from_zero=True)
@@ -70,6 +77,4 @@ def make(args):
     beside = Panel("ours / transformers + PEFT", "", "1: as theirs",
                    {"speed": speeds, "memory": memories}, from_zero=True)
     draw(args.picture, [loss, answers, beside], f"{args.said}; peers: docs/performance.md")
-    header = ["", f"right to the letter, of {len(examples)}"]
-    rows = [["base alone", str(base)], ["with the adapter", str(adapted)]]
-    return [*markdown(header, rows), "", f"drawn: {args.picture}"]
+    return [f"{answers.title}; drawn: {args.picture}"]

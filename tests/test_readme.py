@@ -9,8 +9,10 @@ import pytest
 import generate
 import train
 from benchmarks import __main__ as benchmark
+from benchmarks import front
 from finetune import convert
 from finetune.dataset import read_examples
+from finetune.options import parse_options
 
 from .conftest import ROOT
 
@@ -21,7 +23,7 @@ PAGES = {
 README = PAGES["README.md"]
 RECIPES = "docs/changing-it.md"    # tests/test_changing_it.py runs its commands in a changed tree.
 PARSERS = {
-    "train.py": train.parse_args,
+    "train.py": parse_options,
     "generate.py": generate.parse_args,
     "-m finetune.convert": convert.parse_args,
     "-m benchmarks": benchmark.parse_args,
@@ -244,6 +246,13 @@ def test_pictures_are_there_and_small():
     assert shown == set((ROOT / "docs/pictures").iterdir())
     for path in shown:
         assert path.stat().st_size < 80_000, path
+
+
+def test_the_front_picture_reads_the_table_of_peers():
+    peers = front.beside_peers(PAGES["docs/performance.md"])
+    assert peers[0] == ("bf16", 1.94, 0.63) and len({name for name, _, _ in peers}) == 7
+    with pytest.raises(ValueError, match="no table of training"):
+        front.beside_peers(README)
 
 
 def test_requirements_are_four_and_pinned():
