@@ -1,8 +1,7 @@
 """The README's picture: loss, right answers before and after, speed and memory beside the peers.
 
-Every number is read from a file that a command wrote, or computed here: the losses come from the
-run's metrics.jsonl, the answers from asking base and adapter, the peers' figures from
-docs/performance.md.
+Every number is read from a file that a command wrote, or computed here: losses come from the run's
+metrics.jsonl, answers from base and adapter, the peers' figures from docs/performance.md.
 """
 import re
 from pathlib import Path
