@@ -28,16 +28,16 @@ from finetune.errors import INTERRUPTED, one_line_errors
 from finetune.evaluate import TOKENS, evaluate
 from finetune.hardware import DTYPES, Precision, peak_memory_mb, pick_hardware
 from finetune.loss import answer_loss
-from finetune.options import Options, lora_config, parse_options
+from finetune.options import Options, parse_options
 from finetune.pictures import picture_of
 from finetune.preflight import (
+    OutOfMemoryAdvice,
     check_data,
     check_gradients,
     describe,
     largest_batch,
     memory_of_a_step,
     optimizer_state_bytes,
-    out_of_memory_advice,
 )
 from finetune.ranks import Ranks, connected_ranks
 from finetune.run import ADAPTER, Run, held_out_columns, progress_line
@@ -66,24 +66,24 @@ from lora.methods.lora_plus import lora_plus_groups
 from lora.quantize import quantizer
 
 META = torch.device("meta")                          # sizes without memory
-RESUME_HINT = ("; --resume goes on from the last save, --batch-size or --checkpointing changed or "
-               "not")
 
 
 @dataclass(frozen=True)
 class Job:
     """What a run trains, on what and how.  `prepare` makes it; `load_weights` puts the weights in.
 
-    lora: None for --method full.  plan: every optimizer step, (epochs passed with it,
+    lora: None for --method full.  settings: all options, with what was decided since.
+    adapter: what the file of --adapter holds.  plan: every optimizer step, (epochs passed with it,
     [rank][micro-batch][index of an example]).  wrapped: paths of the adapted layers.
-    optimizer_bytes: of the optimizer's state, per trained number.  loss_fn(model, batch): (sum
-    over answer tokens, their number).
+    optimizer_bytes: of the optimizer's state, per trained number.
+    loss_fn(model, batch): (sum over answer tokens, their number).
     """
     options: Options
     ranks: Ranks
     precision: Precision
     lora: LoRAConfig | None
     quantize: str
+    settings: dict
     adapter: dict | None
     tokenizer: object
     train_set: SupervisedDataset
@@ -95,17 +95,6 @@ class Job:
     wrapped: list = ()
     distillation: Distillation | None = None
     loss_fn: Callable = answer_loss
-
-    def settings(self) -> dict:
-        """Return all options as they were settled, for args.json."""
-        settled = asdict(self.options)
-        settled |= {"device": str(self.precision.device), "precision": self.precision.name,
-                    "quantize": self.quantize}
-        if self.lora:
-            settled |= {"method": self.lora.method, "r": self.lora.r, "alpha": self.lora.alpha,
-                        "dropout": self.lora.dropout, "targets": self.lora.targets,
-                        "method_options": self.lora.options}
-        return settled
 
 
 def main(argv=None):
@@ -122,18 +111,20 @@ def main(argv=None):
             job = prepare(options, ranks)                     # every check that needs no weights
             run.check_same_run(job)
             describe(job)
+            advice = OutOfMemoryAdvice(job, estimate)
             if options.dry_run:
                 check_connections(job)
                 print("dry run   nothing was trained, nothing was written")
                 return
-            job = load_weights(job)
+            with advice:
+                job = load_weights(job)
             run.begin(job)
-        with stop_after_step_on_signals(run), out_of_memory_advice(job, estimate, RESUME_HINT):
+        with stop_after_step_on_signals(run), advice:
             train(job, run)
             if ranks.is_first:
                 save(job, run.out)
             run.finish()
-        report_end(job, run, time.perf_counter() - began)
+        report_end(run.out, job.precision.device, time.perf_counter() - began)
 
 
 def prepare(options: Options, ranks: Ranks) -> Job:
@@ -148,18 +139,20 @@ def prepare(options: Options, ranks: Ranks) -> Job:
                          "CPU")
     model_args, tokenizer = read_params(options.checkpoint)
     if options.teacher:
-        check_teacher(options, (model_args, tokenizer), read_params(options.teacher))
-    train_set, val_set = load_datasets(options, tokenizer)
+        check_teacher(options.teacher, read_params(options.teacher),
+                      options.checkpoint, (model_args, tokenizer))
+    train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
+                                       options.max_seq_len, options.seed, tokenizer)
     check_data(train_set, options.max_seq_len, options.data)
     adapter = None
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
     lora, quantize = adapter_settings(options, adapter)
     job = Job(
-        options, ranks, mixed_precision(precision, device, lora), lora, quantize, adapter,
-        tokenizer, train_set, val_set,
+        options, ranks, mixed_precision(precision, device, lora), lora, quantize,
+        settled(options, device, precision, lora, quantize), adapter, tokenizer, train_set, val_set,
         collate=functools.partial(pack, share_prefix=options.share_prefix),
-        optimizer_bytes=optimizer_state_bytes(functools.partial(build_optimizer, options=options)))
+        optimizer_bytes=optimizer_state_bytes(lambda groups: build_optimizer(groups, options)))
     job = with_sizes(job)
     lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)     # refuses a wrong ratio
     return job
@@ -168,10 +161,21 @@ def prepare(options: Options, ranks: Ranks) -> Job:
 def adapter_settings(options: Options, adapter: dict | None):
     """Return (LoRAConfig or None, quantisation): those of --adapter, or those of the flags."""
     if adapter is None:
-        return lora_config(options), options.quantize or "none"
+        return options.lora_config, options.quantize or "none"
     saved = read_adapter(adapter)
     base = saved["base"] or {}
     return saved["config"], options.quantize or base.get("quantize") or "none"
+
+
+def settled(options: Options, device, precision: str, lora: LoRAConfig | None, quantize: str):
+    """Return all options with what was decided since, for args.json and --resume."""
+    settings = asdict(options)
+    settings |= {"device": str(device), "precision": precision, "quantize": quantize}
+    if lora:
+        settings |= {"method": lora.method, "r": lora.r, "alpha": lora.alpha,
+                     "dropout": lora.dropout, "targets": lora.targets,
+                     "method_options": lora.options}
+    return settings
 
 
 def with_sizes(job: Job) -> Job:
@@ -218,15 +222,14 @@ def load_weights(job: Job) -> Job:
     """Return the job with its weights, after one backward pass over its largest micro-batch."""
     device = job.precision.device
     torch.manual_seed(job.options.seed)                       # before the first weight is drawn
-    with out_of_memory_advice(job, estimate):
-        model, wrapped = load_model(job, device, job.options.init)
-        if job.adapter:
-            load_adapter(model, job.adapter)
-        distillation = load_distillation(job, device, "checkpoint")
-        loss_fn = distillation or answer_loss
-        batch = job.collate(largest_batch(job.train_set, job.plan))
-        with job.precision.autocast:
-            check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
+    model, wrapped = load_model(job, device, job.options.init)
+    if job.adapter:
+        load_adapter(model, job.adapter)
+    distillation = load_distillation(job, device, "checkpoint")
+    loss_fn = distillation or answer_loss
+    batch = job.collate(largest_batch(job.train_set, job.plan))
+    with job.precision.autocast:
+        check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
     torch.manual_seed(job.options.seed + job.ranks.rank)      # Each rank drops other elements.
     return replace(job, model=model, wrapped=wrapped, distillation=distillation, loss_fn=loss_fn)
 
@@ -286,11 +289,14 @@ def train(job: Job, run: Run):
     follow_optimizer(model, optimizer)
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
+    tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
+    measure = functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, TOKENS),
+                                precision.autocast, ranks.rank, ranks.size)
     with one_line_errors("train.py", ranks):
         run.restore(precision.device, functools.partial(save_trained, job),
                     model=trained_part(job), optimizer=optimizer, scaler=precision.scaler)
     if job.val_set and run.progress.step == 0:
-        print(f"before    {held_out_columns(measure(job))}", flush=True)
+        print(f"before    {held_out_columns(measure())}", flush=True)
     model.train()
     step_began = time.perf_counter()
     steps_to_do = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
@@ -316,7 +322,7 @@ def train(job: Job, run: Run):
         row["peak_memory_mb"] = peak_memory_mb(precision.device)
         row |= {"loss_scale": loss_scale, **notes}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
-            row |= measure(job)
+            row |= measure()
         overflow = precision.scaler.get_scale() < loss_scale
         remark = run.record(row, is_finite, overflow)
         is_notable = step in (1, n_steps) or "val_loss" in row or remark
@@ -376,14 +382,6 @@ def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) ->
     return Precision(name, device, autocast, scaler)
 
 
-def measure(job: Job) -> dict:
-    """Return the loss on held-out examples and, if their answers are classes, the accuracy."""
-    options = job.options
-    per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
-    return evaluate(job.model, job.val_set, min(per_batch, TOKENS), job.precision.autocast,
-                    job.ranks.rank, job.ranks.size)
-
-
 def trained_part(job: Job):
     """Return the part of the model that is saved and restored, as an object with state_dict()."""
     return AdapterState(job.model) if job.lora else job.model
@@ -415,13 +413,12 @@ def save(job: Job, out):
         (out / name).unlink(missing_ok=True)
 
 
-def report_end(job: Job, run: Run, seconds: float):
+def report_end(out, device: torch.device, seconds: float):
     """Print what the run took, and draw its picture where matplotlib is installed."""
-    peak = peak_memory_mb(job.precision.device)
+    peak = peak_memory_mb(device)
     memory = f", peak memory {peak:,.0f} MiB" if peak else ""
     print(f"total     {seconds:.1f} s{memory}")
-    if job.ranks.is_first:
-        print(f"picture   {picture_of(run.out)}")
+    print(f"picture   {picture_of(out)}")
 
 
 if __name__ == "__main__":

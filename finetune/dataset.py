@@ -125,28 +125,28 @@ def count_answer(labels):
     return sum(label != IGNORE for label in labels[1:])
 
 
-def load_datasets(options, tokenizer):
+def load_datasets(data, val_data, val_fraction, max_seq_len, seed, tokenizer):
     """Return (training set, held-out set or None) of --data, --val-data and --val-fraction.
 
     Raises FileNotFoundError or ValueError for files that cannot be used.
     """
-    examples = read_examples(options.data)
+    examples = read_examples(data)
     numbers = None
     held_out = None
-    if options.val_data:
-        held_out = read_examples(options.val_data)
-    elif options.val_fraction:
-        n = round(len(examples) * options.val_fraction)
+    if val_data:
+        held_out = read_examples(val_data)
+    elif val_fraction:
+        n = round(len(examples) * val_fraction)
         if not 1 <= n < len(examples):
-            raise ValueError(f"--val-fraction {options.val_fraction} of {len(examples)} examples "
-                             "leaves one side empty")
-        order = np.random.default_rng(options.seed).permutation(len(examples)).tolist()
+            raise ValueError(f"--val-fraction {val_fraction} of {len(examples)} examples leaves "
+                             "one side empty")
+        order = np.random.default_rng(seed).permutation(len(examples)).tolist()
         numbers = [i + 1 for i in order[n:]]
         held_out = [examples[i] for i in order[:n]]
         examples = [examples[i] for i in order[n:]]
-    train_set = SupervisedDataset(examples, tokenizer, options.max_seq_len, options.data, numbers)
+    train_set = SupervisedDataset(examples, tokenizer, max_seq_len, data, numbers)
     val_set = None
     if held_out:
-        name = options.val_data or options.data
-        val_set = SupervisedDataset(held_out, tokenizer, options.max_seq_len, name)
+        name = val_data or data
+        val_set = SupervisedDataset(held_out, tokenizer, max_seq_len, name)
     return train_set, val_set

@@ -3,37 +3,29 @@
 Deleting this page, its lines in train.py and `distillation` in preflight.py leaves training on the answers alone.
 """
 import hashlib
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from llama.checkpoint import sampled
 
-from .errors import short_path
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 
-def check_teacher(options, student, teacher):
-    """Raise ValueError where the models do not read the same tokens.
+def check_teacher(teacher_folder, teacher, student_folder, student):
+    """Raise ValueError where teacher and student do not read the same tokens.
 
-    student, teacher: (ModelArgs, Tokenizer).  Also where the run would replace its teacher.
+    teacher, student: (ModelArgs, Tokenizer).
     """
-    student_args, student_tokenizer = student
     teacher_args, teacher_tokenizer = teacher
+    student_args, student_tokenizer = student
     same_names = pieces(student_tokenizer) == pieces(teacher_tokenizer)
-    if not same_names or student_args.vocab_size != teacher_args.vocab_size:
-        raise ValueError(f"--teacher {options.teacher} has {teacher_args.vocab_size} tokens and "
-                         f"{options.checkpoint} {student_args.vocab_size}, "
-                         f"{'the same' if same_names else 'others'} by name: distillation compares "
-                         "token by token; give both the same tokenizer.model and vocab_size")
-    out = Path(options.out or "out").resolve()
-    folders = [Path(options.teacher).resolve()]
-    if options.teacher_adapter:
-        folders.append(Path(options.teacher_adapter).resolve().parent)
-    if out in folders:
-        raise ValueError(f"{out} holds the teacher and a run replaces what is there; name another "
-                         "folder with --out")
+    if same_names and student_args.vocab_size == teacher_args.vocab_size:
+        return
+    names = "the same" if same_names else "others"
+    raise ValueError(f"--teacher {teacher_folder} has {teacher_args.vocab_size} tokens and "
+                     f"{student_folder} {student_args.vocab_size}, {names} by name: distillation "
+                     "compares token by token; give both the same tokenizer.model and vocab_size")
 
 
 def pieces(tokenizer):
@@ -85,14 +77,6 @@ class Distillation:
         at_head = answers * args.dim * width + min(answers, CHUNK) * args.vocab_size * (width + 4)
         in_block = tokens * 3 * (args.dim + args.hidden_dim) * width
         return {"teacher": own + max(at_head, in_block - beside)}
-
-    def summary(self, options, precision) -> str:
-        """Return a line about the teacher for people."""
-        adapter = f" with {options.teacher_adapter}" if options.teacher_adapter else ""
-        n_layers = self.teacher.args.n_layers
-        return (f"{short_path(options.teacher)}{adapter}: {n_layers} "
-                f"{'layer' if n_layers == 1 else 'layers'}, {precision.name}; temperature "
-                f"{self.temperature:g}, {100 * self.weight:g} % of the loss")
 
     def fingerprint(self):
         """What tells one teacher from another: its base's fingerprint, and a digest of its adapter and, as that fingerprint is a

@@ -73,6 +73,11 @@ class Options:
     max_bad_steps: int
     early_stop: int | None
 
+    @property
+    def lora_config(self) -> LoRAConfig | None:
+        """What the flags say of the adapter; None for --method full."""
+        return lora_config(self)
+
 
 def parse_options(argv=None, description=None) -> Options:
     """Return the Options of a command line.  Raises ValueError for flags that contradict."""

@@ -1,7 +1,6 @@
 """Before step 1: say what is trained and what memory it takes, and refuse what cannot learn."""
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,8 @@ from .loss import CHUNK
 
 MIB = 2 ** 20
 FP32 = 4                                             # bytes
+RESUME_HINT = ("; --resume goes on from the last save if there is one, --batch-size or "
+               "--checkpointing changed or not")
 
 
 class Size(NamedTuple):
@@ -198,8 +199,9 @@ def activation_bytes(model, wrapped, size: Size, precision):
             if not parameter.requires_grad and parameter.element_size() > width:
                 block += width * parameter.numel()
     in_block = 3 * size.tokens * args.hidden_dim * width
-    if set(wrapped) == {"output"}:                   # Nothing before it is trained, so only h and
-        return 3 * size.tokens * args.dim * width, in_block      # its norm pass, and nothing is kept.
+    if set(wrapped) == {"output"}:
+        # Nothing before it is trained, so no block keeps anything: only h and its norm pass.
+        return 3 * size.tokens * args.dim * width, in_block
     if model.checkpointing:
         stream = FP32 if not wrapped else width
         return args.n_layers * size.tokens * args.dim * stream, in_block + block
@@ -269,23 +271,36 @@ def as_flags(changes: dict) -> str:
     return " ".join(words)
 
 
-@contextmanager
-def out_of_memory_advice(job, estimate: Callable, hint: str = ""):
-    """Turn out of memory into one line that names what would help, and exit code 3."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:     # Few of torch's errors say it by their type.
+class OutOfMemoryAdvice:
+    """In its block, turn out of memory into one line that names what would help, and exit code 3.
+
+    estimate(job, **changes): the bytes of a step with these options changed.
+    """
+
+    def __init__(self, job, estimate: Callable):
+        self.job = job
+        self.estimate = estimate
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if not is_out_of_memory(error):
+            return
         line = (str(error).splitlines() or ["out of memory"])[0].rpartition("err == 0. ")[2]
-        is_named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not is_named and not re.search("out of memory|allocate memory|ALLOC_FAILED", line):
-            raise
         cause = ". ".join(line.split(". ")[:2])      # What was asked for; addresses come after it.
-    else:
-        return
-    advice = [f"{flags} (by estimate {mib(less)} MiB less)"
-              for flags, less in memory_advice(job, estimate)]
-    remedy = ", ".join(advice) or "a smaller base or a larger device"
-    end_process(f"train.py: {cause}; try {remedy}{hint}", GAVE_UP)
+        advice = [f"{flags} (by estimate {mib(less)} MiB less)"
+                  for flags, less in memory_advice(self.job, self.estimate)]
+        remedy = ", ".join(advice) or "a smaller base or a larger device"
+        end_process(f"train.py: {cause}; try {remedy}{RESUME_HINT}", GAVE_UP)
+
+
+def is_out_of_memory(error) -> bool:
+    """Return whether memory has ended.  Few of torch's errors say it by their type."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "out of memory|allocate memory|ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error).split("\n")[0]))
 
 
 def mib(size) -> str:
@@ -309,7 +324,7 @@ def describe(job):
     print(f"{job.options.method if not job.lora else job.lora.method:<9} {method_line(job)}")
     print(f"steps     {steps_line(job)}")
     if job.distillation:
-        print(f"teacher   {job.distillation.summary(job.options, job.precision)}")
+        print(f"teacher   {teacher_line(job)}")
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
@@ -360,6 +375,17 @@ def method_line(job) -> str:
     settings = "".join(f", {name} {value}" for name, value in lora.options.items())
     return (f"r {lora.r}, alpha {lora.alpha:g}{settings} on {','.join(lora.targets)}: "
             f"{plural(len(job.wrapped), 'layer')} wrapped, {line}")
+
+
+def teacher_line(job) -> str:
+    options = job.options
+    distillation = job.distillation
+    folder = str(short_path(options.teacher))
+    if options.teacher_adapter:
+        folder += f" with {options.teacher_adapter}"
+    n_layers = plural(distillation.teacher.args.n_layers, "layer")
+    return (f"{folder}: {n_layers}, {job.precision.name}; temperature "
+            f"{distillation.temperature:g}, {100 * distillation.weight:g} % of the loss")
 
 
 def steps_line(job) -> str:

@@ -116,14 +116,14 @@ def progress_of(counters: dict) -> Progress:
     return progress
 
 
-def write_save(out: Path, save: Save):
-    """Write a save to its folder; the one before it stays beside it."""
+def write_save(save: Save):
+    """Write a save to its path; the one before it stays beside it."""
     content = {"counters": asdict(save.progress), "about": save.about,
                "metrics": save.metrics_bytes, "args": json.loads(json.dumps(save.settings)),
                "launch": save.launch, "random": save.random_states, "parts": save.parts}
     # An empty save begins a run, and leaves nothing of another run to go back to.
-    previous = out / PREVIOUS if save.progress.step else None
-    write_whole(out / STATE, lambda file: torch.save(content, file), previous)
+    previous = save.path.with_name(PREVIOUS) if save.progress.step else None
+    write_whole(save.path, lambda file: torch.save(content, file), previous)
 
 
 def states_of(parts: dict) -> dict:

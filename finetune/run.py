@@ -98,7 +98,7 @@ class Run:
         """
         self.plan = job.plan
         self.example_numbers = job.train_set.numbers
-        self.settings = json.loads(json.dumps(job.settings()))
+        self.settings = json.loads(json.dumps(job.settings))
         changes = self.changed_settings()
         self.must_equal("ranks", self.ranks.size, "each rank has random numbers of its own; start "
                         "as many as it was begun with")
@@ -213,12 +213,13 @@ class Run:
                                  "with --out") from None
         for name in (PREVIOUS, PICTURE):
             (self.out / name).unlink(missing_ok=True)
-        write_save(self.out, self.make_save({}, [], 0))
+        self.write({}, [], 0)
 
-    def make_save(self, parts, random_states, metrics_bytes) -> Save:
+    def write(self, parts: dict, random_states: list, metrics_bytes: int):
+        """Write state.pt."""
         launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        return Save(self.out / STATE, self.progress, self.settings, self.about, metrics_bytes,
-                    launch, parts, random_states)
+        write_save(Save(self.out / STATE, self.progress, self.settings, self.about, metrics_bytes,
+                        launch, parts, random_states))
 
     def restore(self, device, save_best, **parts):
         """Give the parts their states back where the run goes on, and save them from now on.
@@ -236,13 +237,12 @@ class Run:
         self.last_save = None
 
     def save(self):
-        """Write state.pt.  Every rank calls this after the same step; the first one writes."""
+        """Save the run.  Every rank calls this after the same step; the first one writes."""
         random_states = self.ranks.gather(random_state(self.device))
         if self.ranks.is_first:
             self.progress.seconds = time.perf_counter() - self.began
             os.fsync(self.metrics.fileno())          # A save must not count rows that may get lost.
-            write_save(self.out, self.make_save(states_of(self.parts), random_states,
-                                                self.metrics.tell()))
+            self.write(states_of(self.parts), random_states, self.metrics.tell())
 
     def sum_loss(self, loss) -> float:
         """Return the step's loss summed over the ranks, and hear whether any was told to stop.
@@ -396,7 +396,13 @@ def claim_folder(options, out: Path, resumes: bool):
     not_files = [out / name for name in files if not (out / name).is_file()]
     obstacle = not_files[0] if not_files else out
     kind = "folder" if obstacle.is_dir() else "device"
+    teachers = [Path(options.teacher).resolve()] if options.teacher else []
+    if options.teacher_adapter:
+        teachers.append(Path(options.teacher_adapter).resolve().parent)
     cases = [                                        # Whether it is so, and why that is refused.
+        (out.resolve() in teachers,
+         f"{out} holds the teacher and a run replaces what is there; name another folder with "
+         "--out"),
         (out.resolve() == Path(options.checkpoint).resolve(),
          f"{out} is the base's own folder and a run replaces what is there; name another with "
          "--out"),

@@ -23,7 +23,6 @@ from finetune.evaluate import forced
 from finetune.loss import answer_loss, CHUNK
 from finetune.batches import pack
 from finetune.dataset import load_datasets
-from finetune.options import parse_options
 from finetune.preflight import Size, estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
@@ -426,7 +425,7 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, tmp_p
     assert left("part") == left("whole")
     model, tokenizer = load_checkpoint("whole")
     assert isinstance(model, RNN) and model.origin["fingerprint"] != load_checkpoint("teacher")[0].origin["fingerprint"]
-    columns = forced(model, load_datasets(parse_options(["--checkpoint", "whole", "--data", str(data)]), tokenizer)[0].rows)
+    columns = forced(model, load_datasets(str(data), None, None, 512, 0, tokenizer)[0].rows)
     assert (columns["nats"].sum() / columns["tokens"].sum()).item() == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
     assert load_checkpoint("whole", layers=1)[0].args.n_layers == 1
     generate.main(["--checkpoint", "whole", "--adapter", "none", "--instruction", "Say cold.", "--max-new-tokens", "3"])

@@ -511,7 +511,7 @@ def test_verbose_says_tokens_a_forward_and_a_second(base, data, capsys):
         return capsys.readouterr()
     for flags, lines in ((("--instruction", "Say"), 1), (("--data", str(data)), 2), (("--instruction", "Say", "--beams", "2"), 1), ((), 6)):
         quiet, said = asked(*flags), asked(*flags, "--verbose")
-        found = re.findall(r"(\d+) tokens in (\d+) forwards, (\S+) a forward; \S+ tokens/s\n", said.err)
+        found = re.findall(r"(\d+) tokens in (\d+) forwards, (\S+) per forward; \S+ tokens/s\n", said.err)
         assert said.out == quiet.out and len(found) == lines                  # an answer each, or a batch
         assert re.sub(r".* tokens in .*\n", "", said.err) == quiet.err
         for tokens, forwards, ratio in found:

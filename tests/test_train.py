@@ -341,7 +341,7 @@ def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
 def test_held_out_examples_are_not_trained_on(base, data):
     options = parse_options(["--checkpoint", str(base), "--data", str(data), "--val-fraction", "0.25"])
     tokenizer = load_checkpoint(base)[1]
-    training, held_out = ([tuple(tokens) for tokens, _ in part.rows] for part in load_datasets(options, tokenizer))
+    training, held_out = ([tuple(tokens) for tokens, _ in part.rows] for part in load_datasets(options.data, None, options.val_fraction, 512, 0, tokenizer))
     everything = [tuple(tokens) for tokens, _ in SupervisedDataset(EXAMPLES, tokenizer).rows]
     assert sorted(training + held_out) == sorted(everything)
 
