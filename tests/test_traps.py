@@ -1,5 +1,5 @@
 """The ways in which fine-tuning code goes silently wrong, each as a short test: what it is, where it bit others, and,
-where that is short, the wrong way failing beside ours.  README.md's table is made of these docstrings;
+where that is short, the wrong way failing beside ours.  docs/traps.md's table is made of these docstrings;
 tests/test_mutations.py puts each trap back into our code and sees its test fail (pytest -m slow)."""
 import json
 import math
