@@ -50,7 +50,7 @@ def refused(monkeypatch, tmp_path, capsys):
     (["--alpha", "0"], "--alpha: 0 is out of range, must be above 0"),
     (["--alpha", "nan"], "--alpha: nan is out of range"),
     (["--dropout", "1"], "must be at least 0 and below 1"),
-    (["--targets", "wq,wz"], "no layer named wz to adapt; there is output, tok_embeddings, w1, w2, w3, wk, wo, wq, wv"),
+    (["--targets", "wq,wz"], "no layer named wz to adapt; the model has output, tok_embeddings, w1, w2, w3, wk, wo, wq, wv"),
     (["--targets", "norm"], "no layer named norm to adapt"),
     (["--targets", ""], "targets are ('',), must be names of layers"),
     (["--lr", "0"], "--lr: 0 is out of range, must be above 0"),

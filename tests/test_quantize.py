@@ -194,9 +194,9 @@ def test_merged_is_the_dequantised_weight_plus_the_update(kind, method):
 
 
 def test_what_moves_its_base_is_refused():
-    with pytest.raises(ValueError, match="layers.0.attention.wq: delta-lora moves the weight itself, which a quantised base cannot do"):
+    with pytest.raises(ValueError, match="layers.0.attention.wq: delta-lora moves the weight itself, so the base cannot be quantised"):
         add_lora(quantized("nf4"), LoRAConfig("delta-lora", r=2))
-    with pytest.raises(ValueError, match="unknown quantisation 'int4'; there is int8, nf4"):
+    with pytest.raises(ValueError, match="unknown quantisation 'int4', must be none, int8 or nf4"):
         quantizer("int4")
 
 

@@ -344,7 +344,7 @@ def test_adapter_file_that_holds_the_base(tmp_path):
 def test_misspelt_target():
     """A target that matches nothing is passed over as long as another matches.
     https://github.com/huggingface/peft/issues/1959"""
-    with pytest.raises(ValueError, match="no layer named q_proj to adapt; there is"):
+    with pytest.raises(ValueError, match="no layer named q_proj to adapt; the model has"):
         add_lora(tiny(), LoRAConfig(r=2, targets=("q_proj", "wv")))
 
 
