@@ -32,7 +32,7 @@ MAY_IMPORT = {  # {beginning of a file's path: packages that it may import}
     "llama/model.py": {"torch"},
 }
 OPTIONAL = {"llama/": {"safetensors"}, "finetune/": {"matplotlib", "PIL"}}  # below the top alone
-CORE = ("llama/model.py", "lora/layers.py", "train.py")
+CORE = ("llama/model.py", "lora/layers.py", "lora/lora_layer.py", "train.py")
 
 
 def tree(path):
