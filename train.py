@@ -244,7 +244,7 @@ def load_model(job: Job, device: torch.device, init: str):
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
-                               options.max_seq_len, init, quantizer(job.quantize))
+                               options.max_seq_len, init, convert=quantizer(job.quantize))
     model.checkpointing = options.checkpointing
     wrapped = add_lora(model, job.lora) if job.lora else []
     if options.compile:
@@ -269,7 +269,7 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
         base = read_adapter(adapter)["base"] or {}
     teacher, _ = load_checkpoint(options.teacher, base.get("layers"), job.precision.dtype, device,
                                  options.max_seq_len, init,
-                                 quantizer(base.get("quantize", "none")))
+                                 convert=quantizer(base.get("quantize", "none")))
     if adapter and init == "checkpoint":
         load_adapter(teacher, adapter)
     elif adapter:
