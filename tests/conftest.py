@@ -25,17 +25,6 @@ EXAMPLES = [{"instruction": f"Say {word} {'again ' * (i % 3)}please.", "input": 
 torch.set_num_threads(1)                                    # for tensors this small, threads only wait for each other
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with pytest -m slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with pytest -m slow"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
     """Runs leave no picture, wherever matplotlib is installed: it would take most of a tiny run's time."""

@@ -350,7 +350,7 @@ def test_transformers_runs_a_merged_folder(meta, tmp_path):
 
 def test_a_merge_says_what_it_lost_and_what_helps(base, tmp_path, capsys, monkeypatch):
     def save(model, *args):                                               # with one set of weights in memory
-        assert all(layer.own == (None,) for layer in lora_layers(model).values())
+        assert all(layer.original_base == (None,) for layer in lora_layers(model).values())
         save_checkpoint(model, *args)
     monkeypatch.setattr(convert, "save_checkpoint", save)
     model = trained_like(load_checkpoint(base)[0])
@@ -585,7 +585,7 @@ def test_a_conversion_that_cannot_be(refused, base, data, tmp_path, tokenizer, f
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave --method, --r, --alpha, --dropout, --targets out"),
+    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave out --method, --r, --alpha, --dropout, --targets"),
     (["--adapter", "peft", "--method", "full"], "--adapter brings its own settings"),
     (["--adapter", "nowhere"], "no adapter file at nowhere"),
     (["--adapter", "other.pt"], "other.pt was trained on another base"),
