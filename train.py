@@ -268,7 +268,7 @@ def load_model(job: Job, device: torch.device, init: str):
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
-                               options.max_seq_len, init, quantizer(job.quantize))
+                               options.max_seq_len, init, convert=quantizer(job.quantize))
     model.checkpointing = options.checkpointing
     wrapped = add_lora(model, job.lora) if job.lora else []
     if options.compile:
@@ -293,7 +293,8 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
         base_info = read_adapter(adapter)["base"] or {}
     quantize = base_info.get("quantize", "none")
     teacher, _ = load_checkpoint(options.teacher, base_info.get("layers"), job.precision.dtype,
-                                 device, options.max_seq_len, init, quantizer(quantize))
+                                 device, options.max_seq_len, init,
+                                 convert=quantizer(quantize))
     if adapter and init == "checkpoint":
         load_adapter(teacher, adapter)
     elif adapter:                                             # layers only, on the meta device

@@ -347,7 +347,7 @@ def test_each_teacher_of_the_table_stays_what_its_students_were_told(base, data,
     assert len(taught) == 9 and all(own == teacher_s for own, teacher_s in taught)
 
 
-# ---- the student that is no transformer
+# ---- the student that is not a transformer
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recurrent_student_takes_packed_rows_as_it_takes_each_alone(kind):
@@ -443,9 +443,9 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
         assert why in err and len(err.splitlines()) == 1
     with pytest.raises(SystemExit, match="2"):
         run("refused", "--checkpoint", "lstm", "--init", "random", "--targets", "output", "--quantize", "nf4")
-    assert capsys.readouterr().err == "train.py: lstm is no transformer: its blocks have no form in nf4\n"
+    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks have no form in nf4\n"
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):
             convert.main(["made", "converted", "--to", layout, *["--adapter", "a.pt"] * (layout == "peft")])
-        assert "made is no transformer" in capsys.readouterr().err
+        assert "made is not a transformer" in capsys.readouterr().err
