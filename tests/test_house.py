@@ -169,13 +169,6 @@ def test_train_has_45_flags():
     assert len([flag for flag in flags if flag != "--help"]) == 45
 
 
-def test_line_counts_of_the_readme():
-    counted = re.findall(r"^\| `([\w/.]+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
-    assert len(counted) >= 8
-    assert {path: int(n) for path, n in counted} == {
-        path: len((ROOT / path).read_text().splitlines()) for path, _ in counted
-    }
-
 
 # --- how far a flag travels
 
