@@ -1,11 +1,11 @@
 """Let a LLaMA answer instructions, with an adapter or without.
 
     python generate.py                             the run in out/, on a few built-in instructions
-    python generate.py --adapter none              the base alone, on the same
+    python generate.py --adapter none              the base alone, on the same instructions
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
     python generate.py --interactive               type instructions; `:adapter PATH` switches
     python generate.py --data questions.json > answers.jsonl
-    python generate.py --data held_out.json --score        how good are base and adapter?
+    python generate.py --data held_out.json --score        score base and adapter
 """
 import json
 import os
@@ -51,8 +51,8 @@ def main(argv=None):
         args = parse_args(argv)
         device, precision = pick_hardware(args.device, args.precision)
         examples = examples_of(args)
-        model, tokenizer, summary = load_default_or_named(args, device, precision)
-        # What is too long, or not a choice, shows before the first is answered.
+        model, tokenizer, summary = load_or_explain(args, device, precision)
+        # Fail before the first answer if a prompt is too long or an output is not in --choices.
         exam = None
         if args.score:
             exam = Exam(examples, tokenizer, model.args.max_seq_len, args.choices,
@@ -85,40 +85,40 @@ def examples_of(args) -> list:
     return INSTRUCTIONS
 
 
-def load_default_or_named(args, device, precision):
-    """Return what `load` does; say so if it was the default adapter that cannot be loaded."""
+def load_or_explain(args, device, precision):
+    """Call `load`; if the default adapter fails, say that it was the default."""
     try:
         return load(args, device, precision)
     except (ValueError, OSError) as error:
         if not args.adapter_by_default:
             raise
-        raise ValueError(f"{error}; {args.adapter} was taken because it is there, --adapter none "
-                         "leaves it out") from error
+        raise ValueError(f"{error}; {args.adapter} is the default because it is there, --adapter "
+                         "none runs without it") from error
 
 
 def load(args, device, precision):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
-    base = {}
-    if args.adapter and is_peft(args.adapter):       # Its base may have any name, or none.
+    base_info = {}
+    if args.adapter and is_peft(args.adapter):       # PEFT may not say which base it belongs to.
         _, base_name = read_config(args.adapter)
-        base = {"folder": args.checkpoint or base_name}
-        if not base["folder"]:
+        base_info = {"folder": args.checkpoint or base_name}
+        if not base_info["folder"]:
             raise ValueError(f"{args.adapter} does not say what its base is; name its folder with "
                              "--checkpoint")
     elif args.adapter:
-        base = read_adapter(adapter_at(args.adapter))["base"]
-    folder = args.checkpoint or base.get("folder", str(DEMO))
-    layers = args.layers or base.get("layers")
+        base_info = read_adapter(adapter_at(args.adapter))["base"]
+    folder = args.checkpoint or base_info.get("folder", str(DEMO))
+    layers = args.layers or base_info.get("layers")
     if not isinstance(folder, str) or not isinstance(layers, int | None):
         raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} "
                          f"and {layers!r}")
-    if base.get("init") == "random":
+    if base_info.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which "
                          "were not kept")
-    quantize = args.quantize or base.get("quantize", "none")
+    quantize = args.quantize or base_info.get("quantize", "none")
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize))
-    prepack(model.eval())
+    prepack(model.eval())                            # a faster layout on a CPU
     number_format = precision if quantize == "none" else f"{precision} and {quantize}"
     n_layers = plural(model.args.n_layers, "layer")
     summary = f"base {short_path(folder)}, {n_layers}, {number_format} on {device}"
@@ -128,16 +128,16 @@ def load(args, device, precision):
         summary += (f"; adapter {args.adapter}, {config.method} r {config.r} on "
                     f"{','.join(config.targets)}")
         if is_peft(args.adapter):
-            summary += ", which may be of another base: PEFT does not say"
+            summary += ", whose base PEFT does not record"
     if args.merge:
         probe = torch.tensor([tokenizer.encode(PROBE, bos=True)], device=device)
         summary += "\n" + merge_report(model, probe, "--precision fp32")
-        prepack(model)                               # the weights that the merge left
+        prepack(model)                               # the merged layers too
     return model, tokenizer, summary
 
 
 class Answerer:
-    """A model with its tokenizer, how it decodes (args), and the guesses that its answers share."""
+    """A model, its tokenizer, how it decodes (args), and the guesses that its answers share."""
 
     def __init__(self, model, tokenizer, args):
         self.model = model
@@ -153,9 +153,9 @@ class Answerer:
             return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.eos_id,
                             args.temperature, args.top_k, args.top_p, args.no_repeat_ngram,
                             args.seed, self.pool)
-        return self.searched_ids(prompts)
+        return self.beam_ids(prompts)
 
-    def searched_ids(self, prompts):
+    def beam_ids(self, prompts):
         for i, prompt in enumerate(prompts):
             answer = beam_search(self.model, prompt, self.args.max_new_tokens,
                                  self.tokenizer.eos_id, self.args.beams, self.args.no_repeat_ngram)
@@ -213,9 +213,9 @@ def counted(model, ids, verbose):
 
 
 def score(model, exam, args):
-    """Print one JSON line: the examples, then [value, low, high] of each measure.
+    """Print one JSON line: facts about the examples, then [value, low, high] per measure.
 
-    For the base and, where there is one, for the adapter and the difference between the two.
+    The measures are those of the base and, with an adapter, of it and of the difference.
     """
     tables = {}
 
@@ -236,9 +236,9 @@ def score(model, exam, args):
 
 
 def interact(answerer, args):
-    """Read instructions from stdin until it ends; `:adapter PATH` switches over the loaded base."""
+    """Read instructions from stdin until it ends; `:adapter PATH` loads another adapter."""
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")      # A stray byte is no reason to end.
+        sys.stdin.reconfigure(errors="replace")      # Invalid UTF-8 does not end the session.
     model = answerer.model
     has_adapter = bool(args.adapter)
     while True:
@@ -275,11 +275,12 @@ def switch_adapter(model, name) -> bool:
         unmerge_lora(model)
     if source:
         load_adapter(model, source)
-        base = read_adapter(source)["base"] or {}
-        trained_over = base.get("quantize", "none")
-        if trained_over != model.origin["quantize"]:
-            print(f"it was trained over the base in {trained_over}, here it is "
-                  f"{model.origin['quantize']}", file=sys.stderr)
+        base_info = read_adapter(source)["base"] or {}
+        trained_quantize = base_info.get("quantize", "none")
+        quantize = model.origin["quantize"]
+        if trained_quantize != quantize:
+            print(f"warning: trained over a base with quantisation {trained_quantize}, this base: "
+                  f"{quantize}", file=sys.stderr)
     print(f"adapter {name}", file=sys.stderr, flush=True)
     return source is not None
 
@@ -308,51 +309,49 @@ def check_combinations(args, parser):
     if args.input and not args.instruction:
         parser.error("--input needs an --instruction")
     if args.temperature == 0 and (args.top_k or args.top_p < 1):
-        parser.error("--top-k and --top-p choose what is drawn from; nothing is drawn without "
-                     "--temperature")
+        parser.error("--top-k and --top-p need a --temperature above 0")
     if args.beams > 1 and args.temperature > 0:
-        parser.error("--beams searches and --temperature draws; give one")
+        parser.error("--beams searches and --temperature draws; give only one")
     if args.score and not args.data:
         parser.error("--score needs --data, whose outputs are the right answers")
     if args.choices and not args.score:
-        parser.error("--choices are what --score chooses from")
+        parser.error("--choices needs --score")
     if args.choices:
         distinct = {choice for choice in args.choices if choice.strip()}
         if len(args.choices) < 2 or len(distinct) < len(args.choices):
             parser.error(f"--choices {','.join(args.choices)}: give two answers or more, each "
                          "once, with commas between them")
     if args.score and (args.temperature > 0 or args.beams > 1 or args.no_repeat_ngram):
-        parser.error("--score takes the likeliest tokens as they come: no --temperature, --beams "
-                     "or --no-repeat-ngram")
+        parser.error("--score decodes greedily: no --temperature, --beams or --no-repeat-ngram")
 
 
 def make_parser():
     parser = Parser(prog="generate.py", description=__doc__)
-    add_model_flags(parser.add_argument_group("who answers"))
+    add_model_flags(parser.add_argument_group("model"))
     add_question_flags(parser.add_argument_group(
-        "what is asked (default: a few built-in instructions)"))
-    add_decoding_flags(parser.add_argument_group("how"))
-    add_hardware_flags(parser.add_argument_group("on what"))
+        "input (default: a few built-in instructions)"))
+    add_decoding_flags(parser.add_argument_group("decoding"))
+    add_hardware_flags(parser.add_argument_group("hardware"))
     return parser
 
 
 def add_model_flags(group):
     flag = group.add_argument
     flag("--adapter", metavar="PATH", type=text,
-         help="our file or PEFT's folder; none: the base alone (default: out/adapter.pt if it is "
-              "there)")
+         help="an adapter.pt or a PEFT folder; none: the base alone (default: out/adapter.pt if it "
+              "is there)")
     flag("--checkpoint", metavar="DIR", type=text,
          help="base model (default: the adapter's, else the demo's)")
     flag("--layers", metavar="N", type=number(int, 1),
          help="the first N blocks only (default: the adapter's, else all)")
     flag("--quantize", choices=("none", *QUANTIZED),
-         help="hold the base in 8 or 4 bits (default: as the adapter's was, else none)")
+         help="hold the base in 8 or 4 bits (default: as the adapter was trained, else none)")
     flag("--merge", action="store_true", help="merge the adapter into the weights first")
 
 
 def add_question_flags(group):
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--instruction", metavar="TEXT", type=text, help="what to do")
+    flag("--instruction", metavar="TEXT", type=text, help="the instruction to answer")
     flag("--data", metavar="FILE", type=text,
          help="answer a .json or .jsonl file of examples: JSON lines on stdout")
     flag("--interactive", action="store_true",
@@ -363,7 +362,8 @@ def add_question_flags(group):
     group.add_argument("--choices", metavar="A,B,...", type=lambda value: utf8(value).split(","),
                        help="answers to choose from with --score (default: the outputs in --data, "
                             "if there are up to 20)")
-    group.add_argument("--input", metavar="TEXT", type=utf8, default="", help="what to do it with")
+    group.add_argument("--input", metavar="TEXT", type=utf8, default="",
+                       help="input text for --instruction")
 
 
 def add_decoding_flags(group):
@@ -378,7 +378,7 @@ def add_decoding_flags(group):
     flag("--top-p", metavar="F", type=number(float, 0, 1, open_low=True), default=1.0,
          help="draw from the likeliest tokens that together reach this probability (default: 1)")
     flag("--seed", metavar="N", type=number(int, 0, 2 ** 63 - 1), default=0,
-         help="random seed for what is drawn, by --score too (default: 0)")
+         help="random seed for sampling and for --score's bootstrap (default: 0)")
     flag("--beams", metavar="N", type=number(int, 1, 256), default=1,
          help="search with N beams (default: 1, greedy)")
     flag("--no-repeat-ngram", metavar="N", type=number(int, 0), default=0,
@@ -390,7 +390,7 @@ def add_decoding_flags(group):
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:                        # how to leave --interactive, or a long text
+    except KeyboardInterrupt:                        # Ctrl-C ends --interactive or a long answer
         sys.exit(INTERRUPTED)
     except BrokenPipeError:                          # `| head` has read enough.
         # Python must not flush into the closed pipe again.

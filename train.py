@@ -1,16 +1,16 @@
 """Fine-tune LLaMA 2 on Alpaca examples with LoRA.
 
     python train.py                 the demo: a base of a million parameters, half a minute on a CPU
-    python train.py --layers 1      the same with its first block alone, for debugging
+    python train.py --layers 1      the same with only the first block, for debugging
     python train.py --checkpoint llama-2-7b --data alpaca_data.json --checkpointing --out out/7b
     torchrun --standalone --nproc_per_node=2 -- train.py      any of these on two GPUs, or on a CPU
+                                    (the -- keeps torchrun from reading train.py's flags)
 
-Read from `main` on.  Every option is decided before the loop, which never asks which was chosen.
+Read from `main` on.  Method, precision, quantisation and teacher are settled before the loop, and
+the loop does not branch on them.
 """
 import functools
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +21,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from finetune.batches import ahead, pack, plan_epoch, windows
+from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
-from finetune.distill import Distillation, check_teacher
+from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import INTERRUPTED, one_line_errors
 from finetune.evaluate import TOKENS, evaluate
-from finetune.hardware import DTYPES, Precision, peak_memory_mb, pick_hardware
+from finetune.hardware import (
+    DTYPES,
+    Precision,
+    check_compiler,
+    peak_memory_mb,
+    pick_hardware,
+)
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
 from finetune.pictures import picture_of
@@ -35,7 +41,7 @@ from finetune.preflight import (
     check_data,
     check_gradients,
     describe,
-    largest_batch,
+    largest_batch_rows,
     memory_of_a_step,
     optimizer_state_bytes,
 )
@@ -65,17 +71,20 @@ from lora import (
 from lora.methods.lora_plus import lora_plus_groups
 from lora.quantize import quantizer
 
-META = torch.device("meta")                          # sizes without memory
+META = torch.device("meta")                          # tensors with shapes, but without data
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains, on what and how.  `prepare` makes it; `load_weights` puts the weights in.
+    """What to train, on what and how, settled before the first step.
+
+    `prepare` makes it with shapes alone, and `load_weights` puts the weights in.  (A Run is the
+    folder beside it: progress, metrics, saves.)
 
     lora: None for --method full.  settings: all options, with what was decided since.
-    adapter: what the file of --adapter holds.  plan: every optimizer step, (epochs passed with it,
-    [rank][micro-batch][index of an example]).  wrapped: paths of the adapted layers.
-    optimizer_bytes: of the optimizer's state, per trained number.
+    adapter: the content of the --adapter file or folder.  plan: every optimizer step of the run,
+    (epochs completed after it, example indices as [rank][micro-batch][i]).  wrapped: paths of the
+    adapted layers.  optimizer_bytes_per_parameter: of state, per trained number.
     loss_fn(model, batch): (sum over answer tokens, their number).
     """
     options: Options
@@ -89,7 +98,7 @@ class Job:
     train_set: SupervisedDataset
     val_set: SupervisedDataset | None
     collate: Callable
-    optimizer_bytes: float
+    optimizer_bytes_per_parameter: float
     plan: list = ()
     model: torch.nn.Module | None = None
     wrapped: list = ()
@@ -100,10 +109,10 @@ class Job:
 def main(argv=None):
     """Run from the flags to an adapter on disk."""
     began = time.perf_counter()
-    with connected_ranks() as ranks:                          # One process is rank 0 of 1.
+    with connected_ranks() as ranks:                          # Without torchrun: rank 0 of 1.
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
-            run = Run.open(options, ranks)                    # a new run, or its last save
+            run = Run.open(options, ranks)                    # a new run, or the resumed last save
             if run.progress.finished:
                 print(f"resume    {run.out} is finished, after step {run.progress.step}: nothing "
                       "is left to do, nothing was changed")
@@ -111,9 +120,9 @@ def main(argv=None):
             job = prepare(options, ranks)                     # every check that needs no weights
             run.check_same_run(job)
             describe(job)
-            advice = OutOfMemoryAdvice(job, estimate)
+            advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
             if options.dry_run:
-                check_connections(job)
+                check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")
                 return
             with advice:
@@ -124,23 +133,23 @@ def main(argv=None):
             if ranks.is_first:
                 save(job, run.out)
             run.finish()
-        report_end(run.out, job.precision.device, time.perf_counter() - began)
+        report_end(run.out, job.precision.device, time.perf_counter() - began, ranks)
 
 
 def prepare(options: Options, ranks: Ranks) -> Job:
-    """Return the Job of these options, with sizes in place of weights.
+    """Return the Job of these options, with shapes in place of weights.
 
     Every check that needs no weights is made here.  Raises ValueError or OSError.
     """
-    device, precision = pick_hardware(options.device, options.precision, ranks.local_rank,
+    device, precision_name = pick_hardware(options.device, options.precision, ranks.local_rank,
                                       options.fast_matmul)
-    if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a "
-                         "CPU")
-    model_args, tokenizer = read_params(options.checkpoint)
+    if options.compile:
+        check_compiler(device)
+    base = read_params(options.checkpoint)
+    model_args, tokenizer = base
     if options.teacher:
-        check_teacher(options.teacher, read_params(options.teacher),
-                      options.checkpoint, (model_args, tokenizer))
+        teacher = read_params(options.teacher)
+        check_teacher(options.teacher, teacher, options.checkpoint, base)
     train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
                                        options.max_seq_len, options.seed, tokenizer)
     check_data(train_set, options.max_seq_len, options.data)
@@ -148,23 +157,35 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
     lora, quantize = adapter_settings(options, adapter)
-    job = Job(
-        options, ranks, mixed_precision(precision, device, lora), lora, quantize,
-        settled(options, device, precision, lora, quantize), adapter, tokenizer, train_set, val_set,
+    state_bytes = optimizer_state_bytes(lambda groups: build_optimizer(groups, options))
+    job = with_plan_and_shapes(Job(
+        options=options,
+        ranks=ranks,
+        precision=mixed_precision(precision_name, device, lora),
+        lora=lora,
+        quantize=quantize,
+        settings=settled(options, device, precision_name, lora, quantize),
+        adapter=adapter,
+        tokenizer=tokenizer,
+        train_set=train_set,
+        val_set=val_set,
         collate=functools.partial(pack, share_prefix=options.share_prefix),
-        optimizer_bytes=optimizer_state_bytes(lambda groups: build_optimizer(groups, options)))
-    job = with_sizes(job)
-    lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)     # refuses a wrong ratio
+        optimizer_bytes_per_parameter=state_bytes))
+    # This is called for its ValueError alone: not every method has a --lora-plus-ratio.
+    lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)
     return job
 
 
 def adapter_settings(options: Options, adapter: dict | None):
-    """Return (LoRAConfig or None, quantisation): those of --adapter, or those of the flags."""
+    """Return (LoRAConfig or None, quantisation), from --adapter if given, else from the flags.
+
+    --quantize goes before what the adapter says.
+    """
     if adapter is None:
         return options.lora_config, options.quantize or "none"
     saved = read_adapter(adapter)
-    base = saved["base"] or {}
-    return saved["config"], options.quantize or base.get("quantize") or "none"
+    base_info = saved["base"] or {}
+    return saved["config"], options.quantize or base_info.get("quantize") or "none"
 
 
 def settled(options: Options, device, precision: str, lora: LoRAConfig | None, quantize: str):
@@ -178,8 +199,8 @@ def settled(options: Options, device, precision: str, lora: LoRAConfig | None, q
     return settings
 
 
-def with_sizes(job: Job) -> Job:
-    """Return the job with its plan and its models on the meta device: sizes without memory."""
+def with_plan_and_shapes(job: Job) -> Job:
+    """Return the job with its plan, and with its models on the meta device: shapes, no data."""
     model, wrapped = load_model(job, META, "random")
     distillation = load_distillation(job, META, "random")
     return replace(job, plan=make_plan(job), model=model, wrapped=wrapped,
@@ -187,69 +208,68 @@ def with_sizes(job: Job) -> Job:
 
 
 def make_plan(job: Job) -> list:
-    """Return every optimizer step of the run, as Job describes it."""
+    """Return every optimizer step of the run: (epochs completed after it, example indices)."""
     options = job.options
     lengths = [len(tokens) for tokens, _ in job.train_set.rows]
-    plan = []
-    for epoch in range(options.epochs):
-        steps = plan_epoch(lengths, options.batch_size, options.accumulation_steps, options.seed,
-                           epoch, world_size=job.ranks.size,
-                           tokens_per_batch=options.tokens_per_batch)
-        plan += [(epoch + i / len(steps), step) for i, step in enumerate(steps, 1)]
-        if options.max_steps and len(plan) >= options.max_steps:
-            break
-    return plan[:options.max_steps]
+    steps_of_epoch = functools.partial(
+        plan_epoch, lengths, options.batch_size, options.accumulation_steps, options.seed,
+        world_size=job.ranks.size, tokens_per_batch=options.tokens_per_batch)
+    return plan_run(steps_of_epoch, options.epochs, options.max_steps)
 
 
-def estimate(job: Job, **changes) -> int:
+def estimate_step_bytes(job: Job, **changes) -> int:
     """Return the bytes of tensors that a step would take with these options changed."""
     options = replace(job.options, **changes)
     lora, quantize = adapter_settings(options, job.adapter)
-    precision = mixed_precision(options.precision or job.precision.name, job.precision.device, lora)
+    name = options.precision or job.precision.name
+    precision = mixed_precision(name, job.precision.device, lora)
     variant = replace(job, options=options, lora=lora, quantize=quantize, precision=precision)
-    kinds, _ = memory_of_a_step(with_sizes(variant))
-    return sum(kinds.values())
+    bytes_by_kind, _ = memory_of_a_step(with_plan_and_shapes(variant))
+    return sum(bytes_by_kind.values())
 
 
-def check_connections(job: Job):
-    """Raise ValueError if gradients would not reach what is trained, by sizes alone."""
-    batch = job.collate(largest_batch(job.train_set, job.plan)).to(META)
+def check_gradient_paths(job: Job):
+    """Raise ValueError if a trained part gets no gradient.  Runs on the meta device.
+
+    The sum of the logits stands for the loss, which would need values to pick its rows.
+    """
+    batch = job.collate(largest_batch_rows(job.train_set, job.plan)).to(META)
     check_gradients(job.model, job.wrapped,
                     lambda: job.model(batch.tokens, layout=batch.layout).sum())
 
 
 def load_weights(job: Job) -> Job:
-    """Return the job with its weights, after one backward pass over its largest micro-batch."""
+    """Load the weights, and test one backward pass on the largest micro-batch."""
     device = job.precision.device
     torch.manual_seed(job.options.seed)                       # before the first weight is drawn
     model, wrapped = load_model(job, device, job.options.init)
     if job.adapter:
         load_adapter(model, job.adapter)
-    distillation = load_distillation(job, device, "checkpoint")
+    distillation = load_distillation(job, device, "checkpoint")     # --init is for the student.
     loss_fn = distillation or answer_loss
-    batch = job.collate(largest_batch(job.train_set, job.plan))
+    batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
         check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
-    torch.manual_seed(job.options.seed + job.ranks.rank)      # Each rank drops other elements.
+    torch.manual_seed(job.options.seed + job.ranks.rank)      # for other dropout on each rank
     return replace(job, model=model, wrapped=wrapped, distillation=distillation, loss_fn=loss_fn)
 
 
 def load_model(job: Job, device: torch.device, init: str):
     """Return (model, wrapped paths): the base with an adapter, or trainable as a whole.
 
-    Frozen weights are held in the compute dtype: from fp32, autocast would make a 16-bit copy at
-    each use and keep it until backward.  Trained weights are held in fp32, where small steps are
-    not rounded away.
+    Frozen weights are loaded in the compute dtype: in fp32 they would need autocast, which keeps a
+    16-bit copy of each until backward.  Trained weights stay in fp32, since 16 bits round small
+    updates away.
     """
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
-                               options.max_seq_len, init, quantizer(job.quantize))
+                               options.max_seq_len, init, convert=quantizer(job.quantize))
     model.checkpointing = options.checkpointing
     wrapped = add_lora(model, job.lora) if job.lora else []
     if options.compile:
         for block in model.layers:
-            block.compile(dynamic=True)                       # once, for rows of any length
+            block.compile(dynamic=True)                       # once for rows of all lengths
     return model, wrapped
 
 
@@ -261,59 +281,51 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
     options = job.options
     if not options.teacher:
         return None
-    base = {}
-    adapter = None
-    if options.teacher_adapter:
-        teacher_args, _ = read_params(options.teacher)
-        adapter = adapter_at(options.teacher_adapter, teacher_args)
-        base = read_adapter(adapter)["base"] or {}
-    teacher, _ = load_checkpoint(options.teacher, base.get("layers"), job.precision.dtype, device,
-                                 options.max_seq_len, init,
-                                 quantizer(base.get("quantize", "none")))
-    if adapter and init == "checkpoint":
-        load_adapter(teacher, adapter)
-    elif adapter:
-        add_lora(teacher, read_adapter(adapter)["config"])
+    teacher = load_teacher(options.teacher, options.teacher_adapter, job.precision.dtype, device,
+                           options.max_seq_len, init)
     return Distillation(teacher, options.distill_temperature, options.distill_weight)
 
 
 def train(job: Job, run: Run):
     """Train job.model by job.plan; record, evaluate and save as the options say."""
     options, ranks, precision, model = job.options, job.ranks, job.precision, job.model
-    # Freeze first, wrap second: DDP waits for a gradient from all that was trainable at wrapping.
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
+    # add_lora has frozen the base.  DDP must wrap after that: it waits for gradients of all
+    # parameters that are trainable when it wraps.
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    follow_optimizer(model, optimizer)
+    follow_optimizer(model, optimizer)                        # Some methods act after each step.
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
     tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
     measure = functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, TOKENS),
                                 precision.autocast, ranks.rank, ranks.size)
     with one_line_errors("train.py", ranks):
-        run.restore(precision.device, functools.partial(save_trained, job),
+        run.attach(precision.device, functools.partial(save_best, job),
                     model=trained_part(job), optimizer=optimizer, scaler=precision.scaler)
     if job.val_set and run.progress.step == 0:
         print(f"before    {held_out_columns(measure())}", flush=True)
     model.train()
     step_began = time.perf_counter()
-    steps_to_do = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
-    for step, window in enumerate(ahead(steps_to_do), run.progress.step + 1):
-        notes = begin_step(model, step, run.progress.loss)    # by the method, if it has any
+    coming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
+    for step, window in enumerate(prefetch(coming), run.progress.step + 1):
+        notes = begin_step(model, step, run.progress.loss)    # of the last step; often no notes
+        # Skipped steps do not advance the schedule.
         factor = lr_factor(run.progress.taken, n_steps, warmup, options.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
-        loss = accumulate_gradients(parallel, job.loss_fn, window, precision, ranks)
+        loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)
         precision.scaler.unscale_(optimizer)                  # so that clipping sees true gradients
         grad_norm = clip_grad_norm_(trainable, options.clip_grad_norm or math.inf).item()
-        loss = run.sum_loss(loss)
-        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)     # on all ranks alike
+        loss = run.sum_loss(loss_share)
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)     # the same on all ranks
         if is_finite:
             precision.scaler.step(optimizer)
         loss_scale = precision.scaler.get_scale()
-        precision.scaler.update()                             # An overflow lowers fp16's scale.
+        precision.scaler.update()
+        overflow = precision.scaler.get_scale() < loss_scale  # in fp16, where update lowered it
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
@@ -323,26 +335,26 @@ def train(job: Job, run: Run):
         row |= {"loss_scale": loss_scale, **notes}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
             row |= measure()
-        overflow = precision.scaler.get_scale() < loss_scale
         remark = run.record(row, is_finite, overflow)
         is_notable = step in (1, n_steps) or "val_loss" in row or remark
         if step % options.log_every == 0 or is_notable:
             print(progress_line(row, n_steps, run.seconds_left()) + remark, flush=True)
-        if run.is_over():
+        if run.end_step():
             break
-        step_began = time.perf_counter()                      # Collating belongs to the next step.
+        step_began = time.perf_counter()                      # Waiting for batches counts as well.
 
 
 def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision, ranks: Ranks):
     """Back-propagate the step's mean loss per answer token; return this rank's share of it.
 
-    The mean is over the answer tokens of all micro-batches on all ranks.  A mean of micro-batch
-    means would weigh a token by how few its neighbours are.
+    The mean is over the answer tokens of all micro-batches on all ranks.  Averaging the means of
+    micro-batches would give more weight to tokens in those with few answer tokens.
     """
     total = torch.zeros((), device=precision.device)
     for i, batch in enumerate(window.batches, 1):
         is_last = i == len(window.batches)
-        # DDP averages gradients once per step, on the last micro-batch, and decides in forward.
+        # DDP averages gradients on the last micro-batch only.  It decides so during forward, so
+        # forward is inside no_sync too.
         with nullcontext() if is_last or ranks.size == 1 else model.no_sync():
             with precision.autocast:
                 loss_sum, _ = loss_fn(model, batch.to(precision.device))
@@ -353,14 +365,14 @@ def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision,
 
 
 def build_optimizer(groups: list, options: Options) -> torch.optim.Optimizer:
-    """Return the optimizer of these parameter groups.  Any of torch.optim can stand here."""
+    """Return the optimizer of these parameter groups; another one of torch.optim fits as well."""
     return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
 def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
-    """Return the share of the peak learning rate after `step` of n_steps.
+    """Return the share of the peak learning rate when `step` of n_steps steps are taken.
 
-    Up in a line, then constant or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
+    A linear warm-up, then constant or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -372,9 +384,10 @@ def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
 def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) -> Precision:
     """Return the Precision that trains an adapter, or with lora None the whole model.
 
-    Autocast lets fp32 weights meet 16-bit activations.  Over a frozen base there are none: adapters
-    come down to 16 bit by themselves, and autocast would only return each norm's result in fp32,
-    to be cast and kept once per use.
+    Only full fine-tuning needs autocast: there fp32 weights meet 16-bit activations.  With an
+    adapter the base is in 16 bit already, and adapter layers cast their fp32 factors themselves.
+    Autocast would then, on CUDA, only return each norm's result in fp32, to be cast and kept once
+    per use.
     """
     is_16_bit = name != "fp32"
     autocast = torch.autocast(device.type, DTYPES[name], enabled=is_16_bit and lora is None)
@@ -387,8 +400,8 @@ def trained_part(job: Job):
     return AdapterState(job.model) if job.lora else job.model
 
 
-def save_trained(job: Job, path):
-    """Write that part to a file, as best.pt."""
+def save_best(job: Job, path):
+    """Write the adapter, or the whole model's weights, to best.pt."""
     if job.lora:
         save_adapter(job.model, path)
     else:
@@ -396,34 +409,37 @@ def save_trained(job: Job, path):
 
 
 def save(job: Job, out):
-    """Write the adapter or, for --method full, the model in fp32: bf16 would lose most steps."""
+    """Write the adapter or, for --method full, the model in fp32.
+
+    In bf16 most updates would round away.
+    """
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
-        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # another kind of run's, gone only now
+        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # of a run of the other kind
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
-            usage = ("over random weights, which are not kept: a run to measure, not to generate "
-                     "with")
+            usage = "trained over random weights, which are not saved: generate.py cannot use it"
         print(f"saved     {out / ADAPTER}; {usage}")
     else:
         save_checkpoint(job.model, job.tokenizer, out)
         old_results = (ADAPTER,)
         print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
-    for name in old_results:
+    for name in old_results:                                  # only now that the new ones are there
         (out / name).unlink(missing_ok=True)
 
 
-def report_end(out, device: torch.device, seconds: float):
+def report_end(out, device: torch.device, seconds: float, ranks: Ranks):
     """Print what the run took, and draw its picture where matplotlib is installed."""
     peak = peak_memory_mb(device)
     memory = f", peak memory {peak:,.0f} MiB" if peak else ""
     print(f"total     {seconds:.1f} s{memory}")
-    print(f"picture   {picture_of(out)}")
+    if ranks.is_first:
+        print(f"picture   {picture_of(out)}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("train.py: interrupted; what was saved is whole", file=sys.stderr)
+        print("train.py: interrupted; the last save is intact", file=sys.stderr)
         sys.exit(INTERRUPTED)

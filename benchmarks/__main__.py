@@ -1,4 +1,4 @@
-"""The README's measured tables, each a command; every cell in a fresh process, warmed up, the median of repeats.
+"""The measured tables of docs/, each a command; every cell in a fresh process, warmed up, the median of repeats.
 
     python -m benchmarks ablation                             accumulation x precision x LoRA x checkpointing, a 135M's sizes
     python -m benchmarks ablation --shape 7b --layers 8       the same at another size, random weights
@@ -8,6 +8,7 @@
     python -m benchmarks methods                              the LoRA family on the demo
     python -m benchmarks distill                              students with and without a teacher
     python -m benchmarks search                               settings for a task, from method to learning rate
+    python -m benchmarks front                                the README's picture, from a finished run in out/
 
 Tables are printed in Markdown and left in --out with a picture, where matplotlib is installed, and with all cells as JSON,
 written whole as soon as one is measured: the same command goes on where it was killed.
@@ -21,7 +22,7 @@ from finetune.arguments import Parser, text
 from finetune.errors import one_line_errors
 from llama.files import write_whole
 
-from . import ablation, distill, methods, peers, ranks, roofline, scaling, search
+from . import ablation, distill, front, methods, peers, ranks, roofline, scaling, search
 from .tables import code, machine
 
 # One page a table, one line here: add_flags(parser), and make(args) -> lines of Markdown.
@@ -34,6 +35,7 @@ TABLES = {
     "ranks": ranks,
     "search": search,
     "distill": distill,
+    "front": front,
 }
 
 

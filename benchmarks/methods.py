@@ -13,8 +13,8 @@ import torch
 import generate
 import train
 from finetune.options import DEMO
-from finetune.preflight import largest_batch
-from finetune.ranks import ALONE
+from finetune.preflight import largest_batch_rows
+from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
 from finetune.arguments import number
 from finetune.dataset import encode_prompt, read_examples
@@ -41,9 +41,9 @@ def add_flags(parser):
 def trained(argv):
     """Run train.py; return what the run says of itself."""
     options, rows = finished(argv)
-    job = train.prepare(options, ALONE)
+    job = train.prepare(options, SINGLE_PROCESS)
     model, _ = train.load_model(job, torch.device("cpu"), "random")
-    batch = job.collate(largest_batch(job.train_set, job.plan))
+    batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     kept = counted(model, [batch], contextlib.nullcontext())
     left = (Path(options.out) / ADAPTER).exists()                    # not where the last steps were all skipped
     seconds = sum(row["tokens"] / row["tokens_per_second"] for row in rows)

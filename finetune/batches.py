@@ -14,7 +14,7 @@ from .dataset import IGNORE, count_answer
 class Batch(NamedTuple):
     """A micro-batch: tokens and labels (B, T) int64, its number of answer tokens, and its layout.
 
-    Labels stand where their tokens stand (labels[t] is tokens[t] or IGNORE); the loss shifts them
+    Labels are aligned with their tokens (labels[t] is tokens[t] or IGNORE); the loss shifts them
     by one.  layout: where the examples of a packed row stand; None for a padded batch.
     """
     tokens: torch.Tensor
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     def to(self, device) -> "Batch":
         """Copy tokens and layout to the device asynchronously.
 
-        Labels stay on the CPU, so that nothing has to synchronise.
+        Labels stay on the CPU, so that picking answer rows does not wait for the GPU.
         """
         tokens = self.tokens.pin_memory() if device.type == "cuda" else self.tokens
         layout = self.layout.to(device) if self.layout else None
@@ -33,8 +33,10 @@ class Batch(NamedTuple):
 
 
 class Window(NamedTuple):
-    """An optimizer step: this rank's micro-batches, all ranks' tokens and answer tokens, and the
-    number of epochs that have passed with it."""
+    """One optimizer step: this rank's micro-batches, and the tokens and answer tokens of all ranks.
+
+    epoch: epochs completed after this step.
+    """
     batches: list
     n_tokens: int
     n_answer: int
@@ -66,18 +68,18 @@ class DataCollatorForSupervisedDataset:
 def pack(rows, share_prefix: bool = False) -> Batch:
     """Put rows of (tokens, labels) one behind another: one row (1, N) without padding.
 
-    share_prefix: what examples have in common at their beginning, up to before the token that
-    predicts the first target, stands once, and its gradient is the sum of theirs.  This is exact
-    except for dropout, which then drops the same elements there for all.
+    share_prefix: store a common beginning once; it ends before the token that predicts the first
+    target.  Its gradient is the sum over the examples.  Exact except for dropout, which then has
+    one mask for all of them.
     """
-    shareable = [first_target(labels) - 1 if share_prefix else 0 for _, labels in rows]
-    pieces, ends = arrange([tokens for tokens, _ in rows], shareable)
+    n_shareable = [first_target(labels) - 1 if share_prefix else 0 for _, labels in rows]
+    pieces, ends = arrange([tokens for tokens, _ in rows], n_shareable)
     packed_tokens = []
     packed_labels = []
     for example, start, stop, _ in pieces:
         tokens, labels = rows[example]
         packed_tokens += tokens[start:stop]
-        # The token that predicts a piece's first one stands elsewhere in the row, if anywhere.
+        # A piece's first token is predicted from another piece, or not at all: no target here.
         packed_labels += [IGNORE, *labels[start + 1:stop]]
     layout = Layout([(piece.stop - piece.start, piece.context) for piece in pieces], ends=ends)
     n_answer = sum(count_answer(labels) for _, labels in rows)
@@ -96,10 +98,10 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
                world_size: int = 1, tokens_per_batch: int | None = None) -> list:
     """Return the optimizer steps of an epoch: [step][rank][micro-batch] -> indices of examples.
 
-    lengths: tokens of each example.  The order is drawn from (seed, epoch) and every example comes
-    once; what is left at the end makes a smaller step like any other.  A step is dealt out to the
-    ranks in turn, so at the end a rank may get nothing.  A micro-batch holds batch_size examples
-    or, with tokens_per_batch, as many as fit into so many tokens, and always one.
+    lengths: tokens of each example.  The order is drawn from (seed, epoch), and every example is
+    used once; the rest forms a smaller last step.  A step is dealt out to the ranks in turn, so in
+    the last one a rank may get no example.  A micro-batch holds batch_size examples or, with
+    tokens_per_batch, as many as fit into so many tokens, and at least one.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if tokens_per_batch:
@@ -110,6 +112,20 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
     for step in split(order, batch_size * accumulation_steps * world_size):
         steps.append([split(indices, batch_size) for indices in deal(step, world_size)])
     return steps
+
+
+def plan_run(steps_of_epoch: Callable, epochs: int, max_steps: int | None) -> list:
+    """Return every optimizer step of a run: (epochs completed after it, [rank][micro-batch][i]).
+
+    steps_of_epoch(epoch): the steps of an epoch, as plan_epoch returns them.
+    """
+    plan = []
+    for epoch in range(epochs):
+        steps = steps_of_epoch(epoch)
+        plan += [(epoch + i / len(steps), step) for i, step in enumerate(steps, 1)]
+        if max_steps and len(plan) >= max_steps:
+            break
+    return plan[:max_steps]
 
 
 def deal(items: list, n: int) -> list:
@@ -125,32 +141,32 @@ def split(items, n: int) -> list:
 def fill(order, lengths, capacity: int, at_once: int = 1024) -> list:
     """Return the indices in `order` as groups whose lengths add up to at most `capacity`.
 
-    A longer example gets a group of its own.  Of each 1,024 examples the longest come first, each
-    into the first group that has space (first-fit decreasing, Johnson 1973: at most 11/9 of the
-    fewest groups).  Groups then follow the order of their earliest example.
+    A longer example gets a group of its own.  Of each 1,024 examples the longest are placed first,
+    each into the first group that has space (first-fit decreasing, Johnson 1973: at most 11/9 of
+    the fewest groups).  Groups then follow the order of their earliest example.
     """
     groups = []
     for indices in split(order, at_once):
-        spaces = []                                  # tokens that still fit into each group
-        places = []                                  # positions in `indices` of its examples
+        free_tokens = []                                  # tokens that still fit into each group
+        members = []                                 # of each group, positions in `indices`
         by_length = sorted(range(len(indices)), key=lambda place: -lengths[indices[place]])
         for place in by_length:
             length = lengths[indices[place]]
-            group = first_index(spaces, length)
+            group = first_index(free_tokens, length)
             if group is None:
-                group = len(spaces)
-                spaces.append(capacity)
-                places.append([])
-            spaces[group] -= length
-            places[group].append(place)
-        for group in sorted(map(sorted, places)):
+                group = len(free_tokens)
+                free_tokens.append(capacity)
+                members.append([])
+            free_tokens[group] -= length
+            members[group].append(place)
+        for group in sorted(map(sorted, members)):
             groups.append([indices[place] for place in group])
     return groups
 
 
-def first_index(spaces, length: int) -> int | None:
+def first_index(free_tokens, length: int) -> int | None:
     """Return the index of the first space that is large enough, or None."""
-    for i, space in enumerate(spaces):
+    for i, space in enumerate(free_tokens):
         if space >= length:
             return i
     return None
@@ -167,11 +183,11 @@ def example_indices(step) -> list:
 
 
 def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterator[Window]:
-    """Yield a Window for each step of a plan, (epochs passed, [rank][micro-batch][index]).
+    """Yield a Window for each step of a plan, (epochs completed, [rank][micro-batch][index]).
 
-    Each rank knows the whole plan, so the counts need no communication.  A rank that has no example
-    in a step gets one micro-batch whose labels are all masked and whose loss is 0: it must not miss
-    the all-reduce of the gradients.
+    Each rank knows the whole plan, so token counts need no all-reduce.  A rank that has no example
+    in a step gets one micro-batch whose labels are all masked and whose loss is 0, because it must
+    take part in the all-reduce of the gradients.
     """
     for step in plan:
         epoch, ranks = step
@@ -185,14 +201,14 @@ def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterat
         yield Window(batches, n_tokens, n_answer, epoch)
 
 
-def ahead(items: Iterable) -> Iterator:
+def prefetch(items: Iterable) -> Iterator:
     """Yield the same items, each made in a thread while the one before it is used."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, items, None)
+        future = thread.submit(next, items, None)
         while True:
-            item = coming.result()
+            item = future.result()
             if item is None:
                 return
-            coming = thread.submit(next, items, None)
+            future = thread.submit(next, items, None)
             yield item

@@ -1,18 +1,22 @@
-"""Alpaca examples: prompt -> tokens and labels.
+"""Alpaca examples: read them, make prompts of them, encode them as tokens and labels.
 
 An example is a dict with "instruction", "input" (may be absent or empty) and "output", all text.
 """
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-IGNORE = -100                                        # the label of what is no target: cross_entropy's own default
-# Stanford Alpaca's two prompts, to the letter: training, evaluation and generation all use these.
+from llama.tokenizer import Tokenizer
+
+# The label of a token that is not a target.  It is the default of torch's cross_entropy.
+IGNORE = -100
+# Stanford Alpaca's two prompts, to the letter.  Training, evaluation and generation share them.
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
 PROMPT_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
@@ -20,32 +24,41 @@ PROMPT_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:")
 
 
-def format_prompt(example):
-    """The text up to where the answer begins."""
-    return (PROMPT_WITH_INPUT if example.get("input") else PROMPT_WITHOUT_INPUT).format_map(example)
+def format_prompt(example: dict) -> str:
+    """Return the text before the answer."""
+    template = PROMPT_WITH_INPUT if example.get("input") else PROMPT_WITHOUT_INPUT
+    return template.format_map(example)
 
 
-def encode_prompt(example, tokenizer):
-    """Ids of bos and prompt.  The answer is encoded on its own and joined, so the border between the two is a
-    fact: encoded as one text, "Response:" and an answer that begins with "-" would share a piece.  An answer's
-    first piece therefore begins like any word does, and generation stops its prompt at the same place."""
+def encode_prompt(example: dict, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of bos and prompt.
+
+    Prompt and answer are encoded apart, so that it is certain where the answer begins.  In one text
+    "Response:" and an answer that begins with "-" could share a piece.  Generation ends its prompt
+    at the same place.
+    """
     return tokenizer.encode(format_prompt(example), bos=True)
 
 
-def encode_example(example, tokenizer, max_seq_len):
-    """(tokens, labels): two lists of at most max_seq_len ids.  The prompt is masked, eos is a target.
+def encode_example(example: dict, tokenizer: Tokenizer,
+                   max_seq_len: int | None) -> tuple[list[int], list[int]]:
+    """Return (tokens, labels), two lists of at most max_seq_len ids (None: of any length).
 
-    A longer row loses its tail, eos first: an answer cut short must not teach the model to stop there.
+    The labels of the prompt are IGNORE; eos is a target.  A longer row is truncated and so has no
+    eos: an answer that was cut must not teach the model to stop there.
     """
     prompt = encode_prompt(example, tokenizer)
     answer = tokenizer.encode(example["output"], eos=True)
-    return (prompt + answer)[:max_seq_len], ([IGNORE] * len(prompt) + answer)[:max_seq_len]
+    labels = [IGNORE] * len(prompt) + answer
+    return (prompt + answer)[:max_seq_len], labels[:max_seq_len]
 
 
-def read_examples(path, required=("instruction", "output")):
-    """List of examples from a .json list or a .jsonl file with one object a line.
+def read_examples(path: str | Path,
+                  required: Sequence[str] = ("instruction", "output")) -> list[dict]:
+    """Return the examples in a .json file with a list or a .jsonl file with one per line.
 
-    Raises FileNotFoundError, or ValueError that says which line or which example (from 1) is wrong.
+    required: the fields that an example must have.
+    Raises FileNotFoundError, or ValueError that names the wrong line or example (from 1).
     """
     path = Path(path)
     if not path.is_file():
@@ -55,8 +68,7 @@ def read_examples(path, required=("instruction", "output")):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start}") from error
     if path.suffix.lower() == ".jsonl":
-        examples = [parse_json(line, f"{path}, line {n}", n)
-                    for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+        examples = parse_lines(text, path)
     else:
         examples = parse_json(text, path)
         if not isinstance(examples, list):
@@ -68,64 +80,100 @@ def read_examples(path, required=("instruction", "output")):
     return examples
 
 
-def parse_json(text, where, line=None):
+def parse_lines(text: str, path: Path) -> list:
+    """Return the values of a .jsonl file; empty lines are skipped.  Raises ValueError."""
+    values = []
+    for n, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {n}: not JSON ({json_problem(error)})") from error
+    return values
+
+
+def parse_json(text: str, path: Path) -> object:
+    """Return the value of a .json file.  Raises ValueError that names line and column."""
     try:
         return json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{where}: not JSON (nested too deeply)") from error
-    except ValueError as error:
-        spot = f", line {error.lineno}, column {error.colno}" if line is None and hasattr(error, "lineno") else ""
-        raise ValueError(f"{where}{spot}: not JSON ({getattr(error, 'msg', error)})") from error
+    except (ValueError, RecursionError) as error:
+        place = ""
+        if isinstance(error, json.JSONDecodeError):
+            place = f", line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}{place}: not JSON ({json_problem(error)})") from error
 
 
-def check_example(example, where, required):
-    """Raise ValueError unless `example` has the required fields, all as text, and an instruction that says something."""
+def json_problem(error: Exception) -> str:
+    """Return what json found wrong."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    # Beside its own errors json raises a ValueError for a number of thousands of digits.
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def check_example(example: object, place: str, required: Sequence[str]):
+    """Raise ValueError, beginning with `place`, unless an example has the fields as text.
+
+    The instruction must not be empty.
+    """
     if not isinstance(example, dict):
-        raise ValueError(f"{where} is a {type(example).__name__}, not an object")
+        raise ValueError(f"{place} is a {type(example).__name__}, not an object")
     for field in ("instruction", "input", "output"):
         value = example.get(field)
-        if value is None and field not in required:
-            continue
         if value is None:
-            raise ValueError(f"{where} has no {field!r}")
+            if field in required:
+                raise ValueError(f"{place} has no {field!r}")
+            continue
         if not isinstance(value, str):
-            raise ValueError(f"{where}: {field!r} is a {type(value).__name__}, not text")
+            raise ValueError(f"{place}: {field!r} is a {type(value).__name__}, not text")
         if any("\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{where}: {field!r} has half of a surrogate pair, which is no character")
+            raise ValueError(f"{place}: {field!r} has half of a surrogate pair, which is not a "
+                             "character")
     if not example["instruction"].strip():
-        raise ValueError(f"{where}: 'instruction' is empty")
+        raise ValueError(f"{place}: 'instruction' is empty")
 
 
 class SupervisedDataset(torch.utils.data.Dataset):
-    """Encoded examples; [i] is (tokens, labels).  `cut` and `dropped` count what max_seq_len did.
+    """Encoded examples: dataset[i] is (tokens, labels), two lists of ids.
 
-    numbers[i] is what to call it: its place in the file, from 1, unless `numbers` says otherwise of the examples.
-    Rows with no answer token left are dropped.  Raises ValueError when that leaves none.
+    cut, dropped: the numbers of examples that were truncated at max_seq_len, and of those that had
+    no answer token left there.  numbers: the number of each example in its file, by default
+    counted from 1.  name: what an error calls the data.
+    Raises ValueError when no example is left.
     """
 
-    def __init__(self, examples, tokenizer, max_seq_len=512, name="the data", numbers=None):
+    def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int = 512,
+                 name: str = "the data", numbers: Iterable[int] | None = None):
         rows = [encode_example(example, tokenizer, max_seq_len) for example in examples]
-        self.numbers = [number for number, row in zip(numbers or range(1, len(rows) + 1), rows) if row[1][-1] != IGNORE]
+        if numbers is None:
+            numbers = range(1, len(rows) + 1)
+        self.numbers = [number for number, row in zip(numbers, rows, strict=True)
+                        if row[1][-1] != IGNORE]
         self.rows = [row for row in rows if row[1][-1] != IGNORE]
         self.dropped = len(rows) - len(self.rows)
         self.cut = sum(labels[-1] != tokenizer.eos_id for _, labels in self.rows)
         if not self.rows:
-            raise ValueError(f"{name}: none of {len(rows)} examples has an answer token within {max_seq_len} tokens; "
-                             "allow longer rows")
+            raise ValueError(f"{name}: none of {len(rows)} examples has an answer token within "
+                             f"{max_seq_len} tokens; allow longer rows")
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[list[int], list[int]]:
         return self.rows[i]
 
 
-def count_answer(labels):
-    """Targets of one row (the first token has nothing before it that could predict it)."""
+def count_answer(labels: list[int]) -> int:
+    """Return the number of targets in a row.
+
+    The first token is not one of them: there is nothing before it that could predict it.
+    """
     return sum(label != IGNORE for label in labels[1:])
 
 
-def load_datasets(data, val_data, val_fraction, max_seq_len, seed, tokenizer):
+def load_datasets(data: str, val_data: str | None, val_fraction: float | None, max_seq_len: int,
+                  seed: int, tokenizer: Tokenizer) -> tuple:
     """Return (training set, held-out set or None) of --data, --val-data and --val-fraction.
 
     Raises FileNotFoundError or ValueError for files that cannot be used.

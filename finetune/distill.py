@@ -1,22 +1,28 @@
-"""Distillation: learn from what a larger model holds likely, beside what is right.  Another loss_fn, no other loop.
+"""Distillation: learn from a larger model's probabilities beside the right answers.
 
-Deleting this page, its lines in train.py and `distillation` in preflight.py leaves training on the answers alone.
+For the training loop it is another loss_fn.  Deleting this page, its lines in train.py and
+`distillation` in preflight.py leaves training on the answers alone.
 """
 import hashlib
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from llama.checkpoint import sampled
+from llama.checkpoint import load_checkpoint, read_params, sample_bytes
+from llama.model import ModelArgs
+from llama.peft import adapter_at
+from llama.tokenizer import Tokenizer
+from lora import add_lora, load_adapter, read_adapter
+from lora.quantize import quantizer
 
+from .batches import Batch
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 
-def check_teacher(teacher_folder, teacher, student_folder, student):
-    """Raise ValueError where teacher and student do not read the same tokens.
-
-    teacher, student: (ModelArgs, Tokenizer).
-    """
+def check_teacher(teacher_folder: str | Path, teacher: tuple[ModelArgs, Tokenizer],
+                  student_folder: str | Path, student: tuple[ModelArgs, Tokenizer]):
+    """Raise ValueError where teacher and student do not read the same tokens."""
     teacher_args, teacher_tokenizer = teacher
     student_args, student_tokenizer = student
     same_names = pieces(student_tokenizer) == pieces(teacher_tokenizer)
@@ -28,64 +34,117 @@ def check_teacher(teacher_folder, teacher, student_folder, student):
                      "compares token by token; give both the same tokenizer.model and vocab_size")
 
 
-def pieces(tokenizer):
+def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, device: torch.device,
+                 max_seq_len: int, init: str) -> nn.Module:
+    """Return the teacher with its adapter, in this dtype.
+
+    init: "checkpoint", or "random" for shapes on the meta device.
+    Raises FileNotFoundError or ValueError for files that do not fit.
+    """
+    content = None
+    base_info = {}
+    if adapter_path:
+        args, _ = read_params(folder)
+        content = adapter_at(adapter_path, args)
+        base_info = read_adapter(content)["base"] or {}
+    quantize = base_info.get("quantize", "none")
+    teacher, _ = load_checkpoint(folder, base_info.get("layers"), dtype, device, max_seq_len, init,
+                                 convert=quantizer(quantize))
+    if content and init == "checkpoint":
+        load_adapter(teacher, content)
+    elif content:                                    # layers only, on the meta device
+        add_lora(teacher, read_adapter(content)["config"])
+    return teacher
+
+
+def pieces(tokenizer: Tokenizer) -> list[str]:
+    """Return the text of each token."""
     return [tokenizer.sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
 
 
 class Distillation:
-    """loss_fn(model, batch) -> (sum, count), of each answer token
+    """The loss_fn of a student: (sum over answer tokens, their number), with for each token
 
         L = (1 - w) (-log p_s[target]) + w T^2 KL(q_t || q_s),      q = softmax(z / T)
 
-    with z_s, z_t the logits (V,) of student and teacher where that token is predicted, p_s = softmax(z_s) (Hinton, Vinyals
-    & Dean 2015, section 2).  By z_s the second term's gradient is w T (q_s - q_t), which shrinks as 1 / T^2 without the
-    T^2: so T can change and w still means the same.  In nats, in fp32 (or fp64).
+    z_s and z_t are the logits (V,) of student and teacher where that token is predicted, and p_s is
+    softmax(z_s) (Hinton, Vinyals & Dean 2015, section 2).  L is in nats, in fp32 (or fp64).
+    Without the factor T^2 the gradient of the second term would shrink as 1 / T^2, and each T would
+    need another w.
 
-    teacher: a model whose last layer is `output`, in the dtype it computes in; it is frozen here, and stays in eval mode.
-    Its logits are never there whole: it gives the (R, D) that `output` reads, and each chunk of rows makes its own.
+    teacher: a model whose last layer is `output`, in the dtype that it computes in.  It is frozen
+    here and stays in eval mode.  Its logits are never in memory whole: it returns what `output`
+    reads, (R, D), and each chunk of rows makes its own logits.
     """
 
-    def __init__(self, teacher, temperature=2.0, weight=0.5):
-        self.origin, self.temperature, self.weight = getattr(teacher, "origin", {}), temperature, weight
-        self.teacher, self.head = teacher.eval().requires_grad_(False), teacher.output
+    def __init__(self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5):
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.head = teacher.output
         self.teacher.output = nn.Identity()
+        self.origin = getattr(teacher, "origin", {})
+        self.temperature = temperature
+        self.weight = weight
 
-    def __call__(self, model, batch):
-        rows, targets = (each.to(batch.tokens.device, non_blocking=True) for each in answer_rows(batch))
-        with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):      # it is in the compute dtype already
-            seen = self.teacher(batch.tokens, rows=rows, layout=batch.layout)                      # (R, D) of the teacher
-        logits = model(batch.tokens, rows=rows, layout=batch.layout)                               # (R, V) of the student
-        return in_chunks(self.loss, logits, targets, seen), batch.n_answer
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        device = batch.tokens.device
+        rows, targets = (part.to(device, non_blocking=True) for part in answer_rows(batch))
+        # The teacher is in the compute dtype already.
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            features = self.teacher(batch.tokens, rows=rows, layout=batch.layout)  # (R, D)
+        logits = model(batch.tokens, rows=rows, layout=batch.layout)               # (R, V)
+        return in_chunks(self.loss, logits, targets, features), batch.n_answer
 
-    def loss(self, logits, targets, seen):
-        """Sum over R rows of logits (R, V), targets (R,) and seen (R, D): a chunk of them."""
-        wide, T = torch.promote_types(logits.dtype, torch.float32), self.temperature
+    def loss(self, logits: torch.Tensor, targets: torch.Tensor,
+             features: torch.Tensor) -> torch.Tensor:
+        """Return the sum of L over R rows.
+
+        logits (R, V): the student's.  targets (R,) int64.  features (R, D): the teacher's.
+        """
+        T = self.temperature
+        wide = torch.promote_types(logits.dtype, torch.float32)
         hard = summed_cross_entropy(logits, targets)
-        with torch.no_grad(), torch.autocast(seen.device.type, enabled=False):
-            q = (self.head(seen).to(wide) / T).softmax(-1)       # not its log: where a teacher says never, 0 log 0 is 0
-        soft = nn.functional.kl_div((logits.to(wide) / T).log_softmax(-1), q, reduction="sum")
+        with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
+            # kl_div takes q_t itself: where the teacher's q is 0, its log would make 0 x inf.
+            q_t = (self.head(features).to(wide) / T).softmax(-1)
+        log_q_s = (logits.to(wide) / T).log_softmax(-1)
+        soft = nn.functional.kl_div(log_q_s, q_t, reduction="sum")
         return (1 - self.weight) * hard + self.weight * T ** 2 * soft
 
-    def memory(self, tokens, answers, width, beside):
-        """{"teacher": bytes} that it adds to a step's peak: its weights, what `output` reads, and of a chunk its logits and,
-        in fp32, their softmax; or what its largest block computes with, if that is more than those and `beside`, all
-        that the student then takes: when the one computes, the other has not begun.
+    def memory(self, tokens: int, answers: int, width: int, student_bytes: int) -> dict[str, int]:
+        """Return {"teacher": bytes} that the teacher adds to a step's peak.
 
-        tokens, answers: of the largest micro-batch.  width: bytes of a number in the teacher's dtype."""
-        args, parameters = self.teacher.args, {*self.teacher.parameters(), *self.head.parameters()}
-        own = sum(t.nbytes for t in (*parameters, *self.teacher.buffers(), *self.head.buffers()))
-        at_head = answers * args.dim * width + min(answers, CHUNK) * args.vocab_size * (width + 4)
+        tokens, answers: of the largest micro-batch.  width: bytes of a number in the teacher's
+        dtype.  student_bytes: what the student's own forward and loss take.
+
+        These are the teacher's weights and the larger of two: at the head, its features and, of one
+        chunk, the logits and their fp32 softmax; in a block, what its largest layer computes with,
+        less student_bytes, because the student begins when the teacher has finished.
+        """
+        args = self.teacher.args
+        tensors = {*self.teacher.parameters(), *self.head.parameters(), *self.teacher.buffers(),
+                   *self.head.buffers()}
+        weights = sum(tensor.nbytes for tensor in tensors)
+        chunk = min(answers, CHUNK)
+        at_head = answers * args.dim * width + chunk * args.vocab_size * (width + 4)
         in_block = tokens * 3 * (args.dim + args.hidden_dim) * width
-        return {"teacher": own + max(at_head, in_block - beside)}
+        return {"teacher": weights + max(at_head, in_block - student_bytes)}
 
-    def fingerprint(self):
-        """What tells one teacher from another: its base's fingerprint, and a digest of its adapter and, as that fingerprint is a
-        merged adapter's base's too, of some numbers of each of its matrices."""
-        digest, config = hashlib.sha256(), getattr(self.teacher, "lora_config", None)
+    def fingerprint(self) -> str:
+        """Return a text that tells one teacher from another.
+
+        It is the base's fingerprint and a digest of the adapter and of some numbers of each matrix.
+        The fingerprint alone is the same for a base and for that base with an adapter merged in.
+        """
+        digest = hashlib.sha256()
+        config = getattr(self.teacher, "lora_config", None)
         if config:
-            digest.update(repr((config.method, config.r, float(config.alpha), sorted(config.options.items()))).encode())
+            options = sorted(config.options.items())
+            settings = (config.method, config.r, float(config.alpha), options)
+            digest.update(repr(settings).encode())
         for part in (self.teacher, self.head):
             for name, tensor in part.state_dict().items():
-                whole = name.rpartition(".")[2].startswith("lora_")
-                digest.update(tensor.float().numpy(force=True).tobytes() if whole else sampled(tensor))
+                if name.rpartition(".")[2].startswith("lora_"):
+                    digest.update(tensor.float().numpy(force=True).tobytes())
+                else:
+                    digest.update(sample_bytes(tensor))
         return f"{self.origin.get('fingerprint')}+{digest.hexdigest()[:16]}"

@@ -3,18 +3,18 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-from .ranks import ALONE, FailedRank, leave, leave_alone
+from .ranks import SINGLE_PROCESS, RankError, exit_together, exit_now
 
 RANK_FAILED = 1                                      # another rank died or hung
-BAD_INPUT = 2
+BAD_INPUT = 2                                        # or a file that cannot be written
 GAVE_UP = 3                                          # out of memory, or too many bad steps
-INTERRUPTED = 130                                    # told to stop, and all is saved
+INTERRUPTED = 130                                    # stopped by a signal
 
 LONGEST_MESSAGE = 1000                               # characters
 
 
 def short_path(path) -> Path:
-    """Return the path as a person here would write it: relative, if it is in this folder."""
+    """Return the path, relative to the current folder if it is inside it."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
@@ -22,7 +22,7 @@ def short_path(path) -> Path:
 def in_one_line(error) -> str:
     """Return an error's text as one line of at most LONGEST_MESSAGE printable characters.
 
-    Errors quote what stands in other people's files, and a terminal would obey control characters.
+    Messages quote files, and control characters from a file would act on the terminal.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) > LONGEST_MESSAGE:
@@ -31,34 +31,34 @@ def in_one_line(error) -> str:
 
 
 @contextmanager
-def one_line_errors(program: str, ranks=ALONE):
+def one_line_errors(program: str, ranks=SINGLE_PROCESS):
     """Turn an error about the input into one line on stderr and exit code 2.
 
-    All ranks must pass through the block: an error on any of them ends all; the first prints it.
+    Every rank must run this block.  An error on one ends all, and rank 0 prints it.
     """
     line = None
     try:
         yield
-    except BrokenPipeError:                          # This is an OSError, but no input's fault.
+    except BrokenPipeError:                          # This is an OSError, but not an input error.
         raise
-    except FailedRank as failure:                    # Every rank has heard of this one already.
-        end_all_ranks(failure, ranks)
+    except RankError as failure:                     # All ranks have received this error.
+        exit_after_rank_error(failure, ranks)
     except (ValueError, OSError, MemoryError, RecursionError) as error:
         line = f"{program}: {in_one_line(error)}"
     try:
         ranks.exchange(error=line)
-    except FailedRank as failure:
-        end_all_ranks(failure, ranks)
+    except RankError as failure:
+        exit_after_rank_error(failure, ranks)
 
 
-def end_all_ranks(failure, ranks):
+def exit_after_rank_error(failure, ranks):
     """Print a failed rank's error once and leave with all ranks."""
     if ranks.is_first:
         print(failure, file=sys.stderr)
-    leave(BAD_INPUT)
+    exit_together(BAD_INPUT)
 
 
-def end_process(line: str, code: int):
-    """Print why on stderr and exit, without waiting for ranks that are somewhere else."""
+def exit_with_line(line: str, code: int):
+    """Print the line on stderr and exit, without waiting for ranks at other points."""
     print(line, file=sys.stderr, flush=True)
-    leave_alone(code)
+    exit_now(code)

@@ -1,4 +1,6 @@
-"""Device and precision: what there is here, what is taken by default, and what memory was used."""
+"""Device and precision: choices, defaults, and peak memory."""
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -9,9 +11,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """In which numbers a run computes, and where.
+    """Compute dtype and device of a run.
 
-    name: "fp32", "bf16" or "fp16".  autocast, scaler: torch's own, switched off where not needed.
+    name: "fp32", "bf16" or "fp16".  autocast, scaler: torch objects, disabled where not needed.
     """
     name: str
     device: torch.device
@@ -27,8 +29,8 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     """Return (torch.device, "fp32" | "bf16" | "fp16") for the flags --device and --precision.
 
     Each rank of a machine takes a GPU of its own.  fast_matmul permits products of fp32 matrices to
-    round their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  This is permission,
-    not a command: a CPU without matrix units rounds nothing and only takes other kernels.
+    round their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  A CPU without bf16
+    matrix instructions only takes other kernels and does not round.
     Raises ValueError for a device that cannot be used here.
     """
     if device is None:
@@ -50,6 +52,13 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     return device, precision or default_precision(device)
 
 
+def check_compiler(device):
+    """Raise ValueError if torch.compile lacks the C++ compiler that it needs for a CPU."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a "
+                         "CPU")
+
+
 def default_precision(device) -> str:
     """Return "bf16" on a GPU that computes in it, "fp16" on an older one, "fp32" elsewhere."""
     if device.type != "cuda":
@@ -58,9 +67,9 @@ def default_precision(device) -> str:
 
 
 def peak_memory_mb(device) -> float | None:
-    """Return the peak of the GPU's allocations, or of this process on a CPU, in MiB.
+    """Return the peak of a CUDA device's allocations, else of this process, in MiB.
 
-    Windows does not tell: None.
+    None on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20

@@ -12,17 +12,17 @@ from .arguments import Parser, add_hardware_flags, named_values, names, number, 
 DEMO = Path(__file__).parent / "demo"
 TEMPERATURE = 2.0                                    # of distillation
 WEIGHT = 0.5                                         # of the teacher in the loss
-# What --adapter brings along, so that these flags must be left out.
+# Settings that are stored in --adapter: these flags cannot be given with it.
 ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks of a run, checked and complete; `make_parser` explains each.
+    """What the command line asks of a run, checked; the parser's help explains each field.
 
-    None stands for what is decided later (device, precision, quantize) or was not asked for.
+    None: decided later (device, precision, quantize), or not given.
     """
-    # what
+    # model and data
     checkpoint: str
     init: str
     layers: int | None
@@ -33,7 +33,7 @@ class Options:
     out: str | None
     seed: int
     dry_run: bool
-    # how it learns
+    # training
     method: str
     adapter: str | None
     r: int
@@ -49,12 +49,12 @@ class Options:
     epochs: int
     max_steps: int | None
     clip_grad_norm: float
-    # who teaches
+    # distillation
     teacher: str | None
     teacher_adapter: str | None
     distill_temperature: float | None
     distill_weight: float | None
-    # what it costs
+    # memory and speed
     batch_size: int
     accumulation_steps: int
     tokens_per_batch: int | None
@@ -66,7 +66,7 @@ class Options:
     device: str | None
     precision: str | None
     log_every: int
-    # what survives
+    # saving and resuming
     save_every: int
     resume: bool
     overwrite: bool
@@ -75,8 +75,8 @@ class Options:
 
     @property
     def lora_config(self) -> LoRAConfig | None:
-        """What the flags say of the adapter; None for --method full."""
-        return lora_config(self)
+        """The adapter's configuration according to the flags; None for --method full."""
+        return make_lora_config(self)
 
 
 def parse_options(argv=None, description=None) -> Options:
@@ -88,7 +88,7 @@ def parse_options(argv=None, description=None) -> Options:
     return Options(**vars(args))
 
 
-def lora_config(options) -> LoRAConfig | None:
+def make_lora_config(options) -> LoRAConfig | None:
     """Return the LoRAConfig that the flags describe; None for --method full.
 
     Raises ValueError for settings that the method cannot have.
@@ -111,20 +111,20 @@ def check_combinations(args, parser):
     if args.early_stop and not has_held_out and not is_demo_data:
         parser.error("--early-stop watches the held-out loss: give --val-data or --val-fraction")
     if args.resume and args.overwrite:
-        parser.error("--resume goes on with a run, --overwrite replaces it; give one")
+        parser.error("--resume continues a run, --overwrite replaces it; give one")
     if args.adapter:
         for name in ADAPTER_SETTINGS:
             if getattr(args, name) != parser.get_default(name):
-                parser.error("--adapter brings its own settings; leave "
-                             f"--{', --'.join(ADAPTER_SETTINGS)} out")
+                parser.error("--adapter brings its own settings; leave out "
+                             f"--{', --'.join(ADAPTER_SETTINGS)}")
     if args.method == "full" and args.quantize not in (None, "none"):
-        parser.error(f"--quantize {args.quantize} is for a base that stays as it is; "
-                     "--method full trains it")
+        parser.error(f"--quantize {args.quantize} needs a frozen base, and --method full trains "
+                     "the base")
     if args.method == "full" and args.method_options:
         parser.error("--method-options belong to an adapter; --method full has none")
-    about_teacher = (args.teacher_adapter, args.distill_temperature, args.distill_weight)
-    if not args.teacher and any(value is not None for value in about_teacher):
-        parser.error("--teacher-adapter, --distill-temperature and --distill-weight are about a "
+    teacher_flags = (args.teacher_adapter, args.distill_temperature, args.distill_weight)
+    if not args.teacher and any(value is not None for value in teacher_flags):
+        parser.error("--teacher-adapter, --distill-temperature and --distill-weight need a "
                      "--teacher; name its folder")
 
 
@@ -146,7 +146,7 @@ def settle_defaults(args):
         args.distill_temperature = TEMPERATURE
     if args.teacher and args.distill_weight is None:
         args.distill_weight = WEIGHT
-    config = lora_config(args)
+    config = make_lora_config(args)                  # checks the settings, and fills in defaults
     if config:
         args.dropout = config.dropout
         args.method_options = config.options
@@ -155,11 +155,11 @@ def settle_defaults(args):
 def make_parser(description=None):
     """Return the parser of train.py's flags."""
     parser = Parser(prog="train.py", description=description)
-    add_data_flags(parser.add_argument_group("what"))
-    add_learning_flags(parser.add_argument_group("how it learns"))
-    add_teacher_flags(parser.add_argument_group("who teaches"))
-    add_cost_flags(parser.add_argument_group("what it costs"))
-    add_survival_flags(parser.add_argument_group("what survives"))
+    add_data_flags(parser.add_argument_group("model and data"))
+    add_learning_flags(parser.add_argument_group("training"))
+    add_teacher_flags(parser.add_argument_group("distillation"))
+    add_cost_flags(parser.add_argument_group("memory and speed"))
+    add_saving_flags(parser.add_argument_group("saving and resuming"))
     return parser
 
 
@@ -168,7 +168,8 @@ def add_data_flags(group):
     flag("--checkpoint", metavar="DIR", type=text,
          help="base model, a folder in Meta's or Hugging Face's layout (default: the demo's)")
     flag("--init", choices=("checkpoint", "random"), default="checkpoint",
-         help="random: take only sizes and tokenizer from --checkpoint (default: checkpoint)")
+         help="random: random weights, with only sizes and tokenizer from --checkpoint (default: "
+              "checkpoint)")
     flag("--layers", metavar="N", type=number(int, 1),
          help="keep the first N blocks only (default: all)")
     flag("--data", metavar="FILE", type=text,
@@ -176,13 +177,13 @@ def add_data_flags(group):
     flag("--max-seq-len", metavar="N", type=number(int, 2), default=512,
          help="maximum tokens per example; longer ones are truncated (default: 512)")
     flag("--val-data", metavar="FILE", type=text,
-         help="held-out examples (default: the demo's with the demo's data, else none)")
+         help="held-out examples (default: the demo's if --data is the demo's, else none)")
     flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),
          help="hold out this share of --data instead")
     flag("--out", metavar="DIR", type=text,
          help="folder of the run (default: out, where it replaces the last run)")
     flag("--seed", metavar="N", type=number(int, 0), default=0,
-         help="random seed for weights, order and dropout (default: 0)")
+         help="random seed for weights, order of examples and dropout (default: 0)")
     flag("--dry-run", action="store_true",
          help="check everything that can be checked without the weights, then stop")
 
@@ -192,13 +193,13 @@ def add_learning_flags(group):
     flag("--method", choices=("full", *METHODS), default="lora",
          help="what is trained (default: lora)")
     flag("--adapter", metavar="PATH", type=text,
-         help="go on from this adapter, our file or PEFT's folder, with its settings")
+         help="start from this adapter, an adapter.pt or a PEFT folder, with its settings")
     flag("--r", metavar="N", type=number(int, 1), default=16, help="rank (default: 16)")
     flag("--alpha", metavar="F", type=number(float, 0, open_low=True), default=32.0,
-         help="scale of the update: alpha / r, unless the method's file in lora/methods/ says "
+         help="the update is scaled by alpha / r, unless the method's file in lora/methods/ says "
               "otherwise (default: 32)")
     flag("--dropout", metavar="P", type=number(float, 0, 1, open_high=True),
-         help="on the adapter's input (default: 0.05; lora-fa and delta-lora: 0)")
+         help="dropout on the adapter's input (default: 0.05; lora-fa and delta-lora: 0)")
     flag("--targets", metavar="NAMES", type=names, default=("wq", "wv"),
          help="layers to adapt: some of wq,wk,wv,wo,w1,w2,w3,output,tok_embeddings, or all "
               "(default: wq,wv)")
@@ -225,9 +226,10 @@ def add_learning_flags(group):
 def add_teacher_flags(group):
     flag = group.add_argument
     flag("--teacher", metavar="DIR", type=text,
-         help="a model with the same tokenizer, whose logits are learnt beside the answers")
+         help="learn from this model's logits as well as from the answers; it needs the same "
+              "tokenizer")
     flag("--teacher-adapter", metavar="PATH", type=text,
-         help="the teacher's adapter, our file or PEFT's folder")
+         help="the teacher's adapter, an adapter.pt or a PEFT folder")
     flag("--distill-temperature", metavar="F", type=number(float, 0.01, 1000),
          help=f"divides both models' logits (default: {TEMPERATURE:g})")
     flag("--distill-weight", metavar="W", type=number(float, 0, 1),
@@ -243,29 +245,30 @@ def add_cost_flags(group):
     flag("--tokens-per-batch", metavar="N", type=number(int, 1),
          help="fill each micro-batch up to N tokens, instead of --batch-size examples")
     flag("--share-prefix", action="store_true",
-         help="compute once what a micro-batch's examples have in common at their beginning")
+         help="compute a beginning that several examples share once per micro-batch")
     flag("--compile", action="store_true",
-         help="compile the blocks: slow at first, worth it from some hundred steps on")
+         help="compile the blocks: slow at first, pays off after a few hundred steps")
     flag("--fast-matmul", action="store_true",
          help="let fp32 matrix products round to bf16 on a CPU, to TF32 on CUDA; all else stays "
               "fp32")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="recompute blocks in backward instead of keeping them: less memory, up to half more "
-              "time (default: no)")
+         help="recompute blocks in backward instead of keeping them: less memory, up to 50 %% "
+              "slower (default: no)")
     flag("--quantize", choices=("none", *QUANTIZED),
-         help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or --adapter's)")
+         help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or as --adapter was "
+              "trained)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10,
          help="print a line every N optimizer steps (default: 10)")
 
 
-def add_survival_flags(group):
+def add_saving_flags(group):
     flag = group.add_argument
     flag("--save-every", metavar="N", type=number(int, 0), default=100,
-         help="save every N optimizer steps; 0: only at the end, or when told to stop "
+         help="save every N optimizer steps; 0: only at the end and on SIGTERM or Ctrl-C "
               "(default: 100)")
     flag("--resume", action="store_true",
-         help="go on with the run in --out from its last save, or begin it")
+         help="continue the run in --out from its last save; start it if there is none")
     flag("--overwrite", action="store_true", help="replace the run in --out")
     flag("--max-bad-steps", metavar="N", type=number(int, 1), default=10,
          help="end after N steps in a row whose loss or gradient is not finite (default: 10)")

@@ -9,20 +9,20 @@ from llama.layout import SHORT
 
 from .batches import example_indices
 from .dataset import count_answer
-from .errors import GAVE_UP, end_process, short_path
+from .errors import GAVE_UP, exit_with_line, short_path
 from .evaluate import class_answers
 from .loss import CHUNK
 
 MIB = 2 ** 20
 FP32 = 4                                             # bytes
-RESUME_HINT = ("; --resume goes on from the last save if there is one, --batch-size or "
-               "--checkpointing changed or not")
+RESUME_HINT = ("; --resume continues from the last save, if any, also with another --batch-size or "
+               "--checkpointing")
 
 
 class Size(NamedTuple):
-    """Of a micro-batch: tokens, answer tokens, and the pairs of tokens whose scores are kept.
+    """Size of a micro-batch.
 
-    pairs: of query and key in examples so short that a CPU multiplies them out (llama/layout.py).
+    pairs: of query and key whose scores a CPU keeps, in short examples only (llama/layout.py).
     """
     tokens: int
     answers: int
@@ -51,15 +51,15 @@ def micro_batch_sizes(dataset, plan) -> dict:
     return sizes
 
 
-def largest_batch(dataset, plan) -> list:
-    """Return the rows of the micro-batch that takes the most memory: on it, too little shows."""
+def largest_batch_rows(dataset, plan) -> list:
+    """Return the rows of the largest micro-batch: if memory is too small, this one fails."""
     sizes = micro_batch_sizes(dataset, plan)
     indices = max(sizes, key=lambda batch: sizes[batch].tokens + sizes[batch].answers)
     return [dataset[i] for i in indices]
 
 
 def largest_size(dataset, plan) -> Size:
-    """Return the most tokens, answer tokens and pairs of any micro-batch of the plan."""
+    """Return the maximum of each size over the plan's micro-batches, each on its own."""
     sizes = micro_batch_sizes(dataset, plan).values()
     return Size(*map(max, zip(*sizes, strict=True)))
 
@@ -67,9 +67,9 @@ def largest_size(dataset, plan) -> Size:
 def check_gradients(model, wrapped, loss: Callable):
     """Back-propagate loss() once.  Raises ValueError if it is not finite or does not reach a part.
 
-    The parts are the adapters (wrapped: their paths), of which one tensor each suffices, or without
-    adapters the trainable parameters.  Gradients and mode are left as they were, and dropout is
-    off, so nothing is drawn from torch's random state.  On the meta device only connections show.
+    wrapped: paths of adapters; each must get a gradient in at least one tensor.  If empty, every
+    trainable parameter must.  Gradients and mode are left as they were, and dropout is off, so
+    nothing is drawn from torch's random state.  On the meta device values are not checked.
     """
     saved_grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     was_training = model.training
@@ -82,17 +82,18 @@ def check_gradients(model, wrapped, loss: Callable):
         model.eval()
         value = loss()
         if not value.is_meta and not value.isfinite():
-            raise ValueError(f"the loss is {value.item()} before the first step: are the weights "
-                             "whole, and is --precision one that they were made for?")
+            raise ValueError(f"the loss is {value.item()} before the first step: are the weight "
+                             "files complete, and do they support this --precision?")
         value.backward()
         unreached = [path for path, tensors in parts.items() if not any(map(has_grad, tensors))]
         if unreached:
             others = " and others" if len(unreached) > 4 else ""
             raise ValueError(f"no gradient reaches {', '.join(unreached[:4])}{others}")
         if not value.is_meta and not any(has_grad(p) and p.grad.any() for p in model.parameters()):
-            raise ValueError("every gradient is zero before the first step: are the weights whole?")
-        noun = plural(len(parts), "adapter" if wrapped else "parameter")
-        print(f"checked   one micro-batch backward: a gradient reaches every one of {noun}")
+            raise ValueError("every gradient is zero before the first step: are the weight files "
+                             "complete?")
+        counted = plural(len(parts), "adapter" if wrapped else "parameter")
+        print(f"checked   one micro-batch backward: a gradient reaches every one of {counted}")
     finally:
         model.train(was_training)
         for parameter, grad in saved_grads:
@@ -113,7 +114,7 @@ def block_bytes(args, width: int, adapters: dict | None, dropout: bool, on_cpu: 
     K = args.dim // args.n_heads * args.n_kv_heads
     F = args.hidden_dim
     norms = 2 * D * (FP32 if on_cpu else width)      # Their inputs; torch's CPU norm keeps fp32.
-    attention = (2 * D + 2 * K) * width + FP32 * args.n_heads        # q, k, v, result; log-sums
+    attention = (2 * D + 2 * K) * width + FP32 * args.n_heads    # q, k, v, result; log-sum-exps
     swiglu = 3 * F * width                           # w1 x, silu(w1 x), w3 x
     # What each matrix reads, and how wide that is.
     reads = {"wq": ("normed", D), "wk": ("normed", D), "wv": ("normed", D), "wo": ("result", D),
@@ -125,13 +126,13 @@ def block_bytes(args, width: int, adapters: dict | None, dropout: bool, on_cpu: 
         mask = width if on_cpu else 1
         inputs = sum(width * reads[name][1] for name in readers)
         inputs += sum(mask * reads[name][1] for name in adapters)
-    else:                                            # Several read one; attention keeps its result.
+    else:            # Layers that read the same tensor share it; attention's result is counted.
         different = {reads[name] for name in readers} - {("result", D)}
         inputs = sum(width * size for _, size in different)
     kept = norms + attention + swiglu + inputs
     if adapters is None:
         if width < FP32:
-            kept += 2 * D * FP32                     # Under autocast norms also return fp32.
+            kept += 2 * D * FP32                     # With autocast norms also return fp32.
         return kept
     for layer in adapters.values():
         kept += width * (layer.r + layer.keeps_results * layer.base.out_features)
@@ -139,11 +140,11 @@ def block_bytes(args, width: int, adapters: dict | None, dropout: bool, on_cpu: 
 
 
 def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
-                    optimizer_bytes: float = 8):
+                    state_bytes: float = 8):
     """Return (bytes by kind at the peak of a step, where that peak is), without any weights.
 
-    model may be on the meta device: sizes of tensors count, in closed form.  size: of the largest
-    micro-batch.  optimizer_bytes: of state per trained number (AdamW's two moments: 8).
+    Computed from shapes alone: model may be on the meta device.  size: of the largest micro-batch.
+    state_bytes: of the optimizer, per trained number (8 for AdamW's two moments).
 
     The peak is at the logits or in a block.  At the logits backward holds them, their gradient and
     three fp32 tensors of a chunk's size (logits, log-softmax, its gradient).  In a block it holds
@@ -154,14 +155,15 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
     parameters = list(model.parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
     kept, in_block = activation_bytes(model, wrapped, size, precision)
-    # Each logit and its gradient; of a chunk also fp32 softmax and gradient, and an fp32 copy.
+    # Each logit and its gradient; per chunk also fp32 softmax, its gradient and, in 16 bit, an
+    # fp32 copy.
     per_chunk_logit = 12 if width < FP32 else 8
     at_logits = 2 * size.answers * width + min(size.answers, CHUNK) * per_chunk_logit
     at_logits *= model.args.vocab_size
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
     if not wrapped and width < FP32:                 # autocast's copies, kept until backward
         weights += width * sum(p.numel() for p in parameters if p.dim() == 2)
-    # A quantised matrix is made whole, by way of fp32, for the moment of its product.
+    # A quantised matrix is dequantised, through fp32, only during its multiplication.
     quantised = [m for m in model.modules() if hasattr(m, "dequantize")]
     sizes = [layer.in_features * layer.out_features for layer in quantised]
     weights += max(sizes, default=0) * (width + FP32)
@@ -169,9 +171,9 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
     is_in_block = in_block > at_logits
     kinds = {
         "weights": weights,
-        # One more of the largest: a micro-batch's gradient, before it is added.
+        # Plus one: a micro-batch's gradient of the largest tensor, before it is added.
         "gradients": FP32 * (sum(trained) * copies + max(trained)),
-        "optimizer": round(optimizer_bytes * sum(trained)),
+        "optimizer": round(state_bytes * sum(trained)),
         "activations": kept + (in_block if is_in_block else 0),
         "logits": 0 if is_in_block else at_logits,
     }
@@ -179,7 +181,7 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
 
 
 def activation_bytes(model, wrapped, size: Size, precision):
-    """Return (bytes that all blocks keep for backward, bytes that computing in one block takes)."""
+    """Return (bytes that all blocks keep for backward, temporary bytes within one block)."""
     args = model.args
     width = precision.dtype.itemsize
     on_cpu = precision.device.type == "cpu"
@@ -193,14 +195,15 @@ def activation_bytes(model, wrapped, size: Size, precision):
     block = size.tokens * per_token
     if on_cpu:
         block += args.n_heads * size.pairs * width
-    # What a method holds frozen in more than the compute dtype is copied at each use, and kept.
+    # Frozen tensors of a method that are wider than the compute dtype are cast at each use, and the
+    # copy is kept.
     for layer in in_first.values():
         for parameter in layer.parameters(recurse=False):
             if not parameter.requires_grad and parameter.element_size() > width:
                 block += width * parameter.numel()
     in_block = 3 * size.tokens * args.hidden_dim * width
     if set(wrapped) == {"output"}:
-        # Nothing before it is trained, so no block keeps anything: only h and its norm pass.
+        # Nothing before it is trained, so no block keeps anything: only h and its norm are kept.
         return 3 * size.tokens * args.dim * width, in_block
     if model.checkpointing:
         stream = FP32 if not wrapped else width
@@ -209,10 +212,10 @@ def activation_bytes(model, wrapped, size: Size, precision):
 
 
 def memory_of_a_step(job):
-    """Return what estimate_memory says of the plan's largest micro-batches, and of a teacher."""
+    """Return the estimate for the plan's largest micro-batch, plus the teacher's share."""
     size = largest_size(job.train_set, job.plan)
     kinds, where = estimate_memory(job.model, job.wrapped, size, job.precision, job.ranks.size,
-                                   job.optimizer_bytes)
+                                   job.optimizer_bytes_per_parameter)
     if job.distillation:
         student = kinds["activations"] + kinds["logits"]
         width = job.precision.dtype.itemsize
@@ -223,7 +226,8 @@ def memory_of_a_step(job):
 def optimizer_state_bytes(build: Callable) -> float:
     """Return the bytes of state per trained number of the optimizer that build(groups) makes.
 
-    Measured on one step over a small matrix, so it holds for whatever optimizer stands there.
+    Measured on one step over a small matrix, so it holds for any optimizer whose state grows with
+    the parameters.
     """
     stand_in = torch.zeros(64, 64, requires_grad=True)
     stand_in.grad = torch.zeros(64, 64)
@@ -249,8 +253,8 @@ def memory_advice(job, estimate: Callable) -> list:
         candidates.append({"tokens_per_batch": max(1, options.tokens_per_batch // 2)})
     elif options.batch_size > 1:                     # The same examples per step, in smaller parts.
         smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
-        steps = options.accumulation_steps * options.batch_size // smaller
-        candidates.append({"batch_size": smaller, "accumulation_steps": steps})
+        micro_batches = options.accumulation_steps * options.batch_size // smaller
+        candidates.append({"batch_size": smaller, "accumulation_steps": micro_batches})
     if not job.lora:
         candidates.append({"method": "lora"})
     elif job.quantize == "none" and job.lora.method != "delta-lora":
@@ -272,7 +276,7 @@ def as_flags(changes: dict) -> str:
 
 
 class OutOfMemoryAdvice:
-    """In its block, turn out of memory into one line that names what would help, and exit code 3.
+    """A context manager: on an out-of-memory error print one line of remedies and exit with 3.
 
     estimate(job, **changes): the bytes of a step with these options changed.
     """
@@ -287,16 +291,17 @@ class OutOfMemoryAdvice:
     def __exit__(self, kind, error, traceback):
         if not is_out_of_memory(error):
             return
-        line = (str(error).splitlines() or ["out of memory"])[0].rpartition("err == 0. ")[2]
-        cause = ". ".join(line.split(". ")[:2])      # What was asked for; addresses come after it.
+        line = (str(error).splitlines() or ["out of memory"])[0]
+        line = line.rpartition("err == 0. ")[2]      # without the source line that torch names
+        cause = ". ".join(line.split(". ")[:2])      # What was asked for; addresses follow it.
         advice = [f"{flags} (by estimate {mib(less)} MiB less)"
                   for flags, less in memory_advice(self.job, self.estimate)]
         remedy = ", ".join(advice) or "a smaller base or a larger device"
-        end_process(f"train.py: {cause}; try {remedy}{RESUME_HINT}", GAVE_UP)
+        exit_with_line(f"train.py: {cause}; try {remedy}{RESUME_HINT}", GAVE_UP)
 
 
 def is_out_of_memory(error) -> bool:
-    """Return whether memory has ended.  Few of torch's errors say it by their type."""
+    """Return whether this is an out-of-memory error; torch often raises a plain RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = "out of memory|allocate memory|ALLOC_FAILED"
@@ -328,19 +333,19 @@ def describe(job):
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
-    print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, the most {where}: "
+    print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, peak {where}: "
           f"{listed}", flush=True)
 
 
 def base_line(job) -> str:
     options = job.options
     random = ", random" if options.init == "random" else ""
-    numbers = job.precision.name
+    number_format = job.precision.name
     if job.quantize != "none":
-        numbers += f" and {job.quantize}"
+        number_format += f" and {job.quantize}"
     n_layers = plural(job.model.args.n_layers, "layer")
     folder = short_path(options.checkpoint)
-    return f"{folder}: {n_layers}{random}, {numbers} on {job.precision.device}"
+    return f"{folder}: {n_layers}{random}, {number_format} on {job.precision.device}"
 
 
 def data_line(job) -> str:
@@ -394,8 +399,8 @@ def steps_line(job) -> str:
     shape = f"{plural(options.accumulation_steps, 'micro-batch')} x {plural(n_ranks, 'rank')}"
     if options.tokens_per_batch:
         n_batches = 0
-        for _, ranks in job.plan:
-            n_batches += sum(map(len, ranks))
+        for _, by_rank in job.plan:
+            n_batches += sum(map(len, by_rank))
         n_tokens = 0
         for step in job.plan:
             n_tokens += sum(len(job.train_set[i][0]) for i in example_indices(step))

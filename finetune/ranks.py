@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 
-class FailedRank(Exception):
-    """A rank has reported an error, which is this exception's text.  All ranks get it."""
+class RankError(Exception):
+    """Raised on every rank when one of them reports an error; the text is that error."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is number `rank` of `size`, and number `local_rank` on its machine."""
+    """Which process this is: rank counts from 0 to size - 1, local_rank on this machine."""
     rank: int = 0
     size: int = 1
     local_rank: int = 0
@@ -33,35 +33,36 @@ class Ranks:
         return values
 
     def exchange(self, value=None, error: str | None = None) -> list:
-        """Return every rank's value.  Raises FailedRank on all of them if one has an error.
+        """Return every rank's value.  Raises RankError on all ranks if one passed an error.
 
-        A rank that fails calls this with its error wherever it is, and the others hear of it at
-        their next exchange.  So no rank waits for one that has given up.
+        A failing rank calls exchange(error=...) wherever it fails.  The others get the error at
+        their next exchange, so none waits for it.
         """
         answers = self.gather((value, error))
-        for _, text in answers:
-            if text:
-                raise FailedRank(text)
+        for _, rank_error in answers:
+            if rank_error:
+                raise RankError(rank_error)
         return [value for value, _ in answers]
 
     def agree(self, value, what: str):
         """Raise ValueError on every rank unless all of them have the same value."""
         values = self.exchange(value)
         if any(other != value for other in values):
-            raise ValueError(f"the ranks were not started alike: {what} differ from rank to rank")
+            raise ValueError(f"the ranks were not started alike: {what} differ between ranks")
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 def connect() -> Ranks:
-    """Join the process group that torchrun describes; one process alone needs none."""
+    """Join the process group that torchrun describes; without torchrun there is none."""
     if not dist.is_torchelastic_launched():
-        return ALONE
-    # torch 2.13 deprecates broadcast_buffers, and torch 2.11 lacks its successor.
+        return SINGLE_PROCESS
+    # torch 2.13 deprecates broadcast_buffers, and torch 2.11 has no replacement for it.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     store, rank, size = next(rendezvous("env://"))
-    # The store outlives a restart by torchrun and holds the addresses of the ranks that are gone.
+    # torchrun keeps the store across restarts, with addresses of dead ranks; the prefix keeps this
+    # start apart from earlier ones.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
@@ -70,13 +71,13 @@ def connect() -> Ranks:
 
 @contextmanager
 def connected_ranks():
-    """Yield this process's Ranks, of which the first alone prints; leave together at the end."""
+    """Yield this process's Ranks.  Only rank 0 prints, and all ranks exit together at the end."""
     ranks = connect()
     if not ranks.is_first:
         sys.stdout = open(os.devnull, "w")
     yield ranks
     if ranks.size > 1:
-        leave(0)
+        exit_together(0)
 
 
 def sum_over_ranks(tensor):
@@ -86,20 +87,22 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-def leave(code: int):
+def exit_together(code: int):
     """Exit with this code, together with all other ranks.
 
-    A rank waits for the others, so that none is killed before it has printed or saved.  It then
-    skips the interpreter's own end, which gloo's threads would abort if they still hold a tensor.
+    A rank waits for the others, so that none is killed before it has printed or saved.
     """
     if dist.is_initialized():
         dist.barrier()
-        leave_alone(code)
+        exit_now(code)
     sys.exit(code)
 
 
-def leave_alone(code: int):
-    """Exit with this code without waiting for other ranks, which torchrun then ends."""
+def exit_now(code: int):
+    """Exit with this code without waiting for other ranks, which torchrun then ends.
+
+    os._exit, since gloo's threads that still hold a tensor can abort a normal shutdown.
+    """
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""state.pt: all that a run's next step depends on, written whole and read without trust.
+"""state.pt: all that a run's next step depends on, written atomically, read as untrusted input.
 
-A save is written beside the last one, flushed and renamed, and the last one stays as
-state.previous.pt.  So a kill at any moment leaves a whole save.
+A save is written to a file beside, flushed and renamed, and the one before it stays as
+state.previous.pt.  So a kill at any moment leaves an intact save.
 """
 import hashlib
 import json
@@ -27,9 +27,9 @@ class Progress:
     """How far a run has come.
 
     loss: of the last step, over all ranks; None where it was not finite.  taken: steps that moved
-    the weights.  bad: steps in a row without a finite loss and gradient; skipped: all of them.
-    best: the lowest held-out loss, after step best_step; worse: measurements since without a
-    better one.  seconds: spent in training.
+    the weights.  bad: steps in a row without a finite loss and gradient.  skipped: such steps in
+    the whole run.  best: the lowest held-out loss, after step best_step.  worse: measurements since
+    then without a better one.  seconds: spent in training.
     """
     step: int = 0
     loss: float | None = None
@@ -47,15 +47,15 @@ class Progress:
 class Save:
     """What a state.pt holds.
 
-    settings: the run's flags as they were settled.  about: digests of what must stay the same.
-    metrics_bytes: length of metrics.jsonl.  launch: torchrun's name for the job.  parts: states of
-    model, optimizer and scaler.  random_states: one for each rank.  warning: why a later save was
-    passed over.
+    settings: the run's flags with their final values.  fingerprints: of what must stay the same.
+    metrics_bytes: length of metrics.jsonl.  launch: torchrun's run id.  parts: states of model,
+    optimizer and scaler.  random_states: one for each rank.  warning: why a later save could not
+    be read.  (In the file: counters, args, about, metrics, launch, parts, random.)
     """
     path: Path
     progress: Progress
     settings: dict
-    about: dict
+    fingerprints: dict
     metrics_bytes: int
     launch: str
     parts: dict
@@ -64,7 +64,7 @@ class Save:
 
 
 def read_last_save(out: Path) -> Save | None:
-    """Return the last whole save in a folder; None where there is no save.
+    """Return the last intact save in a folder; None if there is no save.
 
     Raises ValueError if there are saves and none of them can be read.
     """
@@ -76,15 +76,14 @@ def read_last_save(out: Path) -> Save | None:
             except ValueError as error:
                 problems.append(str(error))
     if problems:
-        raise ValueError(f"{'; '.join(problems)}; there is nothing to go on from, "
-                         "--overwrite begins anew")
+        raise ValueError(f"{'; '.join(problems)}; no save can be read, --overwrite starts again")
     return None
 
 
 def read_save(path: Path, warning=None) -> Save:
-    """Return what a state.pt holds; tensors are mapped, and no pickled code runs.
+    """Return what a state.pt holds; tensors are memory-mapped, and no pickled code runs.
 
-    Raises ValueError for a file that is torn, damaged, or no save at all.
+    Raises ValueError for a file that is truncated, damaged, or not a save.
     """
     what = "a whole save of a run"
     content = read_saved(path, what, mapped=True)
@@ -92,10 +91,10 @@ def read_save(path: Path, warning=None) -> Save:
         counters = dict(content["counters"])
         if "taken" not in counters:                  # An earlier version saved it elsewhere.
             counters["taken"] = content["parts"]["schedule"]["last_epoch"]
-        settings = json.loads(json.dumps(content["args"]))     # no tensors, and names are text
+        settings = json.loads(json.dumps(content["args"]))     # refuses tensors, makes keys text
         save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],
                     content["launch"], content["parts"], content["random"], warning)
-        kinds = {"settings": dict, "about": dict, "metrics_bytes": int, "launch": str,
+        kinds = {"settings": dict, "fingerprints": dict, "metrics_bytes": int, "launch": str,
                  "parts": dict, "random_states": list}
         for name, kind in kinds.items():
             if not isinstance(getattr(save, name), kind):
@@ -104,12 +103,12 @@ def read_save(path: Path, warning=None) -> Save:
 
 
 def progress_of(counters: dict) -> Progress:
-    """Return the Progress with these values.  Raises ValueError for what cannot be one."""
+    """Return the Progress with these values.  Raises ValueError for impossible ones."""
     progress = Progress(**counters)
     for field in fields(Progress):
         value = getattr(progress, field.name)
         if value == field.default and type(value) is type(field.default):
-            continue
+            continue                                 # best may be infinite, and loss None
         kind = float if field.name == "loss" else type(field.default)
         if type(value) is not kind or not abs(value) <= LARGEST:
             raise ValueError(f"{field.name} is {value!r}")
@@ -118,10 +117,10 @@ def progress_of(counters: dict) -> Progress:
 
 def write_save(save: Save):
     """Write a save to its path; the one before it stays beside it."""
-    content = {"counters": asdict(save.progress), "about": save.about,
+    content = {"counters": asdict(save.progress), "about": save.fingerprints,
                "metrics": save.metrics_bytes, "args": json.loads(json.dumps(save.settings)),
                "launch": save.launch, "random": save.random_states, "parts": save.parts}
-    # An empty save begins a run, and leaves nothing of another run to go back to.
+    # The first save of a run must not keep another run's as state.previous.pt.
     previous = save.path.with_name(PREVIOUS) if save.progress.step else None
     write_whole(save.path, lambda file: torch.save(content, file), previous)
 
@@ -145,7 +144,7 @@ def restore(save: Save, parts: dict, rank: int, device):
                 check_form(part.state_dict(), state, name)
                 part.load_state_dict(state)
         set_random_state(save.random_states[rank], device)
-    except Exception as error:                       # Each part complains in its own way.
+    except Exception as error:                       # Each part raises its own kind of error.
         raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
 
 
@@ -153,8 +152,8 @@ def restore_optimizer(optimizer, state: dict):
     """Load an optimizer's state, of whatever kind it is, and check that its next step can use it.
 
     load_state_dict compares the number of parameters only, and a fused step reads beyond a tensor
-    that is too small.  So each parameter's state must have the form that a step of a new optimizer
-    of this type makes.  What no check can tell is whether the numbers are those of this run.
+    that is too small.  So each parameter's state must match in keys, shapes and dtypes what one
+    trial step of a new optimizer creates.  No check can tell whether the numbers are this run's.
     """
     if settings_of(optimizer.param_groups) != settings_of(state["param_groups"]):
         raise ValueError("it was saved by another optimizer, or one with other settings")
@@ -175,8 +174,8 @@ def restore_optimizer(optimizer, state: dict):
 
 def settings_of(param_groups: list) -> list:
     """Return an optimizer's groups without their parameters and learning rates."""
-    others = ("params", "lr", "initial_lr")
-    return [without(group, others) for group in param_groups]
+    ignored = ("params", "lr", "initial_lr")
+    return [without(group, ignored) for group in param_groups]
 
 
 def without(items: dict, names: tuple) -> dict:
@@ -184,35 +183,39 @@ def without(items: dict, names: tuple) -> dict:
 
 
 def check_form(expected, saved, name: str):
-    """Raise ValueError unless `saved` is made like `expected`, with finite numbers.
+    """Raise ValueError unless `saved` has the structure of `expected`, without nan.
 
-    That is: the same keys, lengths, types, shapes, dtypes, words and switches; numbers may differ.
-    None in `expected` stands for a number that is not known yet.
+    That is: the same keys, lengths, types, shapes, dtypes, strings and booleans; numbers may
+    differ.
     """
-    inner = []
+    keys = []
     if isinstance(expected, dict):
         fits = isinstance(saved, dict) and expected.keys() == saved.keys()
-        inner = expected.keys()
+        keys = expected.keys()
     elif isinstance(expected, (list, tuple)):
         fits = type(expected) is type(saved) and len(expected) == len(saved)
-        inner = range(len(expected))
+        keys = range(len(expected))
     elif isinstance(expected, torch.Tensor):
         fits = (isinstance(saved, torch.Tensor) and expected.shape == saved.shape
                 and expected.dtype == saved.dtype and not saved.isnan().any())
-    elif expected is None or type(expected) in (int, float):
-        fits = expected is None and saved is None
-        if type(saved) in (int, float) and (expected is None or type(saved) is type(expected)):
-            fits = saved == expected or abs(saved) <= LARGEST
+    elif expected is None:                           # a number that is not known yet
+        fits = saved is None or is_plausible(saved)
+    elif type(expected) in (int, float):
+        fits = type(saved) is type(expected) and (saved == expected or is_plausible(saved))
     else:
         fits = type(expected) is type(saved) and expected == saved
     if not fits:
         raise ValueError(f"{name} does not match this run")
-    for key in inner:
+    for key in keys:
         check_form(expected[key], saved[key], f"{name}, {key}")
 
 
+def is_plausible(value) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST
+
+
 def random_state(device) -> dict:
-    """Return every stream of random numbers that a rank may draw from."""
+    """Return the state of every random generator that a rank may use."""
     name, keys, *rest = np.random.get_state()
     streams = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
                "torch": torch.get_rng_state()}
@@ -222,7 +225,7 @@ def random_state(device) -> dict:
 
 
 def set_random_state(streams: dict, device):
-    """Go on with the random numbers that `random_state` returned."""
+    """Restore what `random_state` returned."""
     random.setstate(streams["python"])
     np.random.set_state(streams["numpy"])
     torch.set_rng_state(streams["torch"])
@@ -230,14 +233,23 @@ def set_random_state(streams: dict, device):
         torch.get_device_module(device).set_rng_state(streams[device.type])
 
 
+def is_restart() -> bool:
+    """Return whether torchrun has started this process in place of one that ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def torchrun_id() -> str:
+    """Return the id of torchrun's launch; empty without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
 def restarted_by_torchrun(save: Save | None) -> bool:
-    """Return whether torchrun has started this job again after it wrote the save."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return again and save is not None and save.launch == os.environ["TORCHELASTIC_RUN_ID"]
+    """Return whether torchrun has restarted the launch that wrote the save."""
+    return is_restart() and save is not None and save.launch == torchrun_id()
 
 
 def digest(lists) -> str:
-    """Return 16 hex digits that tell lists of lists of whole numbers apart."""
+    """Return a hash of lists of integers, 16 hex digits."""
     sha = hashlib.sha256()
     for numbers in lists:
         sha.update(array("q", [len(numbers), *numbers]))

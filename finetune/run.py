@@ -1,4 +1,4 @@
-"""A run in its folder: whether it may go there, what it records, its best model, when it stops."""
+"""A run's folder: whether it may be used, what is recorded in it, the best model, when to stop."""
 import errno
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:                                  # On Windows nothing keeps two runs apart.
+except ImportError:                                  # Windows: two runs in one folder go unnoticed.
     fcntl = None
 
 import torch
@@ -20,7 +20,7 @@ from llama.files import write_json
 
 from .batches import example_indices
 from .errors import GAVE_UP, INTERRUPTED, in_one_line
-from .ranks import leave, sum_over_ranks
+from .ranks import exit_together, sum_over_ranks
 from .resume import (
     PREVIOUS,
     STATE,
@@ -29,9 +29,11 @@ from .resume import (
     digest,
     random_state,
     read_last_save,
+    is_restart,
     restarted_by_torchrun,
     restore,
     states_of,
+    torchrun_id,
     write_save,
 )
 from .signals import StopRequest
@@ -43,23 +45,23 @@ BEST = "best.pt"
 PICTURE = "loss.png"
 RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER)
 RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs leave in --out
-# What may change while a run goes on: paths, what is printed and kept, and how the examples of a
-# step are cut into micro-batches.
-FREE_SETTINGS = {
+# Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
+# examples of a step are cut into micro-batches.
+MAY_CHANGE = {
     "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device",
     "log_every", "save_every", "max_bad_steps", "early_stop", "batch_size", "accumulation_steps",
     "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
 NOT_COMPARED = {"resume", "overwrite", "dry_run"}
-# Paths may differ from machine to machine, and each rank has a device of its own.
-OWN_TO_RANKS = {"checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out",
-                "device"}
+# Paths may differ between machines, and each rank has a device of its own.
+MAY_DIFFER_BETWEEN_RANKS = {
+    "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device"}
 
 
 class Run:
     """A run in its folder: how far it has come, what it saves, and when it stops.
 
-    Its life: `open`; `check_same_run` before the weights load; `begin`; `restore`; then for each
-    step `sum_loss`, `record` and `is_over`; at the end `finish`.
+    Call order: `open`; `check_same_run` before the weights load; `begin`; `attach`; then in each
+    step `sum_loss`, `record` and `end_step`; at the end `finish`.
     """
 
     def __init__(self, options, ranks, out: Path, last_save: Save | None, resumes: bool):
@@ -69,19 +71,18 @@ class Run:
         self.resumes = resumes
         self.last_save = last_save
         self.progress = last_save.progress if last_save else Progress()
-        self.about = {}
+        self.fingerprints = {}
         self.stop_request = StopRequest(ranks)
-        self.told_to_stop = False                    # whether any rank was
+        self.told_to_stop = False                    # whether any rank got a stop signal
 
     @classmethod
     def open(cls, options, ranks) -> "Run":
-        """Return the run of --out: a new one, or the one to go on with.
+        """Return the run of --out: a new one, or the one to resume.
 
-        Raises ValueError or OSError if it must not or cannot go there, or if it cannot go on.
+        Raises ValueError or OSError if the folder cannot be used or the run cannot be resumed.
         """
         out = Path(options.out or "out")
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-        last_save = read_last_save(out) if options.resume or again else None
+        last_save = read_last_save(out) if options.resume or is_restart() else None
         resumes = options.resume or restarted_by_torchrun(last_save)
         if not resumes:
             last_save = None
@@ -92,29 +93,30 @@ class Run:
         return run
 
     def check_same_run(self, job):
-        """Raise ValueError where going on would not be the run that was begun.
+        """Raise ValueError if resuming with this job would be another run.
 
-        Print what else has changed.
+        Print allowed changes.  Also store plan and settings, and compare the ranks.
         """
         self.plan = job.plan
         self.example_numbers = job.train_set.numbers
         self.settings = json.loads(json.dumps(job.settings))
         changes = self.changed_settings()
-        self.must_equal("ranks", self.ranks.size, "each rank has random numbers of its own; start "
-                        "as many as it was begun with")
+        self.note_and_compare("ranks", self.ranks.size, "each rank has its own random numbers; "
+                              "start as many as it was begun with")
         datasets = [part for part in (job.train_set, job.val_set) if part]
         rows = ([*tokens, *labels] for part in datasets for tokens, labels in part.rows)
-        self.must_equal("data", digest(rows), "the examples are not those that it was begun with")
-        self.must_equal("steps", digest(map(example_indices, self.plan)),
-                        "its steps would not hold the same examples; keep the product of "
-                        "--batch-size and --accumulation-steps")
+        self.note_and_compare("data", digest(rows),
+                              "the examples are not those that it was begun with")
+        self.note_and_compare("steps", digest(map(example_indices, self.plan)),
+                              "its steps would not hold the same examples; keep the product of "
+                              "--batch-size and --accumulation-steps")
         n_steps = len(self.plan)
         if not 0 <= self.progress.taken <= self.progress.step <= n_steps:
             raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
                              f"{n_steps}, and that {self.progress.taken} moved the weights")
-        shared = {name: value for name, value in self.settings.items() if name not in OWN_TO_RANKS}
-        self.ranks.agree(shared, "their flags")
-        self.ranks.agree(self.about, "their examples")
+        common = set(self.settings) - MAY_DIFFER_BETWEEN_RANKS
+        self.ranks.agree({name: self.settings[name] for name in common}, "their flags")
+        self.ranks.agree(self.fingerprints, "their examples")
         if self.last_save:
             if self.last_save.warning:
                 print(f"resume    {in_one_line(self.last_save.warning)}; the one before it is used")
@@ -123,7 +125,7 @@ class Run:
             for change in changes:
                 print(f"changed   {in_one_line(change)}")
         elif self.resumes:
-            print(f"resume    {self.out} holds no save yet: from the beginning")
+            print(f"resume    {self.out} has no save yet: starting from step 1")
 
     def changed_settings(self) -> list:
         """Return a line for each setting that has changed.
@@ -139,41 +141,43 @@ class Run:
             if old == new or name in NOT_COMPARED:
                 continue
             line = f"{as_flag(name, old)}, now {new}"
-            if name in FREE_SETTINGS:
+            if name in MAY_CHANGE:
                 allowed.append(line)
             else:
                 refused.append(line)
         if refused:
-            raise ValueError(f"{self.out} was begun with {'; '.join(refused)}: with that it would "
-                             "be another run; give what it was begun with, or another --out")
+            changed = "; ".join(refused)
+            raise ValueError(f"{self.out} was begun with {changed}: a resumed run cannot change "
+                             "this; give the old values, or another --out")
         return allowed
 
-    def must_equal(self, name, value, why):
-        """Note a value about the run.  Raises ValueError where it began with another one."""
-        before = self.last_save.about.get(name) if self.last_save else value
+    def note_and_compare(self, name, value, problem):
+        """Note a fingerprint of the run.  Raises ValueError if the save holds another value."""
+        before = self.last_save.fingerprints.get(name) if self.last_save else value
         if type(before) is not type(value) or before != value:
-            raise ValueError(f"{self.out} cannot go on: {why} ({name} {before}, now {value})")
-        self.about[name] = value
+            raise ValueError(f"{self.out} cannot go on: {problem} ({name} {before}, now {value})")
+        self.fingerprints[name] = value
 
     def begin(self, job):
-        """Check the weights and take possession of the folder.
+        """Compare base and teacher with the save, lock the folder, and open metrics.jsonl.
 
-        On the first rank alone: an empty save, args.json and an empty metrics.jsonl, or those that
-        are there.  Raises ValueError where it was begun over another base, where another run has
-        begun in a named --out or is at work there, or where the metrics do not go with the save.
+        Rank 0 writes an empty save, args.json and an empty metrics.jsonl; a resumed run keeps its
+        own.  Raises ValueError if the base or the teacher is another one, if another run has just
+        begun or is running in the folder, or if metrics.jsonl does not match the save.
         """
         base = job.model.origin.get("fingerprint")
         teacher = job.distillation.fingerprint() if job.distillation else None
-        self.must_equal("base", base, "it was begun over another base")
-        self.must_equal("teacher", teacher, "it was begun with another teacher")
-        self.ranks.agree(self.about, "their bases")  # Only now that all are well is a file touched.
+        self.note_and_compare("base", base, "it was begun over another base")
+        self.note_and_compare("teacher", teacher, "it was begun with another teacher")
+        self.ranks.agree(self.fingerprints, "their bases")
+        # All ranks have passed.  Only now is a file changed.
         if not self.ranks.is_first:
             return
         n_bytes = self.check_metrics()
-        self.metrics = open(self.out / METRICS, "ab", buffering=0)   # so that a row is one write
+        self.metrics = open(self.out / METRICS, "ab", buffering=0)   # one write per row
         self.lock_folder()
         if self.last_save and self.last_save.warning:
-            (self.out / STATE).unlink(missing_ok=True)           # or it would replace the whole one
+            (self.out / STATE).unlink(missing_ok=True)           # damaged; the previous one is used
         if not self.last_save:
             self.replace_old_run()
         write_json(self.out / ARGS, self.settings)
@@ -181,7 +185,7 @@ class Run:
         self.metrics.seek(n_bytes)
 
     def check_metrics(self) -> int:
-        """Return the length of metrics.jsonl that goes with the save, in bytes."""
+        """Return how many bytes of metrics.jsonl belong to the save."""
         n_bytes = self.last_save.metrics_bytes if self.last_save else 0
         path = self.out / METRICS
         rows = path.read_bytes()[:n_bytes] if path.exists() else b""
@@ -198,15 +202,15 @@ class Run:
         try:
             fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"a run is at work in {self.out} already: wait until it has ended, or "
-                             "name another folder with --out") from None
+            raise ValueError(f"another process is running in {self.out} now: wait until it has "
+                             "ended, or name another folder with --out") from None
         except OSError:                              # This file system has no locks.
             pass
 
     def replace_old_run(self):
         """Begin in the folder with an empty save, in place of what another run left."""
         if self.options.out and not self.options.overwrite and not self.resumes:
-            try:
+            try:                                     # Of two that start now only one creates it.
                 open(self.out / ARGS, "x").close()
             except FileExistsError:
                 raise ValueError(f"another run has just begun in {self.out}; name another folder "
@@ -217,21 +221,20 @@ class Run:
 
     def write(self, parts: dict, random_states: list, metrics_bytes: int):
         """Write state.pt."""
-        launch = os.environ.get("TORCHELASTIC_RUN_ID", "")
-        write_save(Save(self.out / STATE, self.progress, self.settings, self.about, metrics_bytes,
-                        launch, parts, random_states))
+        write_save(Save(self.out / STATE, self.progress, self.settings, self.fingerprints,
+                        metrics_bytes, torchrun_id(), parts, random_states))
 
-    def restore(self, device, save_best, **parts):
-        """Give the parts their states back where the run goes on, and save them from now on.
+    def attach(self, device, save_best, **parts):
+        """Register the parts to save; a resumed run loads their states first.
 
         parts: objects with state_dict() and load_state_dict().  save_best(path) writes the model
-        as it then is.  Raises ValueError for a state that does not fit.
+        as it is at that moment.  Raises ValueError for a state that does not fit.
         """
         self.device = device
         self.save_best = save_best
         self.parts = parts
-        self.began = time.perf_counter() - self.progress.seconds
-        self.first_step = None                       # (step, time) after the first of this process
+        self.began = time.perf_counter() - self.progress.seconds     # as if never interrupted
+        self.first_step = None                       # number and end of this process's first step
         if self.progress.step:
             restore(self.last_save, parts, self.ranks.rank, device)
         self.last_save = None
@@ -241,11 +244,11 @@ class Run:
         random_states = self.ranks.gather(random_state(self.device))
         if self.ranks.is_first:
             self.progress.seconds = time.perf_counter() - self.began
-            os.fsync(self.metrics.fileno())          # A save must not count rows that may get lost.
+            os.fsync(self.metrics.fileno())          # Rows are on disk before a save counts them.
             self.write(states_of(self.parts), random_states, self.metrics.tell())
 
     def sum_loss(self, loss) -> float:
-        """Return the step's loss summed over the ranks, and hear whether any was told to stop.
+        """Return the step's loss summed over the ranks, and learn whether any got a stop signal.
 
         So all ranks stop after the same step.
         """
@@ -257,8 +260,9 @@ class Run:
     def record(self, row: dict, is_finite: bool, overflow: bool) -> str:
         """Append a step's row to metrics.jsonl, keep the best model; return a remark to print.
 
-        is_finite: whether loss and gradient were, so that the step was taken.  overflow: whether
-        fp16's loss scale was too high and has been lowered, which alone is not a bad step.
+        is_finite: loss and gradient norm were finite, so the optimizer stepped.  overflow: fp16's
+        loss scale was too high and has been lowered.  That alone does not count as a bad step,
+        unless the scale could not have been the reason.
         """
         progress = self.progress
         progress.step = row["step"]
@@ -318,10 +322,10 @@ class Run:
             self.metrics.truncate(n_bytes)
             raise OSError(f"{self.out / METRICS} cannot be written: {error.strerror}") from error
 
-    def is_over(self) -> bool:
-        """Return whether this step was the last; save if it is time.
+    def end_step(self) -> bool:
+        """Save if it is due; return whether this step was the last.
 
-        A run that has to stop leaves the process from here.
+        Exits the process after a stop signal or too many bad steps.
         """
         progress = self.progress
         n_steps = len(self.plan)
@@ -338,25 +342,25 @@ class Run:
             self.save()
         if self.told_to_stop:
             print(f"stopped   after step {progress.step} of {n_steps}: saved {self.out / STATE}; "
-                  "the same command with --resume goes on")
-            leave(INTERRUPTED)
+                  "the same command with --resume continues")
+            exit_together(INTERRUPTED)
         return False
 
     def give_up(self):
-        """Say why nothing has moved for too many steps, and leave."""
+        """Print that too many steps in a row were not finite, and exit."""
         progress = self.progress
         if self.ranks.is_first:
             remedy = "a lower --lr or --clip-grad-norm"
             if self.settings["precision"] == "fp16":
                 remedy += ", --precision bf16 or fp32"
             print(f"train.py: no finite loss and gradient in {progress.bad} steps in a row, the "
-                  f"last at step {progress.step}: try {remedy}, or look at these examples in "
-                  f"{METRICS}; nothing has moved since step {progress.step - progress.bad}",
-                  file=sys.stderr)
-        leave(GAVE_UP)
+                  f"last at step {progress.step}: try {remedy}, or look at the examples of these "
+                  f"steps in {METRICS}; the weights have not changed since step "
+                  f"{progress.step - progress.bad}", file=sys.stderr)
+        exit_together(GAVE_UP)
 
     def finish(self):
-        """Write the last save, once the results are there: nothing is left to go on with."""
+        """Write the last save, which marks the run as finished."""
         self.progress.finished = True
         self.save()
         if not self.ranks.is_first:
@@ -366,47 +370,45 @@ class Run:
             print(f"best      {self.out / BEST}: held-out loss {self.progress.best:.4f}, after "
                   f"step {self.progress.best_step}")
         else:
-            (self.out / BEST).unlink(missing_ok=True)            # It is another run's.
+            (self.out / BEST).unlink(missing_ok=True)            # An earlier run left it.
 
     def seconds_left(self) -> float | None:
         """Return an estimate of the time left; None before the second step of this process.
 
         The first step is left out: it warms up caches and may compile.
         """
-        first, then = self.first_step
+        first, its_end = self.first_step
         if self.progress.step == first:
             return None
-        per_step = (time.perf_counter() - then) / (self.progress.step - first)
+        per_step = (time.perf_counter() - its_end) / (self.progress.step - first)
         return per_step * (len(self.plan) - self.progress.step)
 
 
 def claim_folder(options, out: Path, resumes: bool):
-    """Make the folder of --out if need be.
-
-    Raises ValueError or OSError if a run must not or cannot go there.
-    """
+    """Create --out (a dry run only tests its parent).  Raises ValueError if it cannot be used."""
     files = [name for name in RUN_FILES if (out / name).exists()]
     holds_shards = any(out.glob("consolidated.[0-9][0-9].pth"))
     holds_something = bool(files) or holds_shards
-    holds_run = ARGS in files and not (out / "consolidated.01.pth").exists()     # A run writes one.
-    holds_save = STATE in files or PREVIOUS in files
-    goes_on = resumes and holds_save
-    only_begun = resumes and not any(name in files for name in RESULTS)
-    may_replace = not options.out or options.overwrite or goes_on or only_begun
+    # A run writes one shard.
+    holds_run = ARGS in files and not (out / "consolidated.01.pth").exists()
+    is_resumable = resumes and (STATE in files or PREVIOUS in files)
+    resumes_before_results = resumes and not any(name in files for name in RESULTS)
+    may_replace = (not options.out or options.overwrite or is_resumable
+                   or resumes_before_results)
     not_files = [out / name for name in files if not (out / name).is_file()]
     obstacle = not_files[0] if not_files else out
     kind = "folder" if obstacle.is_dir() else "device"
     teachers = [Path(options.teacher).resolve()] if options.teacher else []
     if options.teacher_adapter:
         teachers.append(Path(options.teacher_adapter).resolve().parent)
-    cases = [                                        # Whether it is so, and why that is refused.
+    cases = [                                        # (condition, error message)
         (out.resolve() in teachers,
          f"{out} holds the teacher and a run replaces what is there; name another folder with "
          "--out"),
         (out.resolve() == Path(options.checkpoint).resolve(),
          f"{out} is the base's own folder and a run replaces what is there; name another with "
          "--out"),
-        (holds_something and not holds_run and not goes_on,
+        (holds_something and not holds_run and not is_resumable,
          f"{out} holds a model already, and not a run; name another folder with --out"),
         (holds_something and not may_replace and resumes,
          f"{out} holds a run but no {STATE} to go on from, --overwrite replaces it, and --out "
@@ -418,8 +420,8 @@ def claim_folder(options, out: Path, resumes: bool):
          f"{obstacle} is a {kind}, where a file of the run belongs; name another folder with "
          "--out"),
     ]
-    for is_so, problem in cases:
-        if is_so:
+    for applies, problem in cases:
+        if applies:
             raise ValueError(problem)
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     try:
@@ -445,7 +447,7 @@ def none_if_not_finite(value):
 
 
 def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
-    """Return a step's row for people: whole and in fixed columns, so that a log file reads well."""
+    """Return a step's row as one line of fixed columns."""
     columns = [
         f"step {row['step']:>{len(str(n_steps))}}/{n_steps}",
         f"epoch {row['epoch']:.2f}",
@@ -465,7 +467,7 @@ def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
 
 
 def held_out_columns(row: dict) -> str:
-    """Return what was measured on held-out examples as columns of that line."""
+    """Return what was measured on held-out examples as columns of the progress line."""
     text = f"held-out loss {row['val_loss']:.4f}"
     if "val_accuracy" in row:
         text += f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}"

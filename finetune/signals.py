@@ -1,55 +1,56 @@
-"""Signals: a run that is told to stop ends after its step, saved, and never waits for ever."""
+"""Stop signals: finish and save the current step, and never hang on another rank."""
 import os
 import signal
 import threading
 import time
 from contextlib import contextmanager
 
-from .errors import BAD_INPUT, RANK_FAILED, end_process
+from .errors import BAD_INPUT, RANK_FAILED, exit_with_line
 
-# Seconds that a rank waits for the others once it was told to stop; torchrun kills after 30.
-GRACE = 20
+# A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
+GRACE_SECONDS = 20
 
 
 class StopRequest:
-    """Whether this process has been told to stop, and when: the handler of SIGTERM and SIGINT."""
+    """The handler of SIGTERM and SIGINT, which notes when the first one came."""
 
     def __init__(self, ranks):
         self.ranks = ranks
         self.received_at = None
 
     def handle(self, number, frame):
-        """Note the signal.  A second Ctrl-C ends a process that is alone at once.
+        """Note the signal.  In a single-process run a second Ctrl-C exits at once.
 
-        Some shells pass one Ctrl-C on twice, so the second counts after a second or more.
+        Some shells send one Ctrl-C twice; a repeat within one second is ignored.
         """
         now = time.monotonic()
         if self.received_at is None:
             self.received_at = now
-            if self.ranks.is_first:                  # os.write, for print may be at work right now.
-                os.write(2, b"train.py: told to stop: this step is finished and saved first\n")
+            if self.ranks.is_first:                  # The signal may have interrupted a print.
+                os.write(2, b"train.py: told to stop: finishing and saving this step first\n")
         elif number == signal.SIGINT and self.ranks.size == 1 and now - self.received_at > 1:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_after_step_on_signals(run):
-    """In the block, let SIGTERM and SIGINT end the run after its step.
+    """In the block, let SIGTERM and SIGINT end the run after the current step.
 
-    A file that cannot be written ends it in one line and exit code 2.
+    A file that cannot be written ends the run in one line and exit code 2.
     """
     handlers = {}
     for number in (signal.SIGTERM, signal.SIGINT):
         handlers[number] = signal.signal(number, run.stop_request.handle)
     if run.ranks.size > 1:
-        leave_when_others_hang()
+        start_exit_timer_on_signal()
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        end_process(f"train.py: {' '.join(str(error).split())}; what was saved is whole: --resume "
-                    "goes on from there", BAD_INPUT)
+        message = " ".join(str(error).split())
+        exit_with_line(f"train.py: {message}; the last save is intact: --resume continues from it",
+                       BAD_INPUT)
     finally:
         if run.ranks.is_first:
             run.metrics.close()
@@ -58,21 +59,21 @@ def stop_after_step_on_signals(run):
             signal.signal(number, handler)
 
 
-def leave_when_others_hang():
-    """From now on leave GRACE seconds after a signal, come what may.
+def start_exit_timer_on_signal():
+    """Start a thread that exits the process GRACE_SECONDS after a signal.
 
-    Where another rank is gone NCCL waits for it, and then no handler runs in the main thread.  But
-    the signal's number still arrives in a pipe, which a thread reads.
+    If another rank is gone, NCCL blocks the main thread and no handler runs there.  The signal's
+    number still arrives in this pipe.
     """
-    reads, writes = os.pipe()
-    os.set_blocking(writes, False)
-    signal.set_wakeup_fd(writes)
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd)
 
     def watch():
-        os.read(reads, 1)
-        time.sleep(GRACE)
-        os.write(2, b"train.py: told to stop, but the step does not end, as if another rank were "
-                    b"gone: nothing more is saved\n")
+        os.read(read_fd, 1)
+        time.sleep(GRACE_SECONDS)
+        os.write(2, b"train.py: told to stop, but this step does not end: another rank is probably "
+                    b"gone; exiting without a save\n")
         os._exit(RANK_FAILED)
 
     threading.Thread(target=watch, daemon=True).start()

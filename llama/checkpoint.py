@@ -1,7 +1,12 @@
-"""Models in and out: Meta's folder of params.json, consolidated.00.pth (or several) and tokenizer.model, or Hugging Face's."""
+"""Load and save models as folders, in Meta's layout or in Hugging Face's.
+
+Meta's layout is params.json, consolidated.00.pth (or several shards) and tokenizer.model.
+huggingface.py knows the other one.
+"""
 import hashlib
 import json
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 
 import torch
@@ -13,246 +18,388 @@ from .model import ModelArgs, Transformer
 from .rnn import RNN, RNNArgs
 from .tokenizer import Tokenizer
 
-PARAMS, WEIGHTS, TOKENIZER = "params.json", "consolidated.00.pth", "tokenizer.model"
-CONTEXT = 4096                     # tokens that LLaMA 2 was trained to look back; params.json does not say
-PROBE = "Below is an instruction that describes a task."          # what a merge is tried on
-SHARD = 5 * 10 ** 9                # bytes of a file in Hugging Face's layout
+PARAMS = "params.json"
+WEIGHTS = "consolidated.00.pth"
+TOKENIZER = "tokenizer.model"
+CONTEXT = 4096                     # tokens of LLaMA 2's context, which params.json does not say
+PROBE = "Below is an instruction that describes a task."      # a text to try a merged model on
+SHARD = 5 * 10 ** 9                # bytes per file in Hugging Face's layout
 
 
-def is_huggingface(folder):
+def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.dtype | None = None,
+                    device: torch.device | str = "cpu", max_seq_len: int | None = None,
+                    init: str = "checkpoint", *,
+                    convert: Callable | None = None) -> tuple[nn.Module, Tokenizer]:
+    """Return (model, tokenizer) from a folder in Meta's or Hugging Face's layout.
+
+    layers: keep only the first so many blocks; the others are not read.
+    dtype: of the weights; by default each has its file's own.
+    device: with "meta" the model has sizes but no memory.
+    init: "random" reads sizes and tokenizer alone and draws the weights from torch's seed.
+    convert: takes a block's nn.Linear and returns its replacement.  It is called as soon as that
+    layer is read, so that a base to be quantised never stands in memory whole.
+
+    Without an output matrix in the files, the model ties it to the embedding.  model.origin says
+    where the weights come from; adapter files store it.
+    Raises FileNotFoundError or ValueError for whatever does not fit.
+    """
+    folder = Path(folder)
+    args, tokenizer = read_params(folder, max_seq_len)
+    check_request(folder, args, layers, init, convert)
+    stored = None
+    if init == "checkpoint":
+        stored = StoredWeights(folder, args)
+    with torch.device("meta"):                       # sizes without memory
+        model = RNN(args) if isinstance(args, RNNArgs) else Transformer(args)
+    if stored:
+        stored.check_keys(model)
+    model.layers = model.layers[:layers]
+    args.n_layers = len(model.layers)
+    if not stored:
+        draw_weights(model, folder, dtype, device)
+    # A list of paths: a list of the layers themselves would keep those that are converted.
+    for path in [path for path, _ in model.named_modules()]:
+        layer = model.get_submodule(path)
+        is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
+        if stored:
+            # What is converted is read as the file has it, and cast afterwards.
+            stored.fill(layer, path, None if is_converted else dtype, device)
+        if is_converted:
+            model.set_submodule(path, convert(layer).to(dtype))
+    tie_output(model)
+    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init,
+                    "quantize": getattr(convert, "kind", "none"),
+                    "fingerprint": base_fingerprint(model, stored)}
+    return model, tokenizer
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Return whether a folder is in Hugging Face's layout, and not in Meta's."""
     return not (folder / PARAMS).exists() and (folder / huggingface.CONFIG).exists()
 
 
-def read_params(folder, max_seq_len=None):
-    """(ModelArgs, Tokenizer) from params.json and tokenizer.model in `folder`, vocab_size -1 taken from the latter;
-    or from Hugging Face's config.json, if that is what is there.
+def read_params(folder: str | Path,
+                max_seq_len: int | None = None) -> tuple[ModelArgs | RNNArgs, Tokenizer]:
+    """Return (sizes, tokenizer) of a folder in either layout.
 
-    max_seq_len: what the folder says by default, and 4096 where it says nothing.  Raises FileNotFoundError, or
-    ValueError for what is not JSON, does not fit, or names a feature we lack (a llama 3.1 `use_scaled_rope`, say):
-    run without it, the model would be another one.
+    max_seq_len: by default what the folder says, or 4096 where it says nothing.  A vocab_size of -1
+    stands for the tokenizer's.
+    Raises FileNotFoundError, or ValueError for params that are not JSON, do not fit each other, or
+    name a feature that this model lacks (use_scaled_rope of LLaMA 3.1, say): without the feature
+    it would be another model.
     """
     folder = Path(folder)
-    path = folder / PARAMS
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder at {folder}")
     if is_huggingface(folder):
         return huggingface.read_config(folder, max_seq_len)
+    path = folder / PARAMS
     if not path.is_file():
-        raise FileNotFoundError(f"no {PARAMS} in {folder}, nor {huggingface.CONFIG}: give the folder of a LLaMA checkpoint in "
-                                "Meta's or Hugging Face's layout")
+        raise FileNotFoundError(f"no {PARAMS} in {folder}, nor {huggingface.CONFIG}: give the "
+                                "folder of a LLaMA checkpoint in Meta's or Hugging Face's layout")
     tokenizer = Tokenizer(folder / TOKENIZER)
     params = read_object(path)
-    kind = RNNArgs if "rnn" in params else ModelArgs              # rnn.py: the only other model there is
-    types = {f.name: (float, int) if "float" in str(f.type) else str if f.type is str else int for f in fields(kind)}
-    optional = ("n_kv_heads", "ffn_dim_multiplier")
-    for key in ("max_seq_len", "max_batch_size"):                 # limits of a run, not of the model
+    for key in ("max_seq_len", "max_batch_size"):    # Meta's code sets these limits for each run.
         params.pop(key, None)
-    for key, value in params.items():
-        if key not in types or key == "tie_embeddings":
-            raise ValueError(f"{path} has {key!r}, which this model does not know")
-        if not (value is None and key in optional) and (isinstance(value, bool) or not isinstance(value, types[key])):
-            raise ValueError(f"{path}: {key} is {value!r}, not a number of the right kind")
-    if missing := ({"dim", "n_layers", "n_heads"} & types.keys()) - params.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)}")
+    # rnn.py has the only other model.
+    kind = RNNArgs if "rnn" in params else ModelArgs
+    check_params(params, kind, path)
     if params.get("vocab_size", -1) == -1:
         params["vocab_size"] = tokenizer.vocab_size
     if params["vocab_size"] < tokenizer.vocab_size:
-        raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's {tokenizer.vocab_size}")
+        raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's "
+                         f"{tokenizer.vocab_size}")
     try:
         return kind(**params, max_seq_len=max_seq_len or CONTEXT), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def read_weights(folder):
-    """{name: list of that tensor's pieces, one a shard}, mapped from consolidated.00.pth, .01.pth, ... or, with their
-    own names, from Hugging Face's files.
+def check_params(params: dict, kind: type, path: Path):
+    """Raise ValueError unless params.json has the fields of `kind`, with values of their types."""
+    types = {field.name: accepted_types(field) for field in fields(kind)}
+    for key, value in params.items():
+        if key not in types or key == "tie_embeddings":
+            raise ValueError(f"{path} has {key!r}, which this model does not know")
+        if value is None and key in ("n_kv_heads", "ffn_dim_multiplier"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, types[key]):
+            raise ValueError(f"{path}: {key} is {value!r}, not a number of the right kind")
+    required = {"dim", "n_layers", "n_heads"} & types.keys()
+    missing = required - params.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}")
 
-    Nothing is in memory until it is touched, however many the shards; and no pickled code runs.
+
+def accepted_types(field: Field) -> type | tuple[type, ...]:
+    """Return the types that the JSON value of a field may have."""
+    if "float" in str(field.type):
+        return float, int                            # In JSON a whole number may stand for a float.
+    return str if field.type is str else int
+
+
+def check_request(folder: Path, args: ModelArgs | RNNArgs, layers: int | None, init: str,
+                  convert: Callable | None):
+    """Raise ValueError for arguments of load_checkpoint that do not fit the folder's sizes."""
+    if init not in ("checkpoint", "random"):
+        raise ValueError(f"init is {init!r}, must be checkpoint or random")
+    if layers is not None and (not isinstance(layers, int) or not 1 <= layers <= args.n_layers):
+        raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to "
+                         f"{args.n_layers}, not {layers}")
+    if convert and isinstance(args, RNNArgs):
+        raise ValueError(f"{folder} is not a transformer: its blocks have no form in "
+                         f"{convert.kind}")
+
+
+class StoredWeights:
+    """The weights in a folder's files, under the model's names.
+
+    The files are mapped: nothing is in memory until it is used, and no pickled code runs.  A
+    tensor may be cut into pieces, one per shard.  `args.tie_embeddings` is set from what is there.
+    Raises FileNotFoundError or ValueError.
     """
-    if is_huggingface(folder):
-        return huggingface.read_weights(folder)
+
+    def __init__(self, folder: Path, args: ModelArgs | RNNArgs):
+        self.folder = folder
+        self.args = args
+        self.is_huggingface = is_huggingface(folder)
+        if self.is_huggingface:
+            self.pieces = huggingface.read_weights(folder)
+            huggingface.drop_tied(self.pieces, args, folder)
+        else:
+            self.pieces = read_shards(folder)
+            args.tie_embeddings = "output.weight" not in self.pieces
+
+    def file_name(self, name: str) -> str:
+        """Return what the files call a tensor of the model."""
+        return huggingface.hf_name(name) if self.is_huggingface else name
+
+    def check_keys(self, model: nn.Module):
+        """Raise ValueError that names tensors which are missing, unexpected, or of another shape.
+
+        model: with all blocks of the checkpoint; it may be on the meta device.
+        """
+        expected = {self.file_name(name): parameter.shape
+                    for name, parameter in model.named_parameters()}
+        misfits = set()
+        for name in expected.keys() & self.pieces.keys():
+            try:
+                joined_dim(self.pieces[name], expected[name])
+            except ValueError as error:
+                misfits.add(f"{name} {error}")
+        problems = {"missing": expected.keys() - self.pieces.keys(),
+                    "unexpected": self.pieces.keys() - expected.keys(),
+                    "of another shape": misfits}
+        lines = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
+        if lines:
+            sizes = huggingface.CONFIG if self.is_huggingface else PARAMS
+            raise ValueError(f"the weights in {self.folder} do not fit its {sizes}; "
+                             f"{'; '.join(lines)}")
+
+    def fill(self, layer: nn.Module, path: str, dtype: torch.dtype | None,
+             device: torch.device | str):
+        """Replace the parameters of the layer at `path` by those in the files.
+
+        dtype: None keeps the file's.  Raises ValueError for values that are not finite.
+        """
+        if self.args.tie_embeddings and path == "output":
+            return
+        for name, parameter in layer.named_parameters(recurse=False):
+            tensor = self.read(f"{path}.{name}", parameter.shape, dtype, device)
+            setattr(layer, name, nn.Parameter(tensor))
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None,
+             device: torch.device | str) -> torch.Tensor:
+        """Return one tensor of the model, with its rows in Meta's order, as a copy in memory."""
+        file_name = self.file_name(name)
+        pieces = self.pieces[file_name]
+        tensor = join(pieces, shape, dtype, device)
+        if not tensor.is_meta and not all(map(is_finite, pieces)):
+            raise ValueError(f"{self.folder} holds values that are not finite numbers, in "
+                             f"{file_name}")
+        if self.is_huggingface:
+            return huggingface.as_pairs(tensor, huggingface.heads(name, self.args))
+        return tensor
+
+    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return one tensor as it is in the files; of a single piece no copy is made."""
+        pieces = self.pieces[self.file_name(name)]
+        return pieces[0] if len(pieces) == 1 else join(pieces, shape, None, "cpu")
+
+
+def read_shards(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """Return {name: pieces} from consolidated.00.pth, consolidated.01.pth and so on, mapped.
+
+    Raises FileNotFoundError for a shard that is missing, or ValueError.
+    """
     shards = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     expected = [folder / f"consolidated.{i:02}.pth" for i in range(max(1, len(shards)))]
-    if shards != expected:
-        lacking = next(path for path in expected if path not in shards)
-        raise FileNotFoundError(f"no {lacking.name} in {folder}")
+    for path in expected:
+        if path not in shards:
+            raise FileNotFoundError(f"no {path.name} in {folder}")
     pieces = {}
     for path in shards:
         for name, piece in read_tensors(path).items():
             pieces.setdefault(name, []).append(piece)
-    pieces.pop("rope.freqs", None)                                # Meta's stale table: the model makes its own
-    if uneven := {name for name, parts in pieces.items() if len(parts) < len(shards)}:
+    pieces.pop("rope.freqs", None)                   # Meta's stale table: the model makes its own.
+    uneven = [name for name, parts in pieces.items() if len(parts) < len(shards)]
+    if uneven:
         raise ValueError(f"the shards in {folder} do not hold the same tensors: {listed(uneven)}")
     return pieces
 
 
-def joined_dim(pieces, shape):
-    """The dim along which the pieces make up `shape`; None where each is whole (norms, a single shard).
+def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
+    """Return the dim along which the pieces make up `shape`; None if each piece is whole.
 
-    Raises ValueError where they do not.  Meta cuts wq, wk, wv, w1, w3 and output by rows, wo, w2 and (for
-    LLaMA 2) tok_embeddings by columns; the shapes say as much, whatever was cut.
+    Norms are whole in every shard.  Meta cuts wq, wk, wv, w1, w3 and output by rows, and wo, w2 and
+    (in LLaMA 2) tok_embeddings by columns; the shapes say as much.
+    Raises ValueError for pieces that do not make up the shape.
     """
-    if all(piece.shape == shape for piece in pieces):
+    shapes = [piece.shape for piece in pieces]
+    if all(piece_shape == shape for piece_shape in shapes):
         return None
     for dim in range(len(shape)):
-        rest = [(*piece.shape[:dim], *piece.shape[dim + 1:]) for piece in pieces]
-        if all(piece.dim() == len(shape) for piece in pieces) and set(rest) == {(*shape[:dim], *shape[dim + 1:])} \
-                and sum(piece.shape[dim] for piece in pieces) == shape[dim]:
+        are_parts = all(differs_only_in(piece_shape, shape, dim) for piece_shape in shapes)
+        if are_parts and sum(piece_shape[dim] for piece_shape in shapes) == shape[dim]:
             return dim
-    raise ValueError(f"{' + '.join(str(tuple(piece.shape)) for piece in pieces)} for {tuple(shape)}")
+    given = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
+    raise ValueError(f"{given} for {tuple(shape)}")
 
 
-def join(pieces, shape, dtype, device):
-    """One tensor from its pieces, a copy in memory of its own, in `dtype` (None: the file's)."""
+def differs_only_in(piece_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
+    """Return whether two shapes are equal but for their size in `dim`."""
+    if len(piece_shape) != len(shape):
+        return False
+    return piece_shape[:dim] == shape[:dim] and piece_shape[dim + 1:] == shape[dim + 1:]
+
+
+def join(pieces: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype | None,
+         device: torch.device | str) -> torch.Tensor:
+    """Return the pieces as one tensor in `dtype` (None: the file's), a copy in memory."""
     dim = joined_dim(pieces, shape)
-    whole = torch.empty(shape, dtype=dtype or pieces[0].dtype, device=device)
+    tensor = torch.empty(shape, dtype=dtype or pieces[0].dtype, device=device)
     if dim is None:
         if not all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
             raise ValueError("the shards differ where they should be alike: are they of one model?")
-        return whole.copy_(pieces[0])
-    for part, piece in zip(whole.split([piece.shape[dim] for piece in pieces], dim), pieces):
-        part.copy_(piece)
-    return whole
+        return tensor.copy_(pieces[0])
+    places = tensor.split([piece.shape[dim] for piece in pieces], dim)
+    for place, piece in zip(places, pieces, strict=True):
+        place.copy_(piece)
+    return tensor
 
 
-def check_keys(pieces, model, folder, file_name):
-    """Raise ValueError naming the keys that are missing, unexpected, or of another shape than `model` has.
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all values are finite numbers, in one pass over them."""
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
-    file_name: the model's name of a tensor -> the files'.
+
+def draw_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None,
+                 device: torch.device | str):
+    """Give a model on the meta device memory and random weights.
+
+    Raises ValueError for a model that is larger than this machine's memory.
     """
-    expected = {file_name(name): parameter.shape for name, parameter in model.named_parameters()}
-    shapes = set()
-    for name in expected.keys() & pieces.keys():
+    n_bytes = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
+    if torch.device(device).type == "cpu":
         try:
-            joined_dim(pieces[name], expected[name])
-        except ValueError as error:
-            shapes.add(f"{name} {error}")
-    named = {"missing": expected.keys() - pieces.keys(), "unexpected": pieces.keys() - expected.keys(), "of another shape": shapes}
-    if wrong := [f"{kind}: {listed(keys)}" for kind, keys in named.items() if keys]:
-        sizes = huggingface.CONFIG if is_huggingface(folder) else PARAMS
-        raise ValueError(f"the weights in {folder} do not fit its {sizes}; {'; '.join(wrong)}")
+            # Ask once for all of it: Linux grants many small requests and then kills the process.
+            torch.empty(n_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} describes a model of {n_bytes / 1e9:,.0f} GB, which this "
+                             "machine cannot hold") from error
+    model.to_empty(device=device)
+    tie_output(model)
+    model.init_weights()
 
 
-def fingerprint(args, norm, embeddings):
-    """16 hex digits that tell one base from another, whatever its layout, dtype or quantisation.
+def tie_output(model: nn.Module):
+    """Make the output matrix the embedding's, if the model ties them."""
+    if model.args.tie_embeddings:
+        model.output.weight = model.tok_embeddings.weight
 
-    From the sizes and 64 fixed values of each tensor, rounded to bf16 (what fp16 holds inexactly, under 2^-14,
-    counts as 0), as they are in the file.  Weights that were made in bf16, as LLaMA's were, give the same in every
-    dtype; of weights made in fp32 an fp16 file may give another than a bf16 file, being rounded twice.
+
+def base_fingerprint(model: nn.Module, stored: StoredWeights | None) -> str | None:
+    """Return the fingerprint of the files or of random weights; None for weights without memory."""
+    norm = model.norm.weight
+    embeddings = model.tok_embeddings.weight
+    if stored:
+        norm = stored.whole("norm.weight", norm.shape)
+        embeddings = stored.whole("tok_embeddings.weight", embeddings.shape)
+    return None if norm.is_meta else fingerprint(model.args, norm, embeddings)
+
+
+def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch.Tensor) -> str:
+    """Return 16 hex digits that tell one base from another, in any layout, dtype or quantisation.
+
+    They come from the sizes and from `sample_bytes` of both tensors, as the files hold them.
+    Weights that were made in bf16, as LLaMA's were, give the same digits in every dtype.  Weights
+    made in fp32 may not: stored in fp16 they are rounded twice.
     """
-    sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size, args.hidden_dim,
-             float(args.norm_eps), float(args.rope_theta))        # one file says 10000, another 10000.0
+    sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size,
+             args.hidden_dim,
+             float(args.norm_eps), float(args.rope_theta))       # One file has 10000, one 10000.0.
     digest = hashlib.sha256(repr(sizes).encode())
     for tensor in (norm, embeddings):
-        digest.update(sampled(tensor))
+        digest.update(sample_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
-def sampled(tensor):
-    """Bytes of 64 fixed values of a tensor, rounded as `fingerprint` says."""
+def sample_bytes(tensor: torch.Tensor) -> bytes:
+    """Return the bytes of 64 values of a tensor, evenly spaced and rounded to bf16.
+
+    Values below 2^-14 count as 0: fp16 does not hold them exactly.
+    """
     flat = tensor.detach().reshape(-1)
-    sample = flat[torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()].float().bfloat16().float()
+    places = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()
+    sample = flat[places].float().bfloat16().float()
     return torch.where(sample.abs() < 2 ** -14, 0.0, sample).numpy(force=True).tobytes()
 
 
-def load_checkpoint(folder, layers=None, dtype=None, device="cpu", max_seq_len=None, init="checkpoint", convert=None):
-    """(model, tokenizer) from a folder in Meta's or Hugging Face's layout.
+def state_to_save(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return {name: tensor} as a checkpoint has them.
 
-    layers: the first so many blocks only, the others are never read.  dtype: of the weights, the file's own
-    by default.  init="random" needs sizes and tokenizer only and draws weights from torch's seed.
-    device="meta" then gives sizes without memory.
-    convert: nn.Linear -> what takes its place, for each of the blocks' as soon as it is read (random ones are all drawn
-    before), so that a base that is quantised never stands in memory whole.
-    A checkpoint without an output matrix ties it to the embedding.  model.origin says where the weights come
-    from; adapter files carry it.  Raises FileNotFoundError or ValueError for whatever does not fit.
+    Raises ValueError for an adapter that is not merged and for weights that are quantised.
     """
-    if init not in ("checkpoint", "random"):
-        raise ValueError(f"init is {init!r}, must be checkpoint or random")
-    folder = Path(folder)
-    args, tokenizer = read_params(folder, max_seq_len)
-    if layers is not None and (not isinstance(layers, int) or not 1 <= layers <= args.n_layers):
-        raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to {args.n_layers}, not {layers}")
-    if convert and isinstance(args, RNNArgs):
-        raise ValueError(f"{folder} is no transformer: its blocks have no form in {convert.kind}")
-    pieces = read_weights(folder) if init == "checkpoint" else {}
-    hf = is_huggingface(folder)
-    file_name = huggingface.theirs if hf else str
-    if hf:
-        huggingface.drop_tied(pieces, args, folder)
-    else:
-        args.tie_embeddings = init == "checkpoint" and "output.weight" not in pieces
-    with torch.device("meta"):                                    # sizes without memory
-        model = RNN(args) if isinstance(args, RNNArgs) else Transformer(args)
-    if init == "checkpoint":
-        check_keys(pieces, model, folder, file_name)
-    model.layers = model.layers[:layers]
-    args.n_layers = len(model.layers)
-    if init == "random":
-        size = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
-        try:                                                      # all at once: piece by piece it would be granted, then killed
-            torch.empty(size if torch.device(device).type == "cpu" else 0, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} describes a model of {size / 1e9:,.0f} GB, which this machine cannot hold") from error
-        model.to_empty(device=device)
-        if args.tie_embeddings:
-            model.output.weight = model.tok_embeddings.weight
-        model.init_weights()
-    for path in [path for path, _ in model.named_modules()]:      # only what the model keeps ever leaves the files
-        layer = model.get_submodule(path)                         # (a list of the layers would keep what is converted)
-        converts = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
-        for name, parameter in layer.named_parameters(recurse=False):
-            if init == "checkpoint" and not (args.tie_embeddings and path == "output"):
-                parts = pieces[file_name(f"{path}.{name}")]
-                whole = join(parts, parameter.shape, None if converts else dtype, device)
-                if not (whole.is_meta or all(bound.isfinite() for part in parts for bound in part.aminmax())):     # one pass
-                    raise ValueError(f"{folder} holds values that are no finite numbers, in {file_name(f'{path}.{name}')}")
-                setattr(layer, name, nn.Parameter(huggingface.as_pairs(whole, huggingface.heads(path, args)) if hf else whole))
-        if converts:                                              # of what the file holds; then cast
-            model.set_submodule(path, convert(layer).to(dtype))
-    if args.tie_embeddings:
-        model.output.weight = model.tok_embeddings.weight
-    if init == "random":
-        stored = model.norm.weight, model.tok_embeddings.weight
-    else:
-        stored = [parts[0] if len(parts) == 1 else join(parts, model.get_parameter(name).shape, None, "cpu")
-                  for name in ("norm.weight", "tok_embeddings.weight") for parts in [pieces[file_name(name)]]]
-    model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init, "quantize": getattr(convert, "kind", "none"),
-                    "fingerprint": None if stored[0].is_meta else fingerprint(args, *stored)}
-    return model, tokenizer
-
-
-def weights(model):
-    """{name: tensor} as a checkpoint has them.  Raises ValueError while an adapter is not merged."""
     if any(getattr(module, "merged", True) is False for module in model.modules()):
-        raise ValueError("merge the adapter first (merge_lora): a checkpoint has no place for lora_A and lora_B")
+        raise ValueError("merge the adapter first (merge_lora): a checkpoint has no place for "
+                         "lora_A and lora_B")
     if any(hasattr(module, "dequantize") for module in model.modules()):
-        raise ValueError("dequantize the model first (lora.quantize.dequantize): a checkpoint has no place for codes")
-    state = {key.replace(".base.", "."): tensor for key, tensor in model.state_dict().items() if ".lora_" not in key}
+        raise ValueError("dequantize the model first (lora.quantize.dequantize): a checkpoint has "
+                         "no place for codes")
+    state = {}
+    for key, tensor in model.state_dict().items():
+        if ".lora_" not in key:
+            state[key.replace(".base.", ".")] = tensor
     if state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr():
-        del state["output.weight"]                                # tied: stored once
+        del state["output.weight"]                   # A tied matrix is stored once.
     return state
 
 
-def save_weights(model, path):
+def save_weights(model: nn.Module, path: str | Path):
     """Write the weights alone, as consolidated.00.pth has them."""
-    write_tensors(Path(path), weights(model))
+    write_tensors(Path(path), state_to_save(model))
 
 
-def save_checkpoint(model, tokenizer, folder, layout="meta", suffix=SAFETENSORS, shard_bytes=SHARD):
-    """Write `model` as a folder in Meta's or ("hf") Hugging Face's layout, in the dtype it has; each file is whole or
-    not there.  suffix (or .bin) and shard_bytes are of the latter's files.
+def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
+                    layout: str = "meta", suffix: str = SAFETENSORS, shard_bytes: int = SHARD):
+    """Write a model as a folder in Meta's or Hugging Face's layout, in the dtype that it has.
 
-    Merged adapters are part of the weights.  Raises ValueError while an adapter is not merged.
+    layout: "meta" or "hf".  suffix (.safetensors or .bin) and shard_bytes are for "hf" alone.
+    Merged adapters are part of the weights.  Each file is whole or not there.
+    Raises ValueError while an adapter is not merged.
     """
-    state, folder = weights(model), Path(folder)
+    folder = Path(folder)
+    state = state_to_save(model)
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} holds a checkpoint in several files; write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "hf":
-        return huggingface.save(state, model.args, tokenizer, folder, suffix, shard_bytes)
-    args = asdict(model.args)
-    del args["max_seq_len"], args["tie_embeddings"]               # Meta's reader sets the first and lacks the second
+        huggingface.save(state, model.args, tokenizer, folder, suffix, shard_bytes)
+        return
+    params = asdict(model.args)
+    # Meta's reader sets the first for each run and does not know the second.
+    del params["max_seq_len"], params["tie_embeddings"]
     write_tensors(folder / WEIGHTS, state)
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
-    write_whole(folder / PARAMS, lambda file: file.write(json.dumps(args).encode() + b"\n"))
+    write_whole(folder / PARAMS, lambda file: file.write(json.dumps(params).encode() + b"\n"))

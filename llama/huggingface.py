@@ -1,7 +1,9 @@
-"""Hugging Face's layout of a LLaMA: config.json, model.safetensors or pytorch_model.bin (or shards), tokenizer.model.
+"""Read and write Hugging Face's layout of a LLaMA.
 
-Besides other names there is one difference: where Meta turns neighbours (2i, 2i + 1) of a head by RoPE, Hugging
-Face turns (i, i + hd/2).  So each head's rows of wq and wk are stored in another order: first the even, then the odd.
+It is config.json, model.safetensors or pytorch_model.bin (or shards of them) and tokenizer.model.
+Tensors have other names there, and the rows of wq and wk another order: RoPE turns the pairs
+(i, i + hd/2) of a head, where Meta turns (2i, 2i + 1).  So each head has first its even rows, then
+its odd ones.
 """
 import re
 from functools import reduce
@@ -22,191 +24,342 @@ from .model import ModelArgs
 from .tokenizer import Tokenizer
 from .tokenizer_json import tokenizer_json
 
-CONFIG, INDEX, TOKENIZER = "config.json", ".index.json", "tokenizer.model"
+CONFIG = "config.json"
+INDEX = ".index.json"
+TOKENIZER = "tokenizer.model"
+# Meta's names of layers -> Hugging Face's: outside the blocks, and in a block.
 TOP = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-BLOCK = {"attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-         "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-         "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-SIZES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-         "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size", "intermediate_size": "multiple_of",
-         "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta", "max_position_embeddings": "max_seq_len"}
-DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048}
-FEATURES = {                     # what would make it another model, and the values that do not; null is always one
-    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-    "sliding_window": (), "quantization_config": (), "partial_rotary_factor": (1,), "rope_interleaved": (False,),
-    "tie_word_embeddings": (False, True),
-    "dtype": ("float32", "bfloat16", "float16", "float64"), "torch_dtype": ("float32", "bfloat16", "float16", "float64"),
-}
+BLOCK = {
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+# Keys of config.json -> fields of ModelArgs.  with_width makes multiple_of from the width.
+SIZES = {
+    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size",
+    "intermediate_size": "multiple_of", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+    "max_position_embeddings": "max_seq_len"}
+FRACTIONS = ("rms_norm_eps", "rope_theta")           # the sizes that need not be whole numbers
+DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+            "max_position_embeddings": 2048}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Keys that can make it another model -> the values that do not.  null never does.
+FEATURES = {
+    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+    "mlp_bias": (False,), "sliding_window": (), "quantization_config": (),
+    "partial_rotary_factor": (1,), "rope_interleaved": (False,),
+    "tie_word_embeddings": (False, True), "dtype": DTYPES, "torch_dtype": DTYPES}
 
 
-def theirs(name):
-    """Meta's name of a layer or a tensor -> Hugging Face's; what has none stays as it is."""
-    block, layer, weight = re.fullmatch(r"(layers\.\d+\.)?(.*?)(\.weight)?", name, re.S).groups(default="")
-    known = BLOCK if block else TOP
-    return f"{block and 'model.'}{block}{known[layer]}{weight}" if layer in known else name
+def hf_name(name: str) -> str:
+    """Return Hugging Face's name for Meta's name of a layer or a tensor.
 
-
-def ours(name):
-    """Hugging Face's name of a layer -> Meta's, or None."""
-    block, layer = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*)", name, re.S).groups(default="")
-    layer = {their: our for our, their in (BLOCK if block else TOP).items()}.get(layer)
-    return layer and block + layer
-
-
-def heads(name, args):
-    """How many heads the rows of a layer, named in Meta's way, belong to; None where RoPE turns nothing."""
-    return {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name.removesuffix(".weight").rpartition(".")[2])
-
-
-def as_pairs(rows, n_heads):
-    """Hugging Face's order of the rows (n_heads hd, ...) -> Meta's; n_heads None: no matter."""
-    return rows if n_heads is None else rows.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def as_halves(rows, n_heads):
-    """Meta's order of the rows (n_heads hd, ...) -> Hugging Face's; n_heads None: no matter."""
-    return rows if n_heads is None else rows.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def read_config(folder, max_seq_len=None):
-    """(ModelArgs, Tokenizer) from config.json and tokenizer.model in `folder`.
-
-    Raises FileNotFoundError, or ValueError for what is not JSON, does not fit, or names a feature we lack.
+    A name that Hugging Face does not have stays as it is.
     """
-    path, config = folder / CONFIG, {**DEFAULTS, **read_object(folder / CONFIG)}
-    if "model_type" not in config:
-        raise ValueError(f"{path} lacks model_type: is it a model's?")
-    for key, plain in FEATURES.items():
-        if config.get(key) is not None and config[key] not in plain:
-            known = f"; there is {', '.join(map(str, plain))}" if plain else ""
-            raise ValueError(f"{path}: {key} is {config[key]!r}, which this model does not know{known}")
-    for key in ("rope_scaling", "rope_parameters"):               # before transformers 5, and since
-        rope = config.get(key) or {}
-        if not isinstance(rope, dict) or any(value != "default" or name not in ("rope_type", "type")
-                                             for name, value in rope.items() if name != "rope_theta"):
-            raise ValueError(f"{path}: {key} is {rope!r}, which this model does not know; there is rope_type default")
-        config["rope_theta"] = rope.get("rope_theta", config["rope_theta"])
-    if missing := SIZES.keys() - config.keys():
-        raise ValueError(f"{path} lacks {sorted(missing)}")
-    for key in SIZES:
-        kind = (float, int) if key in ("rms_norm_eps", "rope_theta") else int
-        if not (config[key] is None and key == "num_key_value_heads") \
-                and (isinstance(config[key], bool) or not isinstance(config[key], kind)):
-            raise ValueError(f"{path}: {key} is {config[key]!r}, not a number of the right kind")
-    params = {our: config[their] for their, our in SIZES.items()}
+    parts = re.fullmatch(r"(layers\.\d+\.)?(.*?)(\.weight)?", name, re.S)
+    block, layer, weight = parts.groups(default="")
+    names = BLOCK if block else TOP
+    if layer not in names:
+        return name
+    prefix = f"model.{block}" if block else ""
+    return f"{prefix}{names[layer]}{weight}"
+
+
+def meta_name(name: str) -> str | None:
+    """Return Meta's name for Hugging Face's name of a layer; None for a name it does not have."""
+    parts = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.*)", name, re.S)
+    block, layer = parts.groups(default="")
+    names = BLOCK if block else TOP
+    for meta_layer, hf_layer in names.items():
+        if hf_layer == layer:
+            return block + meta_layer
+    return None
+
+
+def heads(name: str, args: ModelArgs) -> int | None:
+    """Return the number of heads in the rows of a layer that RoPE turns; None for other layers.
+
+    name: Meta's, of the layer or of its weight.
+    """
+    layer = name.removesuffix(".weight").rpartition(".")[2]
+    return {"wq": args.n_heads, "wk": args.n_kv_heads}.get(layer)
+
+
+def as_pairs(rows: torch.Tensor, n_heads: int | None) -> torch.Tensor:
+    """Return rows (n_heads hd, ...) in Meta's order, given Hugging Face's.
+
+    With n_heads None the order is the same, and so are the rows.
+    """
+    if n_heads is None:
+        return rows
+    return rows.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def as_halves(rows: torch.Tensor, n_heads: int | None) -> torch.Tensor:
+    """Return rows (n_heads hd, ...) in Hugging Face's order, given Meta's.
+
+    With n_heads None the order is the same, and so are the rows.
+    """
+    if n_heads is None:
+        return rows
+    return rows.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def read_config(folder: Path, max_seq_len: int | None = None) -> tuple[ModelArgs, Tokenizer]:
+    """Return (sizes, tokenizer) from config.json and tokenizer.model.
+
+    max_seq_len: by default the config's.
+    Raises FileNotFoundError, or ValueError for what is not JSON, does not fit, or names a feature
+    that this model lacks.
+    """
+    path = folder / CONFIG
+    config = DEFAULTS | read_object(path)
+    check_features(config, path)
+    config["rope_theta"] = rope_theta(config, path)
+    check_sizes(config, path)
+    params = {field: config[key] for key, field in SIZES.items()}
     params["max_seq_len"] = max_seq_len or params["max_seq_len"]
     params["tie_embeddings"] = bool(config.get("tie_word_embeddings"))
     if not (folder / TOKENIZER).is_file():
-        raise FileNotFoundError(f"no {TOKENIZER} in {folder}: sentencepiece is the one kind of tokenizer here, a "
-                                "tokenizer.json is another")
+        raise FileNotFoundError(f"no {TOKENIZER} in {folder}: the tokenizer must be a sentencepiece"
+                                " model; a tokenizer.json is of another kind")
     tokenizer = Tokenizer(folder / TOKENIZER)
     if params["vocab_size"] < tokenizer.vocab_size:
-        raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's {tokenizer.vocab_size}")
+        raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's "
+                         f"{tokenizer.vocab_size}")
     try:
         args = with_width(params)
-    except ValueError as error:                                   # which speaks of Meta's names
-        said = reduce(lambda text, size: re.sub(rf"\b{size[1]}\b", size[0], text), SIZES.items(), str(error))
-        raise ValueError(f"{path}: {said}") from error
-    if config.get("head_dim") not in (None, args.dim // args.n_heads):
-        raise ValueError(f"{path}: head_dim is {config['head_dim']!r}, which this model does not know; there is hidden_size / "
-                         f"num_attention_heads = {args.dim // args.n_heads}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {in_config_words(str(error))}") from error
+    head_dim = args.dim // args.n_heads
+    if config.get("head_dim") not in (None, head_dim):
+        raise ValueError(f"{path}: head_dim is {config['head_dim']!r}, which this model does not "
+                         f"know; there is hidden_size / num_attention_heads = {head_dim}")
     return args, tokenizer
 
 
-def with_width(params):
-    """ModelArgs whose hidden_dim is the intermediate_size in params["multiple_of"], by Meta's own formula.
+def check_features(config: dict, path: Path):
+    """Raise ValueError for a config of another kind of model, or of none."""
+    if "model_type" not in config:
+        raise ValueError(f"{path} lacks model_type: is it a model's?")
+    for key, accepted in FEATURES.items():
+        value = config.get(key)
+        if value is None or value in accepted:
+            continue
+        known = ""
+        if accepted:
+            known = f"; there is {', '.join(map(str, accepted))}"
+        raise ValueError(f"{path}: {key} is {value!r}, which this model does not know{known}")
 
-    What is rounded up to a multiple of the width is the width, if it was not more; else it is shrunk to that first.
-    Where 256 gives the same, as it does for LLaMA 2 7B and 13B, it is what Meta's own files say.
+
+def rope_theta(config: dict, path: Path) -> float:
+    """Return theta, which may stand among the parameters of RoPE.
+
+    Raises ValueError for a RoPE that scales its angles.
     """
-    width, args = params["multiple_of"], ModelArgs(**params)
+    theta = config["rope_theta"]
+    # transformers writes the second key since its version 5, and the first one before.
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        if not is_plain_rope(rope):
+            raise ValueError(f"{path}: {key} is {rope!r}, which this model does not know; there is "
+                             "rope_type default")
+        theta = rope.get("rope_theta", theta)
+    return theta
+
+
+def is_plain_rope(rope: object) -> bool:
+    """Return whether the parameters of RoPE name no other kind than the default."""
+    if not isinstance(rope, dict):
+        return False
+    for name, value in rope.items():
+        if name == "rope_theta":
+            continue
+        if name not in ("rope_type", "type") or value != "default":
+            return False
+    return True
+
+
+def check_sizes(config: dict, path: Path):
+    """Raise ValueError for sizes that are missing or are not numbers."""
+    missing = SIZES.keys() - config.keys()
+    if missing:
+        raise ValueError(f"{path} lacks {sorted(missing)}")
+    for key in SIZES:
+        value = config[key]
+        if value is None and key == "num_key_value_heads":
+            continue
+        types = (float, int) if key in FRACTIONS else int
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise ValueError(f"{path}: {key} is {value!r}, not a number of the right kind")
+
+
+def in_config_words(message: str) -> str:
+    """Return a message of ModelArgs with config.json's names in place of Meta's."""
+    for key, field in SIZES.items():
+        message = re.sub(rf"\b{field}\b", key, message)
+    return message
+
+
+def with_width(params: dict) -> ModelArgs:
+    """Return ModelArgs whose hidden_dim is the width in params["multiple_of"].
+
+    Meta's formula rounds a width up to a multiple of multiple_of.  With the wanted width itself as
+    multiple_of it gives just that, if the formula's own width is not larger; if it is larger, a
+    multiplier makes it smaller first.  Where a multiple_of of 256 gives the wanted width too, as
+    for LLaMA 2 7B and 13B, it is 256, as in Meta's own files.
+    """
+    width = params["multiple_of"]
+    args = ModelArgs(**params)
     if ModelArgs(**{**params, "multiple_of": 256}).hidden_dim == width:
         args.multiple_of = 256
-    elif args.hidden_dim != width:                                # half more, so that no rounding can take it below
-        args.ffn_dim_multiplier = (width + 0.5) / ModelArgs(**{**params, "multiple_of": 1}).hidden_dim
+    elif args.hidden_dim != width:
+        formula_width = ModelArgs(**{**params, "multiple_of": 1}).hidden_dim
+        # Half of one is added so that no rounding error takes the product below the width.
+        args.ffn_dim_multiplier = (width + 0.5) / formula_width
     return args
 
 
-def weight_files(folder):
-    """The paths of the files with the weights: one, or those that an index names.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files with the weights: one, or those that an index names.
 
-    safetensors before torch's own, as long as the package is there.  Raises FileNotFoundError or ValueError.
+    safetensors come before torch's own files if the package is installed, otherwise after.
+    Raises FileNotFoundError or ValueError.
     """
-    kinds = ["model" + SAFETENSORS, "pytorch_model.bin"]
-    for name in kinds if has_safetensors() else reversed(kinds):
+    names = ["model" + SAFETENSORS, "pytorch_model.bin"]
+    preferred = names if has_safetensors() else reversed(names)
+    for name in preferred:
         if (folder / name).exists():
             return [folder / name]
-        index = folder / (name + INDEX)
-        if index.exists():
-            shards = read_object(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-                raise ValueError(f"{index} has no weight_map of names to files")
-            for shard in sorted(set(shards.values())):
-                if shard in ("", ".", "..") or shard != PureWindowsPath(shard).name or shard != Path(shard).name:
-                    raise ValueError(f"{index} names {shard!r}, which is no file of this folder")
-                if not (folder / shard).exists():
-                    raise FileNotFoundError(f"no {shard} in {folder}, which {index.name} names")
-            return [folder / shard for shard in sorted(set(shards.values()))]
-    raise FileNotFoundError(f"no {kinds[0]} or {kinds[1]} in {folder}, nor an index of either")
+        if (folder / (name + INDEX)).exists():
+            return indexed_files(folder / (name + INDEX))
+    raise FileNotFoundError(f"no {names[0]} or {names[1]} in {folder}, nor an index of either")
 
 
-def read_weights(folder):
-    """{name: [tensor]}, names and rows as they are in the files, mapped: nothing is in memory until it is touched."""
+def indexed_files(index: Path) -> list[Path]:
+    """Return the files that an index names, each once.
+
+    Raises ValueError for names outside the index's folder, or FileNotFoundError.
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map of names to files")
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of names to files")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        # A file's name is its whole path, also as Windows would read it.
+        is_name = shard == Path(shard).name == PureWindowsPath(shard).name
+        if not is_name or shard in ("", ".", ".."):
+            raise ValueError(f"{index} names {shard!r}, which is not a file of this folder")
+        if not (index.parent / shard).exists():
+            raise FileNotFoundError(f"no {shard} in {index.parent}, which {index.name} names")
+    return [index.parent / shard for shard in shards]
+
+
+def read_weights(folder: Path) -> dict[str, list[torch.Tensor]]:
+    """Return {name: [tensor]}, with names and rows as they are in the files.
+
+    The files are mapped: nothing is in memory until it is used.
+    Raises FileNotFoundError or ValueError.
+    """
     pieces = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path).items():
             if name in pieces:
                 raise ValueError(f"{path} holds {name}, and another shard does too")
-            if not name.endswith("rotary_emb.inv_freq"):          # an old table: the model makes its own
+            if not name.endswith("rotary_emb.inv_freq"):     # an old table: the model makes its own
                 pieces[name] = [tensor]
     return pieces
 
 
-def drop_tied(pieces, args, folder):
-    """Take a second copy of a tied matrix out.  Raises ValueError where it is no copy: readers differ in which they take."""
-    copy, (table,) = pieces.get("lm_head.weight"), pieces.get("model.embed_tokens.weight", [None])
-    if args.tie_embeddings and copy and table is not None:
-        if not torch.equal(copy[0], table):
-            raise ValueError(f"{folder / CONFIG} ties lm_head.weight to model.embed_tokens.weight, but the weights differ")
-        del pieces["lm_head.weight"]
+def drop_tied(pieces: dict[str, list[torch.Tensor]], args: ModelArgs, folder: Path):
+    """Remove the second copy of a tied matrix.
 
-
-def save(state, args, tokenizer, folder, suffix, shard_bytes):
-    """Write a model's state, named and ordered in Meta's way, as a folder that transformers loads.
-
-    suffix: .safetensors or .bin.  A file holds up to shard_bytes; several get an index.  Raises ValueError where
-    a model is already: of two in one folder, readers take either.
+    Raises ValueError if it is not a copy: some readers would take one and some the other.
     """
-    stem = "model" if suffix == SAFETENSORS else "pytorch_model"
-    if old := [path.name for name in ("model*.safetensors*", "pytorch_model*.bin*") for path in folder.glob(name)]:
-        raise ValueError(f"{folder} holds a model already ({old[0]}); write to another folder")
-    shards, room = [], 0
-    for name, tensor in state.items():
-        if tensor.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= tensor.nbytes
-    where = {}
-    for i, names in enumerate(shards, 1):
-        file = f"{stem}-{i:05}-of-{len(shards):05}{suffix}" if len(shards) > 1 else f"{stem}{suffix}"
-        write_tensors(folder / file, {theirs(name): as_halves(state[name], heads(name, args)) for name in names})
-        where |= {theirs(name): file for name in names}
-    if len(shards) > 1:
-        write_json(folder / f"{stem}{suffix}{INDEX}", {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}, "weight_map": where})
-    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
-    special = {"unk_token": tokenizer.sp.unk_id(), "bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-    special = {key: tokenizer.sp.id_to_piece(i) for key, i in special.items()}
-    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.sp, special))
-    write_json(folder / "tokenizer_config.json", {    # the second and the third switch habits of transformers 4 off
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"], **special})
-    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    write_json(folder / "generation_config.json", ends)
+    output = pieces.get("lm_head.weight")
+    embeddings = pieces.get("model.embed_tokens.weight")
+    if not args.tie_embeddings or not output or not embeddings:
+        return
+    if not torch.equal(output[0], embeddings[0]):
+        raise ValueError(f"{folder / CONFIG} ties lm_head.weight to model.embed_tokens.weight, but "
+                         "the weights differ")
+    del pieces["lm_head.weight"]
+
+
+def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, folder: Path,
+         suffix: str, shard_bytes: int):
+    """Write a model as a folder that transformers loads.
+
+    state: named and ordered in Meta's way.  suffix: .safetensors or .bin.  shard_bytes: of a file
+    of weights, at most; several files get an index.
+    Raises ValueError if the folder holds a model already: readers would take either of the two.
+    """
+    old_files = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]
+    if old_files:
+        raise ValueError(f"{folder} holds a model already ({old_files[0].name}); write to another "
+                         "folder")
+    save_shards(state, args, folder, suffix, shard_bytes)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / "generation_config.json", ids)
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    write_json(folder / CONFIG, {                     # in the words of transformers 4, which 5 and others read too
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-        "mlp_bias": False, "rope_scaling": None, **{their: getattr(args, our) for their, our in SIZES.items()},
+    config = {                    # in the words of transformers 4, which 5 and others read too
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+    config |= {key: getattr(args, field) for key, field in SIZES.items()}
+    config |= {
         "intermediate_size": args.hidden_dim, "tie_word_embeddings": "output.weight" not in state,
-        "torch_dtype": str(dtype).removeprefix("torch."), **ends})
+        "torch_dtype": str(dtype).removeprefix("torch."), **ids}
+    write_json(folder / CONFIG, config)
+
+
+def save_shards(state: dict[str, torch.Tensor], args: ModelArgs, folder: Path, suffix: str,
+                shard_bytes: int):
+    """Write the tensors in one file or in several with an index, under Hugging Face's names."""
+    stem = "model" if suffix == SAFETENSORS else "pytorch_model"
+    shards = split_by_bytes(state, shard_bytes)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"{stem}{suffix}"
+        if len(shards) > 1:
+            file = f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
+        tensors = {}
+        for name in names:
+            tensors[hf_name(name)] = as_halves(state[name], heads(name, args))
+            weight_map[hf_name(name)] = file
+        write_tensors(folder / file, tensors)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        write_json(folder / f"{stem}{suffix}{INDEX}",
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def split_by_bytes(state: dict[str, torch.Tensor], shard_bytes: int) -> list[list[str]]:
+    """Return the names in order, in groups of at most shard_bytes; a larger tensor is alone."""
+    shards = []
+    bytes_left = 0
+    for name, tensor in state.items():
+        if tensor.nbytes > bytes_left:
+            shards.append([])
+            bytes_left = shard_bytes
+        shards[-1].append(name)
+        bytes_left -= tensor.nbytes
+    return shards
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path):
+    """Write tokenizer.model, tokenizer.json and tokenizer_config.json."""
+    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
+    ids = {"unk_token": tokenizer.sp.unk_id(), "bos_token": tokenizer.bos_id,
+           "eos_token": tokenizer.eos_id}
+    special = {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items()}
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.sp, special))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # The next two switch off habits of transformers 4.
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"], **special})

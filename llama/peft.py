@@ -15,7 +15,9 @@ from .files import (
     write_json,
     write_tensors,
 )
-from .huggingface import as_halves, as_pairs, heads, ours, theirs
+from .huggingface import as_halves, as_pairs, heads
+from .huggingface import hf_name as theirs
+from .huggingface import meta_name as ours
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."
 # Our method -> the flags by which PEFT has it.  LoRA-FA differs in training alone.

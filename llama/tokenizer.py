@@ -1,4 +1,5 @@
-"""Text to ids and back with sentencepiece, as LLaMA 2 has it: bos and eos are ids, never text; no pad id."""
+"""Text to ids and back with sentencepiece, as LLaMA 2 does it: bos and eos are ids, never text."""
+from collections.abc import Iterable
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -7,36 +8,53 @@ from sentencepiece import SentencePieceProcessor
 class Tokenizer:
     """A sentencepiece `tokenizer.model`, given as a path or as its bytes.
 
-    Raises FileNotFoundError, or ValueError when it is no sentencepiece model or has no bos or eos id.
+    Raises FileNotFoundError, or ValueError for what is not a sentencepiece model with a bos and an
+    eos id.
     """
 
-    def __init__(self, model):
-        name = "the tokenizer" if isinstance(model, bytes) else str(model)
+    def __init__(self, model: str | Path | bytes):
+        name = "the tokenizer"
         if not isinstance(model, bytes):
-            if not Path(model).is_file():
-                raise FileNotFoundError(f"no tokenizer at {model}: a sentencepiece tokenizer.model belongs there")
-            model = Path(model).read_bytes()
-        if not model:                                # sentencepiece takes b"" for "no model yet"
+            name = str(model)
+            path = Path(model)
+            if not path.is_file():
+                raise FileNotFoundError(f"no tokenizer at {path}: a sentencepiece tokenizer.model "
+                                        "belongs there")
+            model = path.read_bytes()
+        if not model:                                # sentencepiece would take b"" for no model yet
             raise ValueError(f"{name} is empty")
         try:
             self.sp = SentencePieceProcessor(model_proto=model)
-            self.sp.id_to_piece(list(range(len(self.sp))))       # not every piece that it takes is UTF-8
+            # sentencepiece loads models with pieces that are not UTF-8; reading them all finds out.
+            self.sp.id_to_piece(list(range(len(self.sp))))
         except (RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a sentencepiece model") from error
-        self.model = model                           # the file's bytes: a checkpoint takes its tokenizer along
+        self.model = model                           # the file's bytes, for save_checkpoint
         self.vocab_size = self.sp.get_piece_size()
-        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
+        self.bos_id = self.sp.bos_id()
+        self.eos_id = self.sp.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
-            raise ValueError(f"{name} has no bos or no eos id")
-        # LLaMA has no pad id, and -1 is no row of the embedding.  Any id serves: the causal mask hides
-        # padding on the right from every real token, and its labels are masked.
+            raise ValueError(f"{name} lacks a bos or an eos id")
+        # LLaMA has no pad id, and -1 is not a row of the embedding.  Any id serves: the causal mask
+        # hides padding on the right from every real token, and the labels of padding are masked.
         self.pad_id = self.eos_id
 
-    def encode(self, text, bos=False, eos=False):
-        """Text -> list of ids.  Special tokens come from the flags alone: "</s>" in the text stays text."""
-        return [self.bos_id] * bos + self.sp.encode(text) + [self.eos_id] * eos
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Return the ids of a text, with bos before and eos behind it if asked for.
 
-    def decode(self, ids):
-        """Ids -> text, all at once: token by token the spaces between words are lost.  Specials give no text,
-        nor does an id past the pieces: some models round their vocabulary up."""
+        Special tokens come from these flags alone: "</s>" in the text stays text.
+        """
+        ids = self.sp.encode(text)
+        if bos:
+            ids = [self.bos_id, *ids]
+        if eos:
+            ids = [*ids, self.eos_id]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, decoded together: one by one they would lose the spaces.
+
+        Special tokens give no text.  Neither do ids past the last piece, which a model can predict
+        if its vocab_size was rounded up.
+        """
         return self.sp.decode([i for i in ids if i < self.vocab_size])

@@ -1,41 +1,104 @@
-"""A sentencepiece model in the words of Hugging Face's tokenizers library: tokenizer.json."""
+"""Write a sentencepiece model as tokenizer.json, the file of Hugging Face's tokenizers library."""
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"                   # the character that stands for a space in sentencepiece's pieces
 
 
-def tokenizer_json(sp, special):
-    """A sentencepiece BPE model in the words of the tokenizers library, which transformers runs.
+def tokenizer_json(sp: SentencePieceProcessor, special: dict[str, str]) -> dict:
+    """Return the content of tokenizer.json for a sentencepiece BPE model.
 
-    sentencepiece joins two neighbours into the piece of the highest score, however that piece is made; here each way
-    to make a piece is a merge of its own, those of higher scores first.  transformers itself, given tokenizer.model
-    alone, forgets the scores, and LLaMA 2's runs of spaces come out otherwise.
+    special: the pieces of unk_token, bos_token and eos_token.
+    transformers can also read tokenizer.model itself, but then it forgets the pieces' scores and
+    splits LLaMA 2's runs of spaces differently.
+    Raises ValueError for a model that transformers would read differently.
     """
-    pieces = [sp.id_to_piece(i) for i in range(sp.get_piece_size())]
-    vocab, space = {piece: i for i, piece in enumerate(pieces)}, "\u2581"
-    plain = [i for i in vocab.values() if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
-    merges = [(pieces[i][:cut], pieces[i][cut:]) for i in sorted(plain, key=lambda i: -sp.get_score(i))
-              for cut in range(1, len(pieces[i])) if {pieces[i][:cut], pieces[i][cut:]} <= vocab.keys()]
-    reached = {first + second for first, second in merges}
-    # Pieces there although nothing makes them, found in the text as it is by then.
-    symbols = [pieces[i] for i in plain if len(pieces[i]) > 1 and pieces[i] not in reached and i in sp.encode(pieces[i])]
-    if any(sp.get_score(i) % 1 for i in plain) or not all(symbol.startswith(space) for symbol in symbols) \
-            or sp.encode("a  b ") == sp.encode("a b") or sp.encode("\ufb01") == sp.encode("fi"):
-        raise ValueError("this tokenizer.model has no form that transformers would read alike (it is no BPE, has symbols of its "
-                         "own, or changes the text first); convert with --to meta")
-    prefix = sp.encode("a", out_type=str)[0].startswith(space)            # whether a text gets a space before it
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    ordinary = [i for i in vocab.values()
+                if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))]
+    merges = make_merges(sp, ordinary, vocab)
+    symbols = find_symbols(sp, ordinary, merges)
+    check_is_readable(sp, ordinary, symbols)
+    begins_with_space = sp.encode("a", out_type=str)[0].startswith(SPACE)
+    normalizers = [replace(" ", SPACE)]
+    decoders = [replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if begins_with_space:
+        # sentencepiece puts a space before every text, and takes it away in decoding.
+        normalizers = [{"type": "Prepend", "prepend": SPACE}, *normalizers]
+        decoders = [*decoders, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
     bos = special["bos_token"]
-
-    def replace(old, new):
-        return {"type": "Replace", "pattern": {"String": old}, "content": new}
-
-    def template(*sequences):
-        return [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": name, "type_id": 0}} for name in sequences)]
     return {
         "version": "1.0", "pre_tokenizer": None,
-        "added_tokens": [{"id": vocab[piece], "content": piece, "special": piece not in symbols, "normalized": piece in symbols,
-                          "single_word": False, "lstrip": False, "rstrip": False} for piece in [*special.values(), *symbols]],
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": space}] * prefix + [replace(" ", space)]},
-        "post_processor": {"type": "TemplateProcessing", "single": template("A"), "pair": template("A", "B"),
-                           "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}},
-        "decoder": {"type": "Sequence", "decoders": [replace(space, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-                    + [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix},
-        "model": {"type": "BPE", "unk_token": special["unk_token"], "fuse_unk": True, "byte_fallback": True,
-                  "vocab": vocab, "merges": merges}}
+        "added_tokens": [added_token(vocab[piece], piece, piece in symbols)
+                         for piece in [*special.values(), *symbols]],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": after_bos(bos, "A"),
+            "pair": after_bos(bos, "A", "B"),
+            "special_tokens": {bos: {"id": bos, "ids": [vocab[bos]], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {"type": "BPE", "unk_token": special["unk_token"], "fuse_unk": True,
+                  "byte_fallback": True, "vocab": vocab, "merges": merges}}
+
+
+def make_merges(sp: SentencePieceProcessor, ordinary: list[int],
+                vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the pairs of pieces that make up a piece, those of the highest score first.
+
+    sentencepiece joins the neighbours that make the piece of the highest score, however that piece
+    is cut in two.  In tokenizer.json every such cut is a merge of its own.
+    """
+    merges = []
+    for i in sorted(ordinary, key=lambda i: -sp.get_score(i)):
+        piece = sp.id_to_piece(i)
+        for cut in range(1, len(piece)):
+            if piece[:cut] in vocab and piece[cut:] in vocab:
+                merges.append((piece[:cut], piece[cut:]))
+    return merges
+
+
+def find_symbols(sp: SentencePieceProcessor, ordinary: list[int],
+                 merges: list[tuple[str, str]]) -> list[str]:
+    """Return the pieces that sentencepiece finds in a text although no merge makes them."""
+    merged = {first + second for first, second in merges}
+    symbols = []
+    for i in ordinary:
+        piece = sp.id_to_piece(i)
+        if len(piece) > 1 and piece not in merged and i in sp.encode(piece):
+            symbols.append(piece)
+    return symbols
+
+
+def check_is_readable(sp: SentencePieceProcessor, ordinary: list[int], symbols: list[str]):
+    """Raise ValueError for a model that transformers would read differently."""
+    # In a BPE the scores are whole numbers: they count the merges.
+    is_bpe = all(sp.get_score(i) % 1 == 0 for i in ordinary)
+    # Runs of spaces are found in either library; transformers would look for others too early.
+    has_other_symbols = not all(symbol.startswith(SPACE) for symbol in symbols)
+    removes_spaces = sp.encode("a  b ") == sp.encode("a b")
+    replaces_letters = sp.encode("\ufb01") == sp.encode("fi")       # U+FB01 is fi as one letter.
+    if not is_bpe or has_other_symbols or removes_spaces or replaces_letters:
+        raise ValueError("transformers would read this tokenizer.model differently (it is not a "
+                         "BPE, has symbols of its own, or changes the text first); convert with "
+                         "--to meta")
+
+
+def replace(old: str, new: str) -> dict:
+    """Return the step that replaces a text, for normalizer and decoder."""
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def added_token(i: int, piece: str, is_symbol: bool) -> dict:
+    """Return the entry of a piece that is looked up in the text before any merge.
+
+    A symbol is ordinary text, found after normalising; a special token is neither.
+    """
+    return {"id": i, "content": piece, "special": not is_symbol, "normalized": is_symbol,
+            "single_word": False, "lstrip": False, "rstrip": False}
+
+
+def after_bos(bos: str, *sequences: str) -> list[dict]:
+    """Return the template of a text, or of a pair of texts, behind one bos."""
+    template = [{"SpecialToken": {"id": bos, "type_id": 0}}]
+    for sequence in sequences:
+        template.append({"Sequence": {"id": sequence, "type_id": 0}})
+    return template

@@ -1,4 +1,4 @@
-"""Adapters as a whole: put them into a model, switch them off, merge them, save and load them."""
+"""Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
 import os
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -8,111 +8,163 @@ import torch
 import torch.nn as nn
 
 from .layers import lora_layers
+from .lora_layer import LoRALayer
 from .methods import METHODS
 
 
 @dataclass
 class LoRAConfig:
-    """What rebuilds an adapter's layers; in a file it is this as a plain dict.
+    """The settings from which an adapter's layers can be rebuilt.  Adapter files hold it as a dict.
 
-    targets: last parts of module paths ("wq" is every ...wq), or "all" for each layer the method can wrap.
-    dropout: None for the method's default, which is 0.05 or, where it cannot have any, 0.
-    options: settings of the method's own, as its file in lora/ lists them; those not given get their defaults.
+    method: a name in METHODS.  r: the rank.  alpha: the scale of the update is alpha / r, unless
+    the method defines another.
+    dropout: a probability; None means the method's default, 0.05 or 0.
+    targets: last parts of module paths ("wq" selects every ...wq), or "all" for every layer that
+    the method can adapt.
+    init: how A starts, "kaiming" or "gaussian".
+    options: {name: value} of the method's own settings, which its file in lora/methods/ lists.
+    Those that are not given get their defaults.
     Raises ValueError for values out of range.
     """
     method: str = "lora"
     r: int = 16
     alpha: float = 32
-    dropout: float = None
-    targets: tuple = ("wq", "wv")
+    dropout: float | None = None
+    targets: tuple[str, ...] = ("wq", "wv")
     init: str = "kaiming"
     options: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         if self.method not in METHODS:
-            raise ValueError(f"unknown method {self.method!r}; there is {', '.join(METHODS)}")
-        kind = METHODS[self.method][nn.Linear]
-        self.dropout = kind.default_dropout if self.dropout is None else self.dropout
+            raise ValueError(f"unknown method {self.method!r}, must be one of {', '.join(METHODS)}")
+        layer = linear_layer(self.method)
+        if self.dropout is None:
+            self.dropout = layer.default_dropout
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f"init is {self.init!r}, must be kaiming or gaussian")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not is_number(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}, must be a whole number from 1")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, (int, float)) or not 0 < self.alpha <= 2 ** 53:
+        if not is_number(self.alpha) or not 0 < self.alpha <= 2 ** 53:
             raise ValueError(f"alpha is {self.alpha!r}, must be a number above 0 and at most 2^53")
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout!r}, must be from 0 to below 1")
-        if not self.targets or not all(isinstance(target, str) and target for target in self.targets):
+        if not self.targets or not all(isinstance(name, str) and name for name in self.targets):
             raise ValueError(f"targets are {self.targets!r}, must be names of layers")
         if not isinstance(self.options, dict):
             raise ValueError(f"options are {self.options!r}, must be a dict")
         try:
-            self.options = kind.settled(self.options)
-            kind.check(self)
+            self.options = layer.complete_options(self.options)
+            layer.check(self)
         except ValueError as error:
             raise ValueError(f"{self.method}: {error}") from error
 
 
-def method_options(method):
-    """{name: default} of the settings that are the method's own."""
-    return METHODS[method][nn.Linear].options
+def is_number(value, types=(int, float)) -> bool:
+    """Return whether `value` is of one of `types`; True and False are no numbers here."""
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
-def is_lora(name):
-    """Whether a parameter's full name is an adapter's."""
-    return name.rpartition(".")[2].startswith("lora_")
+def linear_layer(method: str) -> type[LoRALayer]:
+    """Return the method's layer for nn.Linear, which every method has.
+
+    It carries what belongs to the method as a whole: its options and its hooks.
+    """
+    return METHODS[method][nn.Linear]
 
 
-def kind_of(module):
-    """The type of layer that a method wraps: a quantised one stands for nn.Linear."""
-    return getattr(module, "stands_for", type(module))
+def method_options(method: str) -> dict:
+    """Return {name: default} of the settings that only this method has."""
+    return linear_layer(method).options
 
 
-def add_lora(model, config):
-    """Freeze `model`, wrap each layer that config.targets names, return the wrapped paths.
+def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Freeze `model`, wrap each layer that config.targets names, and return the wrapped paths.
 
-    Raises ValueError, with the model as it was, for a target that matches nothing or a layer the method has no
-    form for, an r that a layer is too small for, or a model that has an adapter already.
+    Raises ValueError, and leaves the model as it was, if a target matches no layer, if the method
+    cannot adapt a target, if r is too large for a layer, or if the model already has an adapter.
     """
     if lora_layers(model):
-        raise ValueError("the model has an adapter already; load_adapter swaps it")
-    kinds, config = METHODS[config.method], replace(config)          # a copy: a method may note there what it settles
-    wrappable = {path: module for path, module in model.named_modules() if path and kind_of(module) in kinds}
-    names = {path.rpartition(".")[2] for path in wrappable}
-    targets = names if names and "all" in config.targets else set(config.targets)
-    others = set().union(*METHODS.values()) - kinds.keys()            # what some method wraps and this one does not
-    for path, module in model.named_modules():
-        if kind_of(module) in others and path.rpartition(".")[2] in config.targets:
-            raise ValueError(f"{config.method} has no form for {path}, an nn.{type(module).__name__}")
-    if missing := targets - names:
-        raise ValueError(f"no layer named {', '.join(sorted(missing))} to adapt; there is {', '.join(sorted(names)) or 'none'}")
-    settings = dict(r=config.r, alpha=config.alpha, dropout=config.dropout, init=config.init, **config.options)
+        raise ValueError("the model already has an adapter; load_adapter replaces it")
+    config = replace(config)                 # A copy, because the method may update its options.
+    layer_classes = METHODS[config.method]
+    settings = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout,
+                "init": config.init, **config.options}
+    bases = find_targets(model, config)
     layers = {}
     with unchanged_on_error(model):
-        for path, base in wrappable.items():
-            if path.rpartition(".")[2] in targets:
-                try:
-                    layers[path] = kinds[kind_of(base)](base, **settings)
-                except ValueError as error:
-                    raise ValueError(f"{path}: {error}") from error
+        for path, base in bases.items():
+            try:
+                layers[path] = layer_classes[base_type(base)](base, **settings)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
     model.requires_grad_(False)
-    METHODS[config.method][nn.Linear].connect(list(layers.values()), config)
+    linear_layer(config.method).connect(list(layers.values()), config)
     for path, layer in layers.items():
-        model.set_submodule(path, layer.train(layer.base.training))      # else eval() before would leave dropout on
+        layer.train(layer.base.training)     # In eval mode, a new layer's dropout must be off too.
+        model.set_submodule(path, layer)
     model.lora_config = config
     return list(layers)
 
 
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """Return {path: layer} of the layers that config.targets names.
+
+    Raises ValueError for a target that the method cannot adapt or that matches no layer.
+    """
+    layer_classes = METHODS[config.method]
+    adaptable_by_any = set()
+    for base_types in METHODS.values():
+        adaptable_by_any.update(base_types)
+    adaptable = {}
+    for path, module in model.named_modules():
+        if base_type(module) in layer_classes:
+            if path:                                    # The model itself has no path.
+                adaptable[path] = module
+        elif base_type(module) in adaptable_by_any and last_part(path) in config.targets:
+            kind = type(module).__name__
+            raise ValueError(f"{config.method} cannot adapt {path}, an nn.{kind}")
+    names = {last_part(path) for path in adaptable}
+    if "all" in config.targets and adaptable:
+        return adaptable
+    targets = set(config.targets)
+    missing = targets - names
+    if missing:
+        wanted = ", ".join(sorted(missing))
+        present = ", ".join(sorted(names)) or "none"
+        raise ValueError(f"no layer named {wanted} to adapt; the model has {present}")
+    return {path: layer for path, layer in adaptable.items() if last_part(path) in targets}
+
+
+def base_type(module: nn.Module) -> type:
+    """Return the type under which methods know `module`: nn.Linear for a quantised layer."""
+    return getattr(module, "stands_for", type(module))
+
+
+def last_part(path: str) -> str:
+    """Return what follows the last dot of a module's or a parameter's path."""
+    return path.rpartition(".")[2]
+
+
+def is_lora(name: str) -> bool:
+    """Return whether a parameter or buffer of this full name belongs to an adapter."""
+    return last_part(name).startswith("lora_")
+
+
 @contextmanager
-def unchanged_on_error(model):
-    """Where the block raises ValueError the model gets its layers, its config and its trainable parameters back."""
-    held, config = lora_layers(model), getattr(model, "lora_config", None)
+def unchanged_on_error(model: nn.Module):
+    """Restore the model's layers, config and trainable parameters if the block raises ValueError.
+
+    The block gets {path: layer} of the adapter layers as they were before it.
+    """
+    layers = lora_layers(model)
+    config = getattr(model, "lora_config", None)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        yield held
+        yield layers
     except ValueError:
         remove_lora(model)
-        for path, layer in held.items():
+        for path, layer in layers.items():
             model.set_submodule(path, layer)
         model.lora_config = config
         for parameter, requires_grad in trainable:
@@ -120,121 +172,150 @@ def unchanged_on_error(model):
         raise
 
 
-def remove_lora(model):
-    """Take the adapter out again: each wrapped layer's base goes back to its place, frozen as it is."""
+def remove_lora(model: nn.Module):
+    """Put the base of each adapter layer back in its place.  The bases stay frozen."""
     for path, layer in lora_layers(model).items():
         model.set_submodule(path, layer.base)
 
 
-def mark_only_lora_as_trainable(model):
-    """requires_grad for the parameters that the adapter's method trains and for no other."""
+def mark_only_lora_as_trainable(model: nn.Module):
+    """Set requires_grad for exactly those parameters that the adapter's method trains."""
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(name not in layer.frozen)
 
 
-def begin_step(model, step, loss=None):
-    """Tell the adapter's layers that optimizer step `step` (from 1) begins; return what they note for the log.
+def begin_step(model: nn.Module, step: int, loss: float | None = None) -> dict:
+    """Tell the adapter's layers that optimizer step `step` begins; return {name: value} to log.
 
-    loss: the last step's, the same on all ranks.  Most methods have nothing to do here and note nothing.
+    Steps count from 1.  loss: of the step before, over all ranks of a distributed run; None before
+    the first.  Most methods do nothing here and log nothing.
     """
-    noted = {}
+    logged = {}
     for layer in lora_layers(model).values():
-        noted |= layer.begin_step(step, loss)
-    return noted
+        logged.update(layer.begin_step(step, loss))
+    return logged
 
 
-def follow_optimizer(model, optimizer):
-    """From now on tell the adapter's layers after each step of `optimizer`: a method may have more to move."""
+def follow_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
+    """Call the adapter layers' after_step after each step of `optimizer`.
+
+    Some methods then move tensors that the optimizer does not know.
+    """
     layers = list(lora_layers(model).values())
 
-    def after(*_):
+    def after_step(*_):
         for layer in layers:
             layer.after_step()
-    optimizer.register_step_post_hook(after)
+
+    optimizer.register_step_post_hook(after_step)
 
 
-def lora_state_dict(model):
-    """{name: tensor} of the adapter alone, with what of it is frozen."""
+def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return {name: tensor} of the adapter's own tensors, trained or frozen, without the base."""
     return {name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}
 
 
 class AdapterState:
-    """All of an adapter that training moves, for a run that is interrupted and goes on: as an optimizer has it.
+    """Everything of an adapter that training changes, to be saved and restored with a run.
 
-    load_state_dict raises ValueError, with the model as it was, where the adapter is another.
+    It has state_dict() and load_state_dict(), as an optimizer has.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
 
-    def state_dict(self):
-        return {"tensors": lora_state_dict(self.model),
-                "methods": {path: layer.state() for path, layer in lora_layers(self.model).items()}}
+    def state_dict(self) -> dict:
+        """Return the adapter's tensors and what its methods remember between steps."""
+        methods = {path: layer.state() for path, layer in lora_layers(self.model).items()}
+        return {"tensors": lora_state_dict(self.model), "methods": methods}
 
-    def load_state_dict(self, state):
-        own, tensors = self.state_dict(), state["tensors"]
-        if own["methods"].keys() != state["methods"].keys() or {name: tensor.shape for name, tensor in own["tensors"].items()} \
-                != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ValueError("the adapter's layers or their sizes are others")
-        self.model.load_state_dict(tensors, strict=False)            # the base is not in it
+    def load_state_dict(self, state: dict):
+        """Restore what state_dict returned.
+
+        Raises ValueError, and leaves the model as it was, if the state is of another adapter.
+        """
+        current = self.state_dict()
+        same_layers = current["methods"].keys() == state["methods"].keys()
+        if not same_layers or shapes(current["tensors"]) != shapes(state["tensors"]):
+            raise ValueError("the saved adapter has other layers or other sizes")
+        self.model.load_state_dict(state["tensors"], strict=False)      # The base is not in it.
         for path, layer in lora_layers(self.model).items():
             layer.load_state(state["methods"][path])
 
 
+def shapes(tensors: dict) -> dict:
+    """Return {name: shape} of {name: tensor}."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 @contextmanager
-def lora_disabled(model):
-    """Within the block `model` is its base, bit for bit.  Raises ValueError while the adapter is merged."""
+def lora_disabled(model: nn.Module):
+    """Switch the adapter off within the block, where `model` equals its base bit for bit.
+
+    Raises ValueError while the adapter is merged.
+    """
     layers = list(lora_layers(model).values())
     if any(layer.merged for layer in layers):
         raise ValueError("the adapter is merged into the weights; unmerge it first")
-    before = [layer.enabled for layer in layers]
+    enabled_layers = [layer for layer in layers if layer.enabled]
     try:
-        for layer in layers:
+        for layer in enabled_layers:
             layer.enabled = False
         yield model
     finally:
-        for layer, enabled in zip(layers, before):
-            layer.enabled = enabled
+        for layer in enabled_layers:
+            layer.enabled = True
 
 
-def merge_lora(model, keep_base=True):
-    """Merge every adapter layer into its base; return the share of the update that survived the rounding.
+def merge_lora(model: nn.Module, keep_base: bool = True) -> float:
+    """Merge each adapter layer into its base and return the share of the update that survived.
 
-    1.0 is all of it; in bf16 a small update can be lost nearly whole, because the weights' steps are larger
-    than it.  keep_base=False frees each weight that is replaced: then nothing can unmerge.  Raises ValueError when
-    there is nothing to merge or it is merged already.
+    1.0 means that all of it survived.  In bf16 a small update can be lost almost entirely, because
+    it is smaller than the distance between neighbouring values of a weight.
+    keep_base=False frees each weight that is replaced, so nothing can be unmerged.
+    Raises ValueError if there is no adapter, or if it is merged already or disabled.
     """
     layers = lora_layers(model).values()
-    if not layers or any(layer.merged for layer in layers):
-        raise ValueError("the adapter is merged already" if layers else "the model has no adapter to merge")
+    if not layers:
+        raise ValueError("the model has no adapter to merge")
+    if any(layer.merged for layer in layers):
+        raise ValueError("the adapter is already merged")
     if not all(layer.enabled for layer in layers):
         raise ValueError("the adapter is disabled; merge it outside of lora_disabled")
-    kept, whole = (sum(column) for column in zip(*[layer.merge(keep_base) for layer in layers]))
-    return kept / whole if whole else 1.0
+    products = [layer.merge(keep_base) for layer in layers]
+    survived = sum(product[0] for product in products)
+    total = sum(product[1] for product in products)
+    return survived / total if total else 1.0
 
 
 @torch.no_grad()
-def merge_report(model, tokens, remedy, keep_base=True):
-    """Merge the adapter and say in one line what that lost: of the update, and on the logits of `tokens` (B, T).
+def merge_report(model: nn.Module, tokens: torch.Tensor, remedy: str,
+                 keep_base: bool = True) -> str:
+    """Merge the adapter and return one line about what that lost.
 
-    remedy: the flag to name when less than half of the update survives.  Call it in eval mode: dropout moves logits too.
+    The line has the share of the update that survived and the change of the logits of `tokens`
+    (B, T).  remedy: the flag to recommend if less than half survived.
+    Call it in eval mode, because dropout would change the logits too.
     """
     before = model(tokens).float()
     share = merge_lora(model, keep_base)
-    moved = (model(tokens).float() - before).abs().max()
-    dtype = next(iter(lora_layers(model).values())).base.weight.dtype
-    return (f"merged: {100 * share:.1f} % of the update survives in {str(dtype).removeprefix('torch.')}; "
-            f"logits of up to {before.abs().max():.3g} move by up to {moved:.2g}"
-            + f"; WARNING, most of it is lost: use {remedy}, or keep the adapter apart" * (share < 0.5))
+    change = (model(tokens).float() - before).abs().max()
+    first_layer = list(lora_layers(model).values())[0]
+    dtype = str(first_layer.base.weight.dtype).removeprefix("torch.")
+    report = (f"merged: {100 * share:.1f} % of the update survives in {dtype}; "
+              f"logits of up to {before.abs().max():.3g} move by up to {change:.2g}")
+    if share < 0.5:
+        report += f"; WARNING, most of it is lost: use {remedy}, or keep the adapter apart"
+    return report
 
 
-def unmerge_lora(model):
-    """Undo merge_lora, bit for bit.  Raises ValueError when nothing is merged."""
+def unmerge_lora(model: nn.Module):
+    """Undo merge_lora, bit for bit.  Raises ValueError if no adapter is merged."""
     layers = lora_layers(model).values()
     if not layers or not all(layer.merged for layer in layers):
-        raise ValueError("no merged adapter to take out")
+        raise ValueError("the model has no merged adapter to unmerge")
     for layer in layers:
         layer.unmerge()
 
@@ -319,8 +400,8 @@ def load_adapter(model, source):
     model.load_state_dict(saved["tensors"], strict=False)        # the base's weights are not in this file
 
 
-def _name(origin):
-    """One base among others, for a message."""
+def _name(origin: dict) -> str:
+    """Return how a message refers to a base."""
     if not origin:
         return "one that does not say what it is"
     return f"{origin.get('folder')} ({origin.get('layers')} layers, {origin.get('init')})"

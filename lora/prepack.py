@@ -1,39 +1,51 @@
-"""Weights for generation on a CPU, laid out once as oneDNN multiplies them instead of anew in each product.
+"""Weights for generation on a CPU, stored once in the layout in which oneDNN multiplies them.
 
-In bf16 the numbers stay the same to the bit; in fp32 they are another kernel's, which sums in another order and on
-some CPUs is twice as fast as F.linear's.  These operators are torch's own, what its compiler uses for frozen weights.
+F.linear converts a weight to that layout in each product.  In bf16 the results stay the same to the
+bit.  In fp32 another kernel computes them: it sums in another order and is twice as fast on some
+CPUs.  The operators are torch's own; its compiler uses them for frozen weights.
 """
 import torch
 import torch.nn as nn
 
 from .quantize import QuantizedLinear
 
-ROWS = 128                     # tokens: asked for, but one layout serves all lengths
+TOKENS = 128                    # The operator asks for a number; its layout serves any number.
 
 
 class PrepackedLinear(QuantizedLinear):
-    """y = W x + b with W whole, frozen, in oneDNN's layout; no gradient.  x (..., d_in), in W's dtype -> (..., d_out)."""
+    """y = W x + b with a whole, frozen W in oneDNN's layout, and without gradients.
 
-    def __init__(self, linear):
+    x (..., d_in), in W's dtype -> y (..., d_out).  Adapters treat it as a quantised layer.
+    """
+
+    def __init__(self, linear: nn.Linear):
         super().__init__(linear)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        weight = linear.weight.detach()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
 
-    def dequantize(self, dtype):
-        return self.packed.to_dense().to(dtype)                  # the very weight
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.packed.to_dense().to(dtype)       # Exactly the weight that was packed.
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
-def prepack(model):
-    """Put a PrepackedLinear in the place of each nn.Linear of `model` on a CPU whose oneDNN multiplies that dtype.
+def prepack(model: nn.Module):
+    """Replace each nn.Linear of `model` that is on the CPU by a PrepackedLinear.
 
-    An output matrix tied to the embedding is held twice from then on.
+    Layers in a dtype that this CPU's oneDNN cannot multiply stay as they are.  If the output matrix
+    is tied to the embedding, this makes a second copy of it in memory.
     """
-    multiplied = {torch.float32} if torch.backends.mkldnn.is_available() else set()
-    if multiplied and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        multiplied.add(torch.bfloat16)
-    for path in [path for path, layer in model.named_modules() if type(layer) is nn.Linear]:
+    dtypes = set()
+    if torch.backends.mkldnn.is_available():
+        dtypes.add(torch.float32)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            dtypes.add(torch.bfloat16)
+    # A list of paths alone, so that each weight is freed as soon as its layer is replaced.
+    paths = [path for path, layer in model.named_modules() if type(layer) is nn.Linear]
+    for path in paths:
         layer = model.get_submodule(path)
-        if layer.weight.is_cpu and layer.weight.dtype in multiplied:
-            model.set_submodule(path, PrepackedLinear(layer).train(layer.training))     # an adapter follows its base
+        if layer.weight.is_cpu and layer.weight.dtype in dtypes:
+            packed = PrepackedLinear(layer)
+            packed.train(layer.training)              # An adapter added later takes this mode.
+            model.set_submodule(path, packed)

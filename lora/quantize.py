@@ -1,31 +1,75 @@
-"""Frozen weights in 8 or 4 bits, in plain torch: int8 by rows, and QLoRA's NF4 (Dettmers et al. 2023)."""
+"""Frozen weights in 8 or 4 bits: int8 per row, and the NF4 of QLoRA (Dettmers et al. 2023)."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-BLOCK = 64                     # weights that share a scale (QLoRA, section 3)
-SCALES = 256                   # scales that share a scale of their own: double quantisation
-TINY = 1e-30                   # instead of a largest magnitude of 0
+BLOCK = 64                      # Weights that share a scale (QLoRA, section 3).
+GROUP = 256                     # Scales that share a second scale (double quantisation).
+TINY = 1e-30                    # Replaces a largest magnitude of 0, to divide by.
 
 
-def nf4_levels():
-    """The 16 levels of NormalFloat4: quantiles of N(0, 1), evenly spaced in probability, scaled to [-1, 1].
+class QuantizedLinear(nn.Module):
+    """y = W x + b, with a frozen W in fewer bits.  x (..., d_in) -> y (..., d_out) in x's dtype.
 
-    7 below zero, 0 itself, 8 above it, so that zero is exact (QLoRA, section 3 and appendix E).  The outermost
-    probability lies between the two that 15 and 16 even steps would leave at the end.
+    A subclass keeps W in buffers and defines `dequantize`.  The buffer `like`, one number, has the
+    dtype and the device that the model computes with.  `weight` is W in that dtype, computed anew
+    on each access.
+
+    Quantise the weight that the file holds and cast the result with `.to(dtype)`.  Quantising a
+    weight that was cast before would give other codes.
     """
-    end = 1 - (1 / 30 + 1 / 32) / 2
-    above = torch.special.ndtri(torch.linspace(0.5, end, 9, dtype=torch.float64))
-    below = -torch.special.ndtri(torch.linspace(0.5, end, 8, dtype=torch.float64))
-    return (torch.cat([below[1:].flip(0), above]) / above[-1]).float()
+    kind = None                 # The name of the format, as in --quantize.
+    stands_for = nn.Linear      # The type of layer for which LoRA methods take this one.
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.register_buffer("like", linear.weight.detach().new_zeros(()))
+        self.bias = linear.bias
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return W (d_out, d_in), computed in fp32 and rounded to `dtype` once."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.dequantize(self.like.dtype)
+
+    def with_weight(self, weight: torch.Tensor) -> nn.Linear:
+        """Return a frozen nn.Linear with this weight and the same bias; a merge needs one."""
+        has_bias = self.bias is not None
+        linear = nn.Linear(self.in_features, self.out_features, has_bias, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def _apply(self, fn, recurse=True):
+        """Move all buffers to another device, but cast only `like` to another dtype.
+
+        Module.to and Module.half call this.  A cast would lose digits of codes and scales.
+        """
+        exact = dict(self.named_buffers(recurse=False))
+        del exact["like"]
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(self.like.device))
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = DequantizedProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias
 
 
-class Dequantized(torch.autograd.Function):
-    """F.linear(x, layer.weight) that keeps no weight: backward dequantises again, and the weight gets no gradient."""
+class DequantizedProduct(torch.autograd.Function):
+    """The product W x of a quantised layer.
+
+    No dequantised W is kept for the backward pass, which dequantises again.  W gets no gradient.
+    """
 
     @staticmethod
     def forward(ctx, x, layer):
-        ctx.layer, ctx.dtype = layer, x.dtype
+        ctx.layer = layer
+        ctx.dtype = x.dtype
         return F.linear(x, layer.dequantize(x.dtype))
 
     @staticmethod
@@ -33,128 +77,133 @@ class Dequantized(torch.autograd.Function):
         return grad @ ctx.layer.dequantize(ctx.dtype), None
 
 
-class QuantizedLinear(nn.Module):
-    """y = W x + b with W in fewer bits, frozen.  x (..., d_in) -> (..., d_out) in x's dtype.
-
-    A subclass keeps W as buffers and has `dequantize(dtype)` -> (d_out, d_in), made in fp32 and rounded once.  `like`,
-    one number, says in which dtype and on which device the model computes; `weight` is W in that dtype, made anew each
-    time.  Quantise what the file holds and cast then (`.to(dtype)`): cast before, other codes would come out.
-    """
-    kind = None                                                  # what --quantize calls it
-    stands_for = nn.Linear                                       # to whoever looks for layers to adapt
-
-    def __init__(self, linear):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.register_buffer("like", linear.weight.detach().new_zeros(()))
-        self.bias = linear.bias
-
-    @property
-    def weight(self):
-        return self.dequantize(self.like.dtype)
-
-    def with_weight(self, weight):
-        """An nn.Linear with this weight and the same bias, frozen: what a merged adapter leaves."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta").train(self.training)
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), self.bias
-        return linear
-
-    def _apply(self, fn, recurse=True):
-        """Moving goes for all buffers, casting (`model.half()`) for `like` alone: codes and scales would lose by it."""
-        held = {name: buffer for name, buffer in self.named_buffers(recurse=False) if name != "like"}
-        super()._apply(fn, recurse)
-        for name, buffer in held.items():
-            setattr(self, name, buffer.to(self.like.device))
-        return self
-
-    def forward(self, x):
-        y = Dequantized.apply(x, self)
-        return y if self.bias is None else y + self.bias
-
-
 class Int8Linear(QuantizedLinear):
-    """W[i, j] = q[i, j] * s[i]: whole numbers to 127 and one fp32 scale a row, its largest magnitude / 127.
+    """W[i, j] = q[i, j] * scale[i]: int8 codes within +-127 and one fp32 scale per row.
 
-    No weight is off by more than s[i] / 2.
+    The scale is the row's largest magnitude / 127.  No weight is off by more than half its scale.
     """
     kind = "int8"
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear):
         super().__init__(linear)
-        weight = linear.weight.detach().float()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
-        q = (weight / scale).round().to(torch.int8)
+        q, scale = int8_codes(linear.weight.detach().float(), dim=1)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
 
-    def dequantize(self, dtype):
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return (self.q * self.scale).to(dtype)
 
 
 class NF4Linear(QuantizedLinear):
-    """W in blocks of 64 along its rows laid end to end: W = levels[code] * s, two codes a byte, s the block's largest
-    magnitude, itself in 8 bits (double quantisation): s = mean + c * t, whole c to 127, one fp32 t for 256 blocks.
+    """W = levels[code] * s: one of 16 levels per weight and one scale s per block of 64 weights.
 
-    4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, 4.5 with `double` off.  No weight is off by more than half
-    the widest gap between levels, 0.152 of its block's s, and what rounding s to 8 bits adds.
+    The blocks run along the rows of W, laid end to end.  s is the block's largest magnitude.  Two
+    codes share a byte.  With `double`, s itself is stored in 8 bits (double quantisation):
+    s = mean + c * t, with int8 codes c within +-127 and one fp32 t per 256 blocks.
+
+    That makes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, or 4.5 without `double`.  No
+    weight is off by more than 0.152 s, half the widest gap between levels, plus what the rounding
+    of s to 8 bits adds.
     """
     kind = "nf4"
 
-    def __init__(self, linear, double=True):
+    def __init__(self, linear: nn.Linear, double: bool = True):
         super().__init__(linear)
-        weight = linear.weight.detach().float().flatten()
-        blocks = F.pad(weight, (0, -len(weight) % BLOCK)).view(-1, BLOCK)
-        scale = blocks.abs().amax(1)
-        levels = nf4_levels().to(weight.device)
+        blocks = rows_of(linear.weight.detach().float().flatten(), BLOCK)
+        largest = blocks.abs().amax(1)
         if double:
-            mean = scale.mean()
-            groups = F.pad(scale - mean, (0, -len(scale) % SCALES)).view(-1, SCALES)
-            t = groups.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
-            c = (groups / t).round().to(torch.int8)
-            self.register_buffer("c", c.flatten()[:len(scale)].clone())
+            mean = largest.mean()
+            c, t = int8_codes(rows_of(largest - mean, GROUP), dim=1)
+            self.register_buffer("c", c.flatten()[:len(largest)].clone())
             self.register_buffer("t", t.flatten())
             self.register_buffer("mean", mean)
         else:
-            self.register_buffer("s", scale)
-        codes = torch.bucketize(blocks / scale[:, None].clamp(min=TINY), (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
-        self.register_buffer("codes", codes.flatten()[::2] * 16 + codes.flatten()[1::2])
-        self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)      # of each byte: two levels
+            self.register_buffer("s", largest)
+        levels = nf4_levels().to(blocks.device)
+        midpoints = (levels[1:] + levels[:-1]) / 2
+        divisors = largest[:, None].clamp(min=TINY)
+        nearest = torch.bucketize(blocks / divisors, midpoints, out_int32=True)
+        codes = nearest.to(torch.uint8).flatten()
+        self.register_buffer("codes", codes[::2] * 16 + codes[1::2])
+        # The two levels of each possible byte.  They follow from nf4_levels, so no file holds them.
+        self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
 
-    def scales(self):
-        """(blocks,) fp32."""
+    def scales(self) -> torch.Tensor:
+        """Return the scale of each block, (blocks,) in fp32."""
         if hasattr(self, "s"):
             return self.s
-        return self.mean + self.c * self.t.repeat_interleave(SCALES)[:len(self.c)]
+        return self.mean + self.c * self.t.repeat_interleave(GROUP)[:len(self.c)]
 
-    def dequantize(self, dtype):
-        unit = F.embedding(self.codes.int(), self.pairs).view(-1, BLOCK)
-        weight = unit.mul_(self.scales()[:, None]).to(dtype)     # in place: what was just looked up is large enough
-        return weight.flatten()[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        units = F.embedding(self.codes.int(), self.pairs).view(-1, BLOCK)
+        # In place, because `units` is a new tensor and as large as the weight.
+        blocks = units.mul_(self.scales()[:, None]).to(dtype)
+        size = self.out_features * self.in_features
+        return blocks.flatten()[:size].view(self.out_features, self.in_features)
 
 
 KINDS = {layer.kind: layer for layer in (Int8Linear, NF4Linear)}
 
 
-def quantizer(kind):
-    """nn.Linear -> the frozen layer in its place; None for "none" or None.  Raises ValueError for a kind there is not."""
+def quantizer(kind: str | None) -> type[QuantizedLinear] | None:
+    """Return the class that turns an nn.Linear into a quantised layer, or None for "none" or None.
+
+    Raises ValueError for an unknown kind.
+    """
     if kind not in (None, "none", *KINDS):
-        raise ValueError(f"unknown quantisation {kind!r}; there is {', '.join(KINDS)}")
+        raise ValueError(f"unknown quantisation {kind!r}, must be none, {' or '.join(KINDS)}")
     return KINDS.get(kind)
 
 
-def dequantize(model):
-    """Put an nn.Linear with the very weight that was computed with in the place of each quantised layer."""
+def dequantize(model: nn.Module):
+    """Replace each quantised layer by an nn.Linear with exactly the weight it computes with."""
     for path, layer in list(model.named_modules()):
         if isinstance(layer, QuantizedLinear):
             model.set_submodule(path, layer.with_weight(layer.weight))
 
 
-def in_int8(tensors):
-    """({name: tensor}, {name: scale}): an adapter's A and B in int8, with one fp32 scale for each of the r terms of B A.
+def in_int8(tensors: dict) -> tuple[dict, dict]:
+    """Return ({name: tensor}, {name: scale}) of an adapter whose A and B are stored in int8.
 
-    What is neither stays as it is.  tensor * scale is off by half a scale at most.
+    Each of the r terms of B A has one fp32 scale in A and one in B: a row of A, a column of B.
+    All other tensors stay as they are.  tensor * scale differs from the original by at most half a
+    scale.
     """
-    scales = {name: tensor.float().abs().amax(int(not name.endswith("lora_B")), keepdim=True).clamp(min=TINY) / 127
-              for name, tensor in tensors.items() if name.endswith(("lora_A", "lora_B"))}
-    return {name: (tensor / scales[name]).round().to(torch.int8) if name in scales else tensor
-            for name, tensor in tensors.items()}, scales
+    stored = {}
+    scales = {}
+    for name, tensor in tensors.items():
+        if name.endswith("lora_A"):
+            stored[name], scales[name] = int8_codes(tensor, dim=1)
+        elif name.endswith("lora_B"):
+            stored[name], scales[name] = int8_codes(tensor, dim=0)
+        else:
+            stored[name] = tensor
+    return stored, scales
+
+
+def int8_codes(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return int8 codes within +-127 and fp32 scales: codes * scales approximates `values`.
+
+    All values along `dim` share a scale; the scales have size 1 in that dimension.
+    """
+    scales = values.float().abs().amax(dim, keepdim=True).clamp(min=TINY) / 127
+    return (values / scales).round().to(torch.int8), scales
+
+
+def rows_of(values: torch.Tensor, length: int) -> torch.Tensor:
+    """Return `values` (n,) as rows of `length` values, (rows, length); zeros fill the last row."""
+    zeros = -len(values) % length
+    return F.pad(values, (0, zeros)).view(-1, length)
+
+
+def nf4_levels() -> torch.Tensor:
+    """Return the 16 levels of NormalFloat4, (16,) in fp32, from -1 to 1.
+
+    They are quantiles of N(0, 1) at evenly spaced probabilities, scaled to [-1, 1].  7 are below
+    zero, 8 above it, and zero itself is exact (QLoRA, section 3 and appendix E).  The outermost
+    probability is midway between the outermost ones of 15 and of 16 even steps.
+    """
+    end = 1 - (1 / 30 + 1 / 32) / 2
+    above = torch.special.ndtri(torch.linspace(0.5, end, 9, dtype=torch.float64))
+    below = -torch.special.ndtri(torch.linspace(0.5, end, 8, dtype=torch.float64))
+    return (torch.cat([below[1:].flip(0), above]) / above[-1]).float()

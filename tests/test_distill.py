@@ -267,7 +267,7 @@ def test_what_cannot_teach_ends_in_one_line(run, tmp_path, capsys, tokenizer):
     save_checkpoint(teacher_of(tokenizer), Tokenizer(tokenizer.model.replace(longest, b"Z" * len(longest))), tmp_path / "other")
     (tmp_path / "teacher/args.json").write_text("{}")                            # as if a run had made it
     for flags, why in ((["--teacher", "other"], "400, others by name: distillation compares token by token"), (["--teacher", "wider"], "the same by name"),
-                       (["--distill-weight", "0.5"], "are about a --teacher"), (["--teacher-adapter", "a.pt"], "are about a --teacher"),
+                       (["--distill-weight", "0.5"], "need a --teacher"), (["--teacher-adapter", "a.pt"], "need a --teacher"),
                        (["--teacher", "nowhere"], "no checkpoint folder at nowhere"), (["--teacher", "base", "--teacher-adapter", "no.pt"], "no.pt"),
                        ([*run.teacher, "--distill-temperature", "1e-40"], "at least 0.01 and at most 1000"), ([*run.teacher, "--distill-weight", "1.1"], "at most 1"),
                        ([*run.teacher, "--out", "teacher", "--overwrite"], "teacher holds the teacher")):
@@ -347,7 +347,7 @@ def test_each_teacher_of_the_table_stays_what_its_students_were_told(base, data,
     assert len(taught) == 9 and all(own == teacher_s for own, teacher_s in taught)
 
 
-# ---- the student that is no transformer
+# ---- the student that is not a transformer
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recurrent_student_takes_packed_rows_as_it_takes_each_alone(kind):
@@ -435,7 +435,7 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
     whole = {"rnn": "lstm", "dim": 32, "n_layers": 2}
     for params, why in ((whole | {"rnn": "elman"}, "must be gru or lstm"), (whole | {"n_heads": 4}, "'n_heads', which this model does not know"),
                         ({"rnn": "lstm", "dim": 32}, "lacks ['n_layers']"), (whole | {"rnn": 3}, "rnn is 3"), (whole | {"dim": 0}, "dim is 0"),
-                        (whole, "no layer named wq, wv to adapt; there is output, tok_embeddings")):
+                        (whole, "no layer named wq, wv to adapt; the model has output, tok_embeddings")):
         (tmp_path / "lstm/params.json").write_text(json.dumps(params))
         with pytest.raises(SystemExit, match="2"):
             run("refused", "--checkpoint", "lstm", "--init", "random")
@@ -443,9 +443,9 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
         assert why in err and len(err.splitlines()) == 1
     with pytest.raises(SystemExit, match="2"):
         run("refused", "--checkpoint", "lstm", "--init", "random", "--targets", "output", "--quantize", "nf4")
-    assert capsys.readouterr().err == "train.py: lstm is no transformer: its blocks have no form in nf4\n"
+    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks have no form in nf4\n"
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):
             convert.main(["made", "converted", "--to", layout, *["--adapter", "a.pt"] * (layout == "peft")])
-        assert "made is no transformer" in capsys.readouterr().err
+        assert "made is not a transformer" in capsys.readouterr().err

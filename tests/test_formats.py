@@ -15,7 +15,7 @@ import generate
 import train
 from finetune import convert
 from llama import ModelArgs, Tokenizer, Transformer, checkpoint, huggingface, load_checkpoint, save_checkpoint
-from llama.huggingface import as_halves, as_pairs, ours, theirs, with_width
+from llama.huggingface import as_halves, as_pairs, hf_name, meta_name, with_width
 from llama.peft import adapter_at
 from lora import LoRAConfig, add_lora, load_adapter, lora_disabled, lora_state_dict, merge_lora, read_adapter, save_adapter
 from lora.adapter import lora_layers
@@ -141,8 +141,8 @@ def test_any_width_has_params_that_give_it():
 def test_names_go_there_and_back():
     with torch.device("meta"):
         names = [name.removesuffix(".weight") for name, _ in Transformer(ModelArgs(n_layers=12)).named_parameters()]
-    assert all(ours(theirs(name)) == name and theirs(name + ".weight") == theirs(name) + ".weight" for name in names)
-    assert ours("model.layers.0.norm") is ours("self_attn.q_proj") is ours("layers.0.attention.wq") is ours("wq") is None
+    assert all(meta_name(hf_name(name)) == name and hf_name(name + ".weight") == hf_name(name) + ".weight" for name in names)
+    assert meta_name("model.layers.0.norm") is meta_name("self_attn.q_proj") is meta_name("layers.0.attention.wq") is meta_name("wq") is None
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def test_transformers_runs_a_merged_folder(meta, tmp_path):
 
 def test_a_merge_says_what_it_lost_and_what_helps(base, tmp_path, capsys, monkeypatch):
     def save(model, *args):                                               # with one set of weights in memory
-        assert all(layer.own == (None,) for layer in lora_layers(model).values())
+        assert all(layer.original_base == (None,) for layer in lora_layers(model).values())
         save_checkpoint(model, *args)
     monkeypatch.setattr(convert, "save_checkpoint", save)
     model = trained_like(load_checkpoint(base)[0])
@@ -377,7 +377,7 @@ def test_generate_takes_a_peft_folder(base, tmp_path, monkeypatch, capsys):
     file = capsys.readouterr()
     generate.main(["--adapter", "peft", *asked])                          # it names its base
     folder = capsys.readouterr()
-    assert file.out == folder.out and "which may be of another base: PEFT does not say" in folder.err
+    assert file.out == folder.out and "whose base PEFT does not record" in folder.err
     generate.main(["--adapter", "none", "--checkpoint", "base", *asked])
     assert capsys.readouterr().out != file.out
     monkeypatch.setattr(sys, "stdin", io.StringIO(":adapter peft\nName a colour.\n"))
@@ -483,7 +483,7 @@ WEIGHTS = {"pytorch_model.bin": None}                           # a file to take
     ({"pytorch_model.bin": saved({"norm.weight": torch.ones(32)})}, "missing: lm_head.weight, model.embed_tokens.weight, "),
     ({**WEIGHTS, "pytorch_model.bin.index.json": b"{}"}, "pytorch_model.bin.index.json has no weight_map of names to files"),
     ({**WEIGHTS, "pytorch_model.bin.index.json": b'{"weight_map": {"a": 1}}'}, "has no weight_map of names to files"),
-    *[({**WEIGHTS, "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": name}}).encode()}, "which is no file of this folder")
+    *[({**WEIGHTS, "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": name}}).encode()}, "which is not a file of this folder")
       for name in ("../base/consolidated.00.pth", "/etc/passwd", "..", ".", "", "sub/a.bin", "..\\\\a.bin", "C:\\\\a.bin", "C:a.bin")],
     ({**WEIGHTS, "pytorch_model.bin.index.json": b'{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}'},
      "no pytorch_model-00001-of-00002.bin in"),
@@ -585,7 +585,7 @@ def test_a_conversion_that_cannot_be(refused, base, data, tmp_path, tokenizer, f
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave --method, --r, --alpha, --dropout, --targets out"),
+    (["--adapter", "peft", "--r", "8"], "--adapter brings its own settings; leave out --method, --r, --alpha, --dropout, --targets"),
     (["--adapter", "peft", "--method", "full"], "--adapter brings its own settings"),
     (["--adapter", "nowhere"], "no adapter file at nowhere"),
     (["--adapter", "other.pt"], "other.pt was trained on another base"),
@@ -636,7 +636,7 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, 
         **dict(model_type="bpe", vocab_size=300, byte_fallback=settings.get("model_type") != "unigram", remove_extra_whitespaces=False,
                normalization_rule_name="identity"), **settings})
     (base / "tokenizer.model").write_bytes(out.getvalue())
-    assert "has no form that transformers would read alike" in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
+    assert "transformers would read this tokenizer.model differently" in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
     run(base, base.parent / "new", "--to", "meta")
 
 

@@ -451,7 +451,7 @@ def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
 def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, base, capsys):
     with pytest.raises(SystemExit, match="2"):
         trained("--layers", "1")
-    assert "; out/adapter.pt was taken because it is there, --adapter none leaves it out" in capsys.readouterr().err
+    assert "; out/adapter.pt is the default because it is there, --adapter none runs without it" in capsys.readouterr().err
 
 
 def test_input_goes_into_the_prompt(trained):

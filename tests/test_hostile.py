@@ -324,13 +324,13 @@ def test_a_description_larger_than_any(refused, here, name):             # noqa:
 @pytest.mark.parametrize("name, changes, message", [
     ("base/params.json", dict(n_layers=9, dim=2 ** 20, n_heads=2 ** 12, vocab_size=2 ** 24), "the weights in base do not fit its params.json"),
     ("base/params.json", dict(n_layers=513), "n_layers is 513, must be 1 to 512"),
-    ("base/params.json", dict(ffn_dim_multiplier=1e-300), "ffn_dim_multiplier 1e-300 leaves SwiGLU no width"),
+    ("base/params.json", dict(ffn_dim_multiplier=1e-300), "ffn_dim_multiplier 1e-300 makes the width of SwiGLU 0"),
     ("base/params.json", dict(norm_eps=float("nan")), "norm_eps is nan"),
     ("base/params.json", {"x\x1b[2J" * 1000: 1}, "base/params.json has 'x\\x1b[2J"),
     ("hf/config.json", dict(hidden_size=2 ** 20, num_attention_heads=2 ** 12), "the weights in hf do not fit its config.json"),
     ("hf/config.json", dict(hidden_act=["\x1b[2J\n\u2028"] * 1000), "hidden_act is ['\\x1b[2J"),
-    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "../base/consolidated.00.pth"}), "'../base/consolidated.00.pth', which is no file of this folder"),
-    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "/etc/passwd"}), "'/etc/passwd', which is no file of this folder"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "../base/consolidated.00.pth"}), "'../base/consolidated.00.pth', which is not a file of this folder"),
+    ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "/etc/passwd"}), "'/etc/passwd', which is not a file of this folder"),
     ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "a\0b"}), "no a"),
     ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "a" * 5000}), "File name too long"),
     ("shards/pytorch_model.bin.index.json", dict(weight_map={"a": "tokenizer.model"}), "tokenizer.model is not a checkpoint of tensors"),
@@ -352,7 +352,7 @@ def test_values_that_are_no_numbers(refused, here, name):                # noqa:
     for line, value in zip(reads(name), (math.nan, math.inf, -math.inf)):
         next(iter(tensors.values())).view(-1)[-1] = value
         torch.save(content, here / name)
-        assert "holds values that are no finite numbers, in " in refused(*line)
+        assert re.search("holds values that are (not|no) finite numbers, in ", refused(*line))
 
 
 @pytest.mark.parametrize("other", [(4,), (), (2, 4, 1), (0, 4), (3, 4), (2, 5)])

@@ -204,11 +204,11 @@ def test_a_merge_says_what_survives():
 
 def test_calls_out_of_order_are_errors():
     model = adapted("wq")
-    for call, message in ((unmerge_lora, "no merged adapter"), (lambda m: add_lora(m, LoRAConfig()), "has an adapter already")):
+    for call, message in ((unmerge_lora, "no merged adapter"), (lambda m: add_lora(m, LoRAConfig()), "already has an adapter")):
         with pytest.raises(ValueError, match=message):
             call(model)
     merge_lora(model)
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         merge_lora(model)
     with pytest.raises(ValueError, match="unmerge it first"), lora_disabled(model):
         pass
@@ -262,7 +262,7 @@ def test_targets_are_whole_names():
 
 
 @pytest.mark.parametrize("config, message", [
-    (dict(targets=("wq",)), "no layer named wq to adapt; there is 0, 2, my_wq, words"),
+    (dict(targets=("wq",)), "no layer named wq to adapt; the model has 0, 2, my_wq, words"),
     (dict(targets=("0", "1")), "no layer named 1 "),
     (dict(targets=("0", "2"), r=4), "body.2: r is 4, must be 1 to 3"),
 ])
@@ -274,7 +274,7 @@ def test_what_cannot_be_added_leaves_the_model_alone(config, message):
 
 
 def test_a_bare_layer_has_no_place_to_be_swapped_in():
-    with pytest.raises(ValueError, match="there is none"):
+    with pytest.raises(ValueError, match="the model has none"):
         add_lora(nn.Linear(3, 3), LoRAConfig(r=1, targets="all"))
 
 
@@ -386,7 +386,7 @@ def test_a_merge_that_keeps_no_base_holds_one_set_of_weights_and_cannot_be_undon
     expected, before = model(TOKENS), [layer.base.weight for layer in lora_layers(model).values()]
     merge_lora(model, keep_base=False)
     assert torch.allclose(model(TOKENS), expected, atol=1e-4)
-    held = {id(tensor) for layer in lora_layers(model).values() for tensor in (layer.base.weight, *layer.own)}
+    held = {id(tensor) for layer in lora_layers(model).values() for tensor in (layer.base.weight, *layer.original_base)}
     assert not held & {id(tensor) for tensor in before}
-    with pytest.raises(ValueError, match="the base's own weights were not kept"):
+    with pytest.raises(ValueError, match="the base's original weights were not kept"):
         unmerge_lora(model)

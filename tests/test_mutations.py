@@ -17,13 +17,10 @@ import pytest
 from .helpers import ROOT
 
 LOSS = "loss_sum * ranks.size / window.n_answer"
-LOGITS = """
-    model(batch.tokens, rows=rows.to(batch.tokens.device, non_blocking=True), layout=batch.layout)
-"""
+LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
 NORM = "F.rms_norm(x, self.weight.shape, self.weight, self.eps)"
-WIDE = "torch.promote_types(like(self.base).dtype, torch.float32)"
 WRAPPING = """
-    parallel = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
 """
 
 # trap: (file, code, what stands there with the trap), compared as syntax trees, so that line breaks
@@ -38,11 +35,11 @@ MUTATIONS = {
     "not_divided": ("train.py", LOSS, "loss_sum * ranks.size / max(1, batch.n_answer)"),
     "leftover_window": (
         "train.py",
-        "loss = accumulate_gradients(parallel, job.loss_fn, window, precision, ranks)",
+        "loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)",
         """
         share = len(window.batches) / options.accumulation_steps
         loss_fn = lambda *each: (job.loss_fn(*each)[0] * share, None)
-        loss = accumulate_gradients(parallel, loss_fn, window, precision, ranks)
+        loss_share = accumulate_gradients(ddp_model, loss_fn, window, precision, ranks)
         """,
     ),
     "schedule_counts_windows": (
@@ -58,11 +55,11 @@ MUTATIONS = {
     ),
     "loss_without_a_graph": (
         "finetune/loss.py",
-        f"logits = {LOGITS.strip()}",
+        f"logits = {LOGITS}",
         f"""
         if not len(rows):
             return torch.zeros(()), 0
-        logits = {LOGITS.strip()}
+        logits = {LOGITS}
         """,
     ),
     "validation_by_batches": (
@@ -149,29 +146,31 @@ MUTATIONS = {
         "encode_prompt(example, self.tokenizer)",
         'encode_prompt(example, self.tokenizer) + self.tokenizer.encode("\\n")',
     ),
-    "alpha_over_r": ("lora/layers.py", "self.alpha / self.r", "self.alpha"),
+    "alpha_over_r": ("lora/lora_layer.py", "self.alpha / self.r", "self.alpha"),
     "alpha_and_r_lost": (
         "lora/adapter.py",
         'LoRAConfig(**content["config"])',
         'LoRAConfig(r=content["config"]["r"])',
     ),
     "merge_in_16_bit": (
-        "lora/layers.py",
-        "(own + delta).to(like(self.base).dtype)",
-        "own.to(like(self.base).dtype) + delta.to(like(self.base).dtype)",
+        "lora/lora_layer.py",
+        "(weight + delta).to(reference_tensor(self.base).dtype)",
+        """
+        weight.to(reference_tensor(self.base).dtype) + delta.to(reference_tensor(self.base).dtype)
+        """,
     ),
     "merge_drift": (
-        "lora/layers.py",
-        "self.own[0].to(self.base.weight)",
+        "lora/lora_layer.py",
+        "self.original_base[0].to(self.base.weight)",
         """
         with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))
         """,
     ),
     "double_merge": (
-        "lora/layers.py",
+        "lora/lora_layer.py",
         """
         if self.merged:
-            raise ValueError("the adapter is merged already; a second merge would add it twice")
+            raise ValueError("the adapter is already merged; a second merge would add it twice")
         """,
         "pass",
     ),
@@ -183,8 +182,8 @@ MUTATIONS = {
     ),
     "misspelt_target": (
         "lora/adapter.py",
-        "(missing := targets - names)",
-        "(missing := set() if targets & names else targets)",
+        "missing = targets - names",
+        "missing = set() if targets & names else targets",
     ),
     "dropout_on_the_base_path": (
         "lora/layers.py",
@@ -196,15 +195,15 @@ MUTATIONS = {
     ),
     "gqa_adapter_width": (
         "lora/layers.py",
-        "self.add_factors(base.in_features, base.out_features)",
-        "self.add_factors(base.in_features, base.in_features)",
+        "self.trainable_zeros(base.out_features, r)",
+        "self.trainable_zeros(base.in_features, r)",
     ),
     "tied_embeddings": (
-        "lora/layers.py",
+        "lora/lora_layer.py",
         "self.base = with_weight(self.base, merged)",
         "self.base.weight.data.copy_(merged)",
     ),
-    "adapter_in_16_bit": ("lora/layers.py", WIDE, "like(self.base).dtype"),
+    "adapter_in_16_bit": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "adapter_before_the_seed": ("train.py", "torch.manual_seed(job.options.seed)", "pass"),
     "reentrant_checkpointing": ("llama/model.py", "use_reentrant=False", "use_reentrant=True"),
     "copies_of_frozen_weights": (
@@ -217,7 +216,7 @@ MUTATIONS = {
         "enabled=is_16_bit and lora is None",
         "enabled=is_16_bit",
     ),
-    "unscaling_fp16_gradients": ("lora/layers.py", WIDE, "like(self.base).dtype"),
+    "unscaling_fp16_gradients": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "clip_before_unscale": ("train.py", "precision.scaler.unscale_(optimizer)", "pass"),
     "schedule_on_skipped_steps": ("train.py", "run.progress.taken", "step - 1"),
     "rope_tables_in_16_bit": (
@@ -247,7 +246,7 @@ MUTATIONS = {
     ),
     "stale_key_and_strictness": (
         "llama/checkpoint.py",
-        "check_keys(pieces, model, folder, file_name)",
+        "stored.check_keys(model)",
         "pass",
     ),
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
@@ -292,8 +291,8 @@ MUTATIONS = {
     ),
     "a_word_that_the_teacher_rules_out": (
         "finetune/distill.py",
-        "(self.head(seen).to(wide) / T).softmax(-1)",
-        "(self.head(seen).to(wide) / T).log_softmax(-1).exp() + 0 * self.head(seen)",
+        "(self.head(features).to(wide) / T).softmax(-1)",
+        "(self.head(features).to(wide) / T).log_softmax(-1).exp() + 0 * self.head(features)",
     ),
     "evaluation_through_the_wrapper": (
         "train.py",
@@ -302,7 +301,7 @@ MUTATIONS = {
                           precision.autocast, ranks.rank, ranks.size)
         """,
         """
-        functools.partial(evaluate, parallel, job.val_set, min(tokens_per_batch, TOKENS),
+        functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, TOKENS),
                           precision.autocast, ranks.rank, ranks.size)
         """,
     ),

@@ -6,7 +6,7 @@ import torch
 
 import train
 from llama import layout as packed
-from finetune.batches import ahead, DataCollatorForSupervisedDataset, fill, plan_epoch
+from finetune.batches import prefetch, DataCollatorForSupervisedDataset, fill, plan_epoch
 from finetune.loss import answer_loss
 from finetune.batches import pack
 from lora import LoRAConfig, add_lora
@@ -158,12 +158,12 @@ def test_a_rank_without_a_micro_batch_gets_a_masked_one():
 
 
 def test_made_ahead_is_the_same_and_errors_arrive():
-    assert list(ahead(range(5))) == list(range(5)) and list(ahead([])) == []
+    assert list(prefetch(range(5))) == list(range(5)) and list(prefetch([])) == []
 
     def broken():
         yield 1
         raise ValueError("a broken row")
-    items = ahead(broken())
+    items = prefetch(broken())
     assert next(items) == 1
     with pytest.raises(ValueError, match="a broken row"):
         next(items)

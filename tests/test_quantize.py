@@ -194,9 +194,9 @@ def test_merged_is_the_dequantised_weight_plus_the_update(kind, method):
 
 
 def test_what_moves_its_base_is_refused():
-    with pytest.raises(ValueError, match="layers.0.attention.wq: delta-lora moves the weight itself, which a quantised base cannot do"):
+    with pytest.raises(ValueError, match="layers.0.attention.wq: delta-lora moves the weight itself, so the base cannot be quantised"):
         add_lora(quantized("nf4"), LoRAConfig("delta-lora", r=2))
-    with pytest.raises(ValueError, match="unknown quantisation 'int4'; there is int8, nf4"):
+    with pytest.raises(ValueError, match="unknown quantisation 'int4', must be none, int8 or nf4"):
         quantizer("int4")
 
 
@@ -320,7 +320,7 @@ def test_train_goes_on_over_the_base_that_the_adapter_was_trained_over(run, base
 def test_full_fine_tuning_takes_no_quantised_base(capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(["--method", "full", "--quantize", "nf4"])
-    assert stopped.value.code == 2 and "--quantize nf4 is for a base that stays as it is" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--quantize nf4 needs a frozen base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -249,7 +249,7 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     before = contents(folder)
     argv = [*flags, "--out", folder, "--resume"]
     line = refused([*argv, "--lr", "0.02", "--epochs", "3", "--log-every", "5"], capsys)
-    assert f"{folder} was begun with --epochs 2, now 3; --lr 0.01, now 0.02: with that it would be another run" in line
+    assert f"{folder} was begun with --epochs 2, now 3; --lr 0.01, now 0.02: a resumed run cannot change this" in line
     assert "its steps would not hold the same examples" in refused([*argv, "--batch-size", "1"], capsys)
     open("other.json", "w").write(json.dumps(EXAMPLES[1:] + EXAMPLES[:1]))
     assert "the examples are not those" in refused([*argv, "--data", "other.json"], capsys)
@@ -259,7 +259,7 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     assert "it was begun over another base" in refused([*argv, "--checkpoint", "other"], capsys)
     content = torch.load(f"{folder}/state.pt", weights_only=True)
     torch.save({**content, "about": {**content["about"], "ranks": 2}}, f"{folder}/state.pt")
-    assert "each rank has random numbers of its own; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
+    assert "each rank has its own random numbers; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
     open(f"{folder}/state.pt", "wb").write(before["state.pt"])
     after = contents(folder)
     assert {**after, "args.json": None} == {**before, "args.json": None}
@@ -298,7 +298,7 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
     folder = half()
     for name in "state.pt", "state.previous.pt":
         open(f"{folder}/{name}", "wb").write(data[:1000])
-    assert "there is nothing to go on from, --overwrite begins anew" in refused([*flags, "--out", folder, "--resume"], capsys)
+    assert "no save can be read, --overwrite starts again" in refused([*flags, "--out", folder, "--resume"], capsys)
 
 
 def rows_of_another_run(path):
@@ -449,7 +449,7 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
     assert line.startswith("train.py: CUDA out of memory. Tried to allocate 20.00 GiB; try --")
     less = [float(size) for size in re.findall(r"by estimate ([\d.]+) MiB less", line)]
     assert less == sorted(less, reverse=True) and less[0] > 0
-    assert all(flag in line for flag in ("--batch-size 1 --accumulation-steps 2 (by", "--precision bf16 (by")) and "--resume goes on" in line
+    assert all(flag in line for flag in ("--batch-size 1 --accumulation-steps 2 (by", "--precision bf16 (by")) and "--resume continues" in line
     train.main([*flags, "--out", folder, "--resume"])
     assert left(folder) == left("whole")
 
@@ -505,7 +505,7 @@ def test_a_full_disk(flags, capfd):
             return honest(run, loss)
         assert child([*flags, "--out", "full", *["--resume"] * (step > 2)], lambda: setattr(Run, "sum_loss", less_room)) == 2
         line, = capfd.readouterr().err.splitlines()
-        assert line.startswith(f"train.py: {said}") and line.endswith("; what was saved is whole: --resume goes on from there")
+        assert line.startswith(f"train.py: {said}") and line.endswith("; the last save is intact: --resume continues from it")
         assert len(left("full")[0]) == (2 if step == 2 else step - 1)
     assert child([*flags, "--out", "full", "--resume"]) == 0
     assert left("full") == left("whole")
@@ -516,7 +516,7 @@ def test_a_rank_that_waits_for_one_that_is_gone_leaves_all_the_same(flags, monke
     lock = ctypes.create_string_buffer(64)                             # a mutex of libc, taken twice: NCCL's wait, in short
     pid = os.fork()
     if pid == 0:
-        signals.GRACE = 0.1
+        signals.GRACE_SECONDS = 0.1
         run = Run(parse_options([*flags, "--out", "stuck"]), Ranks(0, 2), pathlib.Path("stuck"), None, False)
         with signals.stop_after_step_on_signals(run):
             while True:
@@ -685,7 +685,7 @@ def test_torchrun_told_to_stop(two_ranks, place, monkeypatch):
         else:
             os.killpg(done.pid, signal.SIGKILL)
         out, error = done.communicate(timeout=40)
-        assert done.returncode != 0 and (blow == "all" or "told/state.pt; the same command with --resume goes on" in out), error
+        assert done.returncode != 0 and (blow == "all" or "told/state.pt; the same command with --resume continues" in out), error
         argv += ["--resume"] * (n == 0)
     done = torchrun(*argv)
     out, error = done.communicate(timeout=60)

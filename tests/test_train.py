@@ -12,7 +12,7 @@ from llama import load_checkpoint
 from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import read_examples, SupervisedDataset, load_datasets
 from finetune.options import parse_options
-from finetune.ranks import ALONE
+from finetune.ranks import SINGLE_PROCESS
 
 from .conftest import EXAMPLES
 
@@ -119,7 +119,7 @@ def test_bf16_stays_close_to_fp32(run, method):
 def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base):
     for flags, frozen in ((["--precision", "bf16"], {torch.bfloat16}), (["--precision", "fp32"], {torch.float32}),
                           (["--precision", "bf16", "--method", "full"], set())):
-        job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", *flags]), ALONE)
+        job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", *flags]), SINGLE_PROCESS)
         model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -234,7 +234,7 @@ def test_what_is_printed_next_runs(run, capsys, flags):
     run("named", *flags, "--max-steps", "1")
     said = capsys.readouterr().out.split("saved     ")[1].splitlines()[0]
     if "--init" in flags:
-        assert said.endswith("over random weights, which are not kept: a run to measure, not to generate with")
+        assert said.endswith("trained over random weights, which are not saved: generate.py cannot use it")
     else:
         generate.main([*said.split("python generate.py ")[1].split(), "--max-new-tokens", "1", "--instruction", "Say"])
 

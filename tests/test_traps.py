@@ -1,5 +1,5 @@
 """The ways in which fine-tuning code goes silently wrong, each as a short test: what it is, where it bit others, and,
-where that is short, the wrong way failing beside ours.  README.md's table is made of these docstrings;
+where that is short, the wrong way failing beside ours.  docs/traps.md's table is made of these docstrings;
 tests/test_mutations.py puts each trap back into our code and sees its test fail (pytest -m slow)."""
 import json
 import math
@@ -20,7 +20,7 @@ from finetune.distill import Distillation
 from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss
 from finetune.options import parse_options
-from finetune.ranks import ALONE
+from finetune.ranks import SINGLE_PROCESS
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
@@ -344,7 +344,7 @@ def test_adapter_file_that_holds_the_base(tmp_path):
 def test_misspelt_target():
     """A target that matches nothing is passed over as long as another matches.
     https://github.com/huggingface/peft/issues/1959"""
-    with pytest.raises(ValueError, match="no layer named q_proj to adapt; there is"):
+    with pytest.raises(ValueError, match="no layer named q_proj to adapt; the model has"):
         add_lora(tiny(), LoRAConfig(r=2, targets=("q_proj", "wv")))
 
 
@@ -413,7 +413,7 @@ def test_reentrant_checkpointing():
 def test_copies_of_frozen_weights(base):
     """Under autocast a frozen fp32 weight is copied to 16 bit at each use and kept until backward: LoRA takes more memory.
     https://github.com/MakazhanAlpamys/Soup/issues/339"""
-    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), SINGLE_PROCESS)
     ours, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     wrong = load_checkpoint(base, dtype=torch.float32)[0]
     add_lora(wrong, LoRAConfig(r=2))
@@ -428,7 +428,7 @@ def test_copies_of_frozen_weights(base):
 def test_norms_under_autocast(base):
     """CUDA's autocast gives norms out in fp32, so what an adapter reads is held twice as wide for nothing.
     https://github.com/AgileRL/AgileRL/issues/623"""
-    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), ALONE)
+    job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"]), SINGLE_PROCESS)
     model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
     for device in "cpu", "cuda":                                         # entered, no GPU is asked for anything
         assert not train.mixed_precision("bf16", torch.device(device), job.lora).autocast._enabled

@@ -1,4 +1,4 @@
-"""One file a method.  To delete a method, delete its file and the two lines here that name it."""
+"""One file per method.  To delete a method, delete its file and the two lines here that name it."""
 from .. import layers
 from . import delta_lora
 from . import dora
@@ -7,7 +7,8 @@ from . import lora_fa
 from . import rslora
 from . import vera
 
-METHODS = {                                          # name -> {base layer: adapter layer}
+# Name of the method: {type of base: adapter layer}.
+METHODS = {
     "lora": layers.LAYERS,
     "rslora": rslora.LAYERS,
     "lora-fa": lora_fa.LAYERS,

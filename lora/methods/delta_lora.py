@@ -1,4 +1,4 @@
-"""Delta-LoRA (Zi et al. 2023): after each step the weight itself moves by what the product B A has changed."""
+"""Delta-LoRA (Zi et al. 2023): each step also moves the weight, by the change of B A."""
 import math
 
 import torch
@@ -9,63 +9,79 @@ from ..layers import LoRALinear
 
 
 class DeltaLoRALinear(LoRALinear):
-    """y = W x + s B A x, and after optimizer step t > start: W += ratio * s (B' A' - B A)  (Delta-LoRA, algorithm 1).
+    """y = W x + s B A x; after step t > start also W += ratio * s (B' A' - B A)  (algorithm 1).
 
-    s = alpha / r, A and B before the step, A' and B' after it; W needs neither a gradient nor an optimizer's state.
+    s = alpha / r; A and B are from before the step, A' and B' from after it.  W needs no gradient
+    and no optimizer state.
+    base: nn.Linear with the weight W0 (d_out, d_in).  x (..., d_in) -> y (..., d_out).
 
-    base: nn.Linear (d_out, d_in).  lora_A (r, d_in) and lora_B (d_out, r) start as LoRA's, lora_W (d_out, d_in) at
-    the base's weight, so the layer equals its base to the bit until the first step.  Steps this small round away
-    in 16 bit, so lora_W is fp32 whatever the base is (a forward in 16 bit makes a copy and keeps it until backward,
-    unless its block is checkpointed), and it is saved with the adapter.  The base stays beside it,
-    untouched, so that the adapter can be switched off, unmerged and taken out.  x (..., d_in) -> (..., d_out).
+    lora_A (r, d_in) and lora_B (d_out, r) start as in LoRA, lora_W (d_out, d_in) starts as W0.  So
+    the layer equals its base to the bit until the first step.  lora_W is fp32 even over a 16-bit
+    base, because 16 bits would round steps this small away.  Adapter files hold lora_W.  A forward
+    in 16 bits copies it and keeps the copy until the backward pass, unless the block is
+    checkpointed.  W0 stays unchanged, so the adapter can be disabled, unmerged and removed.
 
-    Dropout would make dA and dB no gradient of s B A, which is what stands in for W's: the paper drops it.
+    The method takes the change of B A in place of W's gradient.  With dropout, dA and dB would not
+    be gradients of s B A, so the paper leaves dropout out.
 
-    All steps together telescope: W = W0 + ratio * s (B A - B_start A_start).  So the whole update has at most rank 2 r,
-    and from start 0 it is LoRA with (1 + ratio) s in the forward and s in the gradient.
+    All steps together give W = W0 + ratio * s (B A - B_start A_start), so the whole update has at
+    most rank 2 r.  With start 0 the method is LoRA whose scale is (1 + ratio) s in the forward pass
+    and s in the gradient.
 
-    options: ratio (the paper's lambda) and start (its K), the steps before W begins to move.
-    Raises ValueError for a quantised base, a dropout, a ratio that is not finite or a start below 0.
+    options: ratio, the paper's lambda; start, its K: the number of steps before W begins to move.
+    Raises ValueError for a quantised base, dropout, a ratio that is not finite, or a start below 0.
     """
     options = {"ratio": 2.0, "start": 10}
     default_dropout = 0.0
     frozen = ("lora_W",)
-    before = None                                                # A and B before this step, once W moves
+    factors_before = None       # A and B from before the step; None while W does not move yet.
 
     @classmethod
     def check(cls, config):
+        ratio = config.options["ratio"]
+        start = config.options["start"]
         if config.dropout:
-            raise ValueError(f"dropout is {config.dropout}, must be 0: delta-lora takes the change of B A for a gradient's")
-        if not math.isfinite(config.options["ratio"]) or config.options["start"] < 0:
-            raise ValueError(f"ratio is {config.options['ratio']} and start {config.options['start']}, "
-                             "must be a finite number and at least 0")
+            raise ValueError(f"dropout is {config.dropout}, must be 0: "
+                             "the change of B A takes the place of a gradient")
+        if not math.isfinite(ratio):
+            raise ValueError(f"ratio is {ratio}, must be finite")
+        if start < 0:
+            raise ValueError(f"start is {start}, must be at least 0")
 
-    def __init__(self, base, r, alpha, dropout=0.0, init="kaiming", **options):
-        if getattr(base, "kind", None):                           # prepack.py's is none: it holds its weight whole
-            raise ValueError("delta-lora moves the weight itself, which a quantised base cannot do")
+    def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0,
+                 init: str = "kaiming", **options):
+        if getattr(base, "kind", None):      # PrepackedLinear has none: its weight is whole.
+            raise ValueError("delta-lora moves the weight itself, so the base cannot be quantised")
         super().__init__(base, r, alpha, dropout, init, **options)
-        self.lora_W = nn.Parameter(base.weight.detach().to(self.lora_A.dtype, copy=True), requires_grad=False)
+        W = base.weight.detach().to(self.lora_A.dtype, copy=True)
+        self.lora_W = nn.Parameter(W, requires_grad=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged or not self.enabled:
             return self.base(x)
-        A, B = (factor.to(x.dtype) for factor in self.factors())
-        return F.linear(x, self.lora_W.to(x.dtype), self.base.bias) + self.scale * F.linear(F.linear(x, A), B)
+        A, B = self.factors()
+        y = F.linear(x, self.lora_W.to(x.dtype), self.base.bias)
+        return y + self.scale * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
 
     def begin_step(self, step, loss):
-        moves = step > self.settings["start"]
-        self.before = (self.lora_A.detach().clone(), self.lora_B.detach().clone()) if moves else None
+        self.factors_before = None
+        if step > self.settings["start"]:
+            self.factors_before = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         return {}
 
     @torch.no_grad()
     def after_step(self):
-        """B' A' - B A = (B' - B) A' + B (A' - A): exactly nothing where an overflow made the optimizer skip its step."""
-        if self.before:
-            A, B = self.before
+        """Add ratio * s (B' A' - B A) to W.
+
+        B' A' - B A is computed as (B' - B) A' + B (A' - A), which is exactly 0 where an overflow
+        made the optimizer skip its step.
+        """
+        if self.factors_before:
+            A, B = self.factors_before
             change = (self.lora_B - B) @ self.lora_A + B @ (self.lora_A - A)
             self.lora_W += self.settings["ratio"] * self.scale * change
 
-    def delta(self):
+    def delta(self) -> torch.Tensor:
         update = self.product()
         return self.lora_W.to(update.dtype) - self.base.weight.to(update.dtype) + update
 

@@ -1,94 +1,95 @@
-"""DyLoRA (Valipour et al. 2023): one adapter that has been trained to work at every rank up to r."""
-import random
-
+"""DyLoRA (Valipour et al. 2023): one adapter, trained to work at every rank up to r."""
 import torch.nn as nn
 
-from ..layers import LoRAEmbedding, LoRALayer, LoRALinear, lora_layers
-from .rank_by_loss import RankByLoss
+from ..layers import LoRAEmbedding, LoRALinear, lora_layers
+from .active_rank import RankByLoss, rank_by_chance
 
 
-class DyLoRA(LoRALayer):
-    """y = W0 x + (alpha / b) B[:, :b] A[:b] dropout(x), for an active rank b <= r (DyLoRA).
+class DyLoRA:
+    """y = W0 x + (alpha / b) B[:, :b] A[:b] dropout(x), with an active rank b <= r (DyLoRA).
 
-    Each training step has a b of its own, the same for all layers, so the first rows of A and columns of B learn
-    to do without the later ones.  Those take no part in that step; their gradient is zero, though Adam's momentum
-    still moves them.  Shapes and starting state are LoRA's: it equals its base to the bit until the first step.
+    Each training step has its own b, the same for all layers, so the first rows of A and columns of
+    B learn to work without the later ones.  The later ones take no part in the step: their gradient
+    is zero, although Adam's momentum still moves them.  Shapes and starting state are LoRA's: the
+    layer equals its base to the bit until the first step.  After training, `set_rank(model, b)`
+    chooses any rank up to r; merges and files use that rank.
 
-    Afterwards `set_rank(model, b)` chooses any rank there is; merge and file take the one that is chosen.
-
-    options: rank_by "chance": b is drawn uniformly from rank_min to r, by (seed, step) and nothing else;
-             rank_by "loss": `RankByLoss` moves it within the same bounds, and where it ends is the rank to use;
-             rank: the rank outside of training, 0 for r.
+    options: rank_by="chance" draws b uniformly from rank_min..r, by (seed, step) alone;
+    rank_by="loss" lets `RankByLoss` move b within rank_min..r, and its last b is the one to use;
+    rank is the b outside of training, and 0 means r.
     Raises ValueError unless 1 <= rank_min <= r and 0 <= rank <= r.
     """
     options = {"seed": 0, "rank_by": "chance", "rank_min": 1, "rank": 0}
+    step_rank = None            # The active rank of the current training step.
 
     @classmethod
     def check(cls, config):
-        own = config.options
-        if own["rank_by"] not in ("chance", "loss"):
-            raise ValueError(f"rank_by is {own['rank_by']!r}, must be chance or loss")
-        if not 1 <= own["rank_min"] <= config.r or not 0 <= own["rank"] <= config.r:
-            raise ValueError(f"rank_min is {own['rank_min']} and rank {own['rank']}, must be within r, {config.r}")
+        options = config.options
+        if options["rank_by"] not in ("chance", "loss"):
+            raise ValueError(f"rank_by is {options['rank_by']!r}, must be chance or loss")
+        for name, least in (("rank_min", 1), ("rank", 0)):
+            if not least <= options[name] <= config.r:
+                raise ValueError(f"{name} is {options[name]}, must be {least} to r, {config.r}")
 
     @classmethod
     def connect(cls, layers, config):
-        own = config.options
-        by_loss = RankByLoss(own["rank_min"], config.r)
+        controller = RankByLoss(config.options["rank_min"], config.r)
         for layer in layers:
-            layer.settings = own                                  # the very dict that is saved: one place for the rank
-            layer.by_loss = by_loss
-
-    drawn = None                                                  # the rank of this training step
+            layer.settings = config.options     # One dict for all, the one that files hold.
+            layer.controller = controller
 
     @property
-    def rank(self):
-        return self.drawn if self.training and self.drawn else self.settings["rank"] or self.r
+    def rank(self) -> int:
+        chosen = self.settings["rank"] or self.r
+        return self.step_rank if self.training and self.step_rank else chosen
 
     @property
-    def scale(self):
+    def scale(self) -> float:
         return self.alpha / self.rank
 
     def factors(self):
         return self.lora_A[:self.rank], self.lora_B[:, :self.rank]
 
     def merge(self, keep_base=True):
-        self.drawn = None                                         # a merge is of the chosen rank, not of the last step's
+        self.step_rank = None                   # Merge the chosen rank, not the last step's.
         return super().merge(keep_base)
 
     def begin_step(self, step, loss):
-        own = self.settings
-        if own["rank_by"] == "loss":
-            self.drawn = own["rank"] = self.by_loss(step, loss)
+        options = self.settings
+        if options["rank_by"] == "loss":
+            self.step_rank = options["rank"] = self.controller.next_rank(step, loss)
         else:
-            self.drawn = random.Random(f"{own['seed']}, {step}").randint(own["rank_min"], self.r)
-        return {"rank": self.drawn}
+            self.step_rank = rank_by_chance(options["seed"], step, options["rank_min"], self.r)
+        return {"rank": self.step_rank}
 
     def state(self):
-        return {"rank": self.settings["rank"], "by_loss": dict(vars(self.by_loss))}           # all layers share the two
+        return {"rank": self.settings["rank"], "by_loss": dict(vars(self.controller))}
 
     def load_state(self, state):
         self.settings["rank"] = state["rank"]
-        vars(self.by_loss).update(state["by_loss"])
+        vars(self.controller).update(state["by_loss"])
 
 
-def set_rank(model, b):
-    """Use rank b outside of training.  Raises ValueError where there is no such rank, or the adapter is merged."""
+def set_rank(model: nn.Module, b: int):
+    """Use rank b outside of training.  Raises ValueError for a wrong b or a merged adapter."""
     layers = [layer for layer in lora_layers(model).values() if isinstance(layer, DyLoRA)]
-    if not layers or not 1 <= b <= layers[0].r:
-        raise ValueError(f"no rank {b}: there is 1 to {layers[0].r}" if layers else "the model has no dylora adapter")
+    if not layers:
+        raise ValueError("the model has no dylora adapter")
+    if not 1 <= b <= layers[0].r:
+        raise ValueError(f"rank is {b}, must be 1 to {layers[0].r}")
     if layers[0].merged:
         raise ValueError("the adapter is merged into the weights; unmerge it first")
     for layer in layers:
-        layer.settings["rank"], layer.drawn = b, None
+        layer.settings["rank"] = b
+        layer.step_rank = None
 
 
 class DyLoRALinear(DyLoRA, LoRALinear):
-    """x (..., d_in) -> (..., d_out), over nn.Linear (d_out, d_in)."""
+    """x (..., d_in) -> y (..., d_out), over an nn.Linear with the weight (d_out, d_in)."""
 
 
 class DyLoRAEmbedding(DyLoRA, LoRAEmbedding):
-    """t (...) int64 -> (..., D), over nn.Embedding (V, D)."""
+    """t (...) int64 -> y (..., D), over an nn.Embedding with the weight (V, D)."""
 
 
 LAYERS = {nn.Linear: DyLoRALinear, nn.Embedding: DyLoRAEmbedding}
