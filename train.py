@@ -11,8 +11,6 @@ the loop does not branch on them.
 """
 import functools
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -23,12 +21,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from finetune.batches import prefetch, pack, plan_epoch, windows
+from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
-from finetune.distill import Distillation, check_teacher
+from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import INTERRUPTED, one_line_errors
 from finetune.evaluate import TOKENS, evaluate
-from finetune.hardware import DTYPES, Precision, peak_memory_mb, pick_hardware
+from finetune.hardware import (
+    DTYPES,
+    Precision,
+    check_compiler,
+    peak_memory_mb,
+    pick_hardware,
+)
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
 from finetune.pictures import picture_of
@@ -139,9 +143,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     """
     device, precision_name = pick_hardware(options.device, options.precision, ranks.local_rank,
                                       options.fast_matmul)
-    if options.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a "
-                         "CPU")
+    if options.compile:
+        check_compiler(device)
     base = read_params(options.checkpoint)
     model_args, tokenizer = base
     if options.teacher:
@@ -208,17 +211,10 @@ def make_plan(job: Job) -> list:
     """Return every optimizer step of the run: (epochs completed after it, example indices)."""
     options = job.options
     lengths = [len(tokens) for tokens, _ in job.train_set.rows]
-    plan = []
-    for epoch in range(options.epochs):
-        steps = plan_epoch(lengths, options.batch_size, options.accumulation_steps, options.seed,
-                           epoch, world_size=job.ranks.size,
-                           tokens_per_batch=options.tokens_per_batch)
-        for i, step in enumerate(steps, 1):
-            epochs_done = epoch + i / len(steps)
-            plan.append((epochs_done, step))
-        if options.max_steps and len(plan) >= options.max_steps:
-            break
-    return plan[:options.max_steps]
+    steps_of_epoch = functools.partial(
+        plan_epoch, lengths, options.batch_size, options.accumulation_steps, options.seed,
+        world_size=job.ranks.size, tokens_per_batch=options.tokens_per_batch)
+    return plan_run(steps_of_epoch, options.epochs, options.max_steps)
 
 
 def estimate_step_bytes(job: Job, **changes) -> int:
@@ -285,20 +281,8 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
     options = job.options
     if not options.teacher:
         return None
-    base_info = {}
-    adapter = None
-    if options.teacher_adapter:
-        teacher_args, _ = read_params(options.teacher)
-        adapter = adapter_at(options.teacher_adapter, teacher_args)
-        base_info = read_adapter(adapter)["base"] or {}
-    quantize = base_info.get("quantize", "none")
-    teacher, _ = load_checkpoint(options.teacher, base_info.get("layers"), job.precision.dtype,
-                                 device, options.max_seq_len, init,
-                                 convert=quantizer(quantize))
-    if adapter and init == "checkpoint":
-        load_adapter(teacher, adapter)
-    elif adapter:                                             # layers only, on the meta device
-        add_lora(teacher, read_adapter(adapter)["config"])
+    teacher = load_teacher(options.teacher, options.teacher_adapter, job.precision.dtype, device,
+                           options.max_seq_len, init)
     return Distillation(teacher, options.distill_temperature, options.distill_weight)
 
 

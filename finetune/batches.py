@@ -114,6 +114,20 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
     return steps
 
 
+def plan_run(steps_of_epoch: Callable, epochs: int, max_steps: int | None) -> list:
+    """Return every optimizer step of a run: (epochs completed after it, [rank][micro-batch][i]).
+
+    steps_of_epoch(epoch): the steps of an epoch, as plan_epoch returns them.
+    """
+    plan = []
+    for epoch in range(epochs):
+        steps = steps_of_epoch(epoch)
+        plan += [(epoch + i / len(steps), step) for i, step in enumerate(steps, 1)]
+        if max_steps and len(plan) >= max_steps:
+            break
+    return plan[:max_steps]
+
+
 def deal(items: list, n: int) -> list:
     """Return n lists, to which the items go in turn."""
     return [items[i::n] for i in range(n)]

@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from llama.checkpoint import sample_bytes
+from llama.checkpoint import load_checkpoint, read_params, sample_bytes
 from llama.model import ModelArgs
+from llama.peft import adapter_at
 from llama.tokenizer import Tokenizer
+from lora import add_lora, load_adapter, read_adapter
+from lora.quantize import quantizer
 
 from .batches import Batch
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
@@ -29,6 +32,29 @@ def check_teacher(teacher_folder: str | Path, teacher: tuple[ModelArgs, Tokenize
     raise ValueError(f"--teacher {teacher_folder} has {teacher_args.vocab_size} tokens and "
                      f"{student_folder} {student_args.vocab_size}, {names} by name: distillation "
                      "compares token by token; give both the same tokenizer.model and vocab_size")
+
+
+def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, device: torch.device,
+                 max_seq_len: int, init: str) -> nn.Module:
+    """Return the teacher with its adapter, in this dtype.
+
+    init: "checkpoint", or "random" for shapes on the meta device.
+    Raises FileNotFoundError or ValueError for files that do not fit.
+    """
+    content = None
+    base_info = {}
+    if adapter_path:
+        args, _ = read_params(folder)
+        content = adapter_at(adapter_path, args)
+        base_info = read_adapter(content)["base"] or {}
+    quantize = base_info.get("quantize", "none")
+    teacher, _ = load_checkpoint(folder, base_info.get("layers"), dtype, device, max_seq_len, init,
+                                 convert=quantizer(quantize))
+    if content and init == "checkpoint":
+        load_adapter(teacher, content)
+    elif content:                                    # layers only, on the meta device
+        add_lora(teacher, read_adapter(content)["config"])
+    return teacher
 
 
 def pieces(tokenizer: Tokenizer) -> list[str]:

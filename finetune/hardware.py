@@ -1,4 +1,6 @@
 """Device and precision: choices, defaults, and peak memory."""
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -48,6 +50,13 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device, precision or default_precision(device)
+
+
+def check_compiler(device):
+    """Raise ValueError if torch.compile lacks the C++ compiler that it needs for a CPU."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler (g++, or what CXX names) to compile for a "
+                         "CPU")
 
 
 def default_precision(device) -> str:

@@ -377,7 +377,7 @@ def test_generate_takes_a_peft_folder(base, tmp_path, monkeypatch, capsys):
     file = capsys.readouterr()
     generate.main(["--adapter", "peft", *asked])                          # it names its base
     folder = capsys.readouterr()
-    assert file.out == folder.out and "which may be of another base: PEFT does not say" in folder.err
+    assert file.out == folder.out and "whose base PEFT does not record" in folder.err
     generate.main(["--adapter", "none", "--checkpoint", "base", *asked])
     assert capsys.readouterr().out != file.out
     monkeypatch.setattr(sys, "stdin", io.StringIO(":adapter peft\nName a colour.\n"))
