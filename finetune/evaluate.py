@@ -1,70 +1,111 @@
-"""How well a model answers examples that it was not trained on, and whether an adapter does better than its base.
+"""How good are a model's answers to examples it was not trained on, and is the gain chance?
 
-Given answers are scored by their likelihood, exact and batched; answers of the model's own are written greedily.  All
-that is found is first a table of columns with a row an example, and every measure a function of the columns' sums: over
-all ranks, or over examples drawn again and again, which is what says how much of a difference is chance.
+Answers that are given are scored by their likelihood, exact and in batches; the model's own answers
+are generated greedily.  Each result is a table with one row per example.  Every measure is computed
+from column sums, so ranks and bootstrap samples use the same code.
 """
-import itertools
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os.path import commonprefix
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 
 from llama.layout import LEAST, Layout
 from llama.sampling import generate, room
+from llama.tokenizer import Tokenizer
 
 from .batches import split
-from .dataset import IGNORE, encode_example
+from .dataset import IGNORE, SupervisedDataset, encode_example
 from .loss import CHUNK
 from .ranks import sum_over_ranks
 
-MOST = 20                                            # answers, if there are no more, are classes
-TOKENS = 2048                                        # a forward
+MAX_CLASSES = 20                                     # With more different answers they are text.
+TOKENS = 2048                                        # per forward that scores answers
 BATCH = 8                                            # prompts that are answered at a time
 RESAMPLES = 2000
 
 
-def small_set(answers):
-    """The distinct ones of `answers`, sorted, if they are classes: 2 to 20, and two examples to each on average; else None."""
-    distinct = sorted(set(answers))
-    return distinct if 2 <= len(distinct) <= min(MOST, len(answers) / 2) else None
+class Question(NamedTuple):
+    """A prompt and the answers to score after it, all lists of ids."""
+    prompt: list
+    answers: list
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
 
 
-def class_answers(dataset, max_seq_len):
-    """The small set of answers (lists of ids) that a SupervisedDataset's are from; None if they are not, or not whole
-    and with room for every other one in their place."""
-    prompts, own = zip(*(parts(row) for row in dataset.rows))
-    choices = small_set([tuple(answer) for answer in own])
-    if choices and not dataset.cut and max(map(len, prompts)) + max(map(len, choices)) <= max_seq_len:
-        return [list(answer) for answer in choices]
+class Score(NamedTuple):
+    """log_p: of all tokens of an answer, in nats.  hits: how many are the model's first choice."""
+    log_p: float
+    hits: int
+
+
+def distinct_classes(answers: Sequence) -> list | None:
+    """Return the distinct answers in order, if they are classes; None otherwise.
+
+    Classes are 2 to MAX_CLASSES different answers, with two examples to each on average.
+    """
+    classes = sorted(set(answers))
+    if 2 <= len(classes) <= min(MAX_CLASSES, len(answers) / 2):
+        return classes
     return None
 
 
-def parts(row):
-    """(prompt, answer) of an encoded example (tokens, labels)."""
-    tokens, labels = row
-    begin = sum(label == IGNORE for label in labels)
-    return tokens[:begin], tokens[begin:]
+def class_answers(dataset: SupervisedDataset, max_seq_len: int) -> list[list[int]] | None:
+    """Return the answers of a dataset, as ids, if they are classes; None otherwise.
 
-
-def lay(asked):
-    """[(prompt, answers)], all lists of ids -> (tokens (1, N), Layout, places (M,), targets (M,)).
-
-    What all prompts begin with stands once, the rest of each once, and behind it the answers, each of which continues
-    that prompt alone.  targets are the answers' tokens, one answer behind another; places[m] is where targets[m] is
-    predicted: an answer's first token by the prompt's last.  Its own last, eos, predicts nothing and is not read.
+    Each must be whole, and each must fit behind every prompt.
     """
-    shared = commonprefix([prompt[:-1] for prompt, _ in asked]) if len(asked) > 1 else []
-    shared = shared if len(shared) >= LEAST else []
-    segments, above = ([(len(shared), ())], (0,)) if shared else ([], ())
-    tokens, places, targets = [*shared], [], []
-    for prompt, answers in asked:
-        tokens += prompt[len(shared):]
-        segments.append((len(prompt) - len(shared), above))
-        last, context = len(tokens) - 1, (*above, len(segments) - 1)
+    examples = [prompt_and_answer(row) for row in dataset.rows]
+    classes = distinct_classes([tuple(answer) for _, answer in examples])
+    if classes is None or dataset.cut:
+        return None
+    longest_prompt = max(len(prompt) for prompt, _ in examples)
+    longest_answer = max(map(len, classes))
+    if longest_prompt + longest_answer > max_seq_len:
+        return None
+    return [list(answer) for answer in classes]
+
+
+def prompt_and_answer(row: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+    """Return (prompt, answer) of an encoded example (tokens, labels)."""
+    tokens, labels = row
+    n_prompt = labels.count(IGNORE)
+    return tokens[:n_prompt], tokens[n_prompt:]
+
+
+def lay_out(questions: Sequence[Question]) -> tuple:
+    """Return (tokens (1, N), Layout, places (M,), targets (M,)) of one packed row.
+
+    What all prompts begin with stands once, the rest of each prompt once, and behind it its
+    answers, each of which continues that prompt alone.  targets: the tokens of one answer behind
+    another.  places[m]: where in the row targets[m] is predicted, for an answer's first token by
+    the prompt's last.  An answer's own last token, eos, predicts nothing and is left out.
+    """
+    shared = []
+    if len(questions) > 1:
+        shared = commonprefix([prompt[:-1] for prompt, _ in questions])
+    tokens = []
+    segments = []
+    beginning = ()                                   # the segments before each prompt's own part
+    if len(shared) >= LEAST:
+        tokens = [*shared]
+        segments = [(len(shared), ())]
+        beginning = (0,)
+    n_shared = len(tokens)
+    places = []
+    targets = []
+    for prompt, answers in questions:
+        tokens += prompt[n_shared:]
+        segments.append((len(prompt) - n_shared, beginning))
+        last_place = len(tokens) - 1
+        context = (*beginning, len(segments) - 1)
         for answer in answers:
-            places += [last, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            places += [last_place, *range(len(tokens), len(tokens) + len(answer) - 1)]
             targets += answer
             if len(answer) > 1:
                 tokens += answer[:-1]
@@ -72,170 +113,268 @@ def lay(asked):
     return torch.tensor([tokens]), Layout(segments), torch.tensor(places), torch.tensor(targets)
 
 
-def log_likelihoods(model, asked):
-    """[(prompt, answers)] -> for each answer, in order, (log p in nats of all its tokens, eos with them; how many of
-    them are the model's first choice where they stand).  One forward; fp32 log-sum-exp, fp64 sums."""
+def log_likelihoods(model: nn.Module, questions: Sequence[Question]) -> list[Score]:
+    """Return the Score of each answer of each question, in order, eos included.
+
+    All take one forward.  The log-sum-exp is in fp32 (or fp64), sums over tokens are in fp64.
+    """
     device = next(model.parameters()).device
-    tokens, layout, places, targets = lay(asked)
-    rows, where = places.unique(return_inverse=True)                       # what answers share is predicted once
-    logits = model(tokens.to(device), rows=rows.to(device), layout=layout.to(device))              # (R, V)
+    tokens, layout, places, targets = lay_out(questions)
+    # A place that several answers share is predicted once.
+    rows, row_of_place = places.unique(return_inverse=True)
+    logits = model(tokens.to(device), rows=rows.to(device), layout=layout.to(device))  # (R, V)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    total = torch.cat([chunk.to(wide).logsumexp(-1) for chunk in logits.split(CHUNK)])             # 16 bit would be wrong
-    where, targets = where.to(device), targets.to(device)
-    log_p = logits[where, targets].to(wide) - total[where]
-    first = logits.argmax(-1)[where] == targets
-    lengths = [len(answer) for _, answers in asked for answer in answers]
-    return [(p.sum().item(), n.sum().item()) for p, n in zip(log_p.cpu().double().split(lengths), first.cpu().split(lengths))]
+    totals = [chunk.to(wide).logsumexp(-1) for chunk in logits.split(CHUNK)]
+    total = torch.cat(totals)                                                          # (R,)
+    row_of_place = row_of_place.to(device)
+    targets = targets.to(device)
+    log_p = logits[row_of_place, targets].to(wide) - total[row_of_place]               # (M,)
+    is_hit = logits.argmax(-1)[row_of_place] == targets
+    lengths = []
+    for question in questions:
+        lengths += [len(answer) for answer in question.answers]
+    per_answer = zip(log_p.cpu().double().split(lengths), is_hit.cpu().split(lengths), strict=True)
+    return [Score(p.sum().item(), hits.sum().item()) for p, hits in per_answer]
 
 
-def grouped(asked, tokens):
-    """Indices into `asked`, in groups of up to so many tokens, or one alone; what begins alike comes together."""
-    groups, held = [], math.inf
-    for i in sorted(range(len(asked)), key=lambda i: asked[i][0]):
-        length = len(asked[i][0]) + sum(map(len, asked[i][1]))
-        if held + length > tokens:
+def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list[int]]:
+    """Return indices of the questions, in groups of up to max_tokens, or of one longer question.
+
+    Prompts with the same beginning stand together.
+    """
+    groups = []
+    n_tokens = math.inf                              # The first question opens the first group.
+    for i in sorted(range(len(questions)), key=lambda i: questions[i].prompt):
+        if n_tokens + questions[i].n_tokens > max_tokens:
             groups.append([])
-            held = 0
+            n_tokens = 0
         groups[-1].append(i)
-        held += length
+        n_tokens += questions[i].n_tokens
     return groups
 
 
 @torch.no_grad()
-def forced(model, rows, choices=None, tokens=TOKENS, autocast=nullcontext()):
-    """Encoded examples -> columns {name: (n,)} fp64 about their own answers, read as they are
-    (teacher forcing): "examples" (ones), "tokens" of the answer,
-    "nats" that they cost, and "hits", how many are the model's first choice.
+def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
+                  tokens: int = TOKENS,
+                  autocast: AbstractContextManager | None = None) -> dict[str, torch.Tensor]:
+    """Return a table {column: (n,) fp64} about the answers of n encoded examples, read as given.
 
-    choices: the answers (lists of ids) to compare for each; each example's own must be among them.  Then there is
-    "confusion" (n, C, C) too, with a one at [own, likeliest].  What a group of examples is makes no difference.
+    Its columns are "examples" (ones), "tokens" of the answer, "nats" that it costs, and "hits",
+    how many of its tokens are the model's first choice.
+    choices: answers (lists of ids) to compare for each example, whose own is one of them.  They add
+    the column "confusion" (n, C, C), with a one at [own answer, likeliest answer].
+    tokens: per forward; how the examples are grouped changes nothing but the speed.
     """
-    examples = [parts(row) for row in rows]
-    asked = [(prompt, choices or [own]) for prompt, own in examples]
-    columns = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("examples", "tokens", "nats", "hits")}
+    examples = [prompt_and_answer(row) for row in rows]
+    questions = [Question(prompt, choices or [answer]) for prompt, answer in examples]
+    n = len(examples)
+    table = {name: torch.zeros(n, dtype=torch.float64)
+             for name in ("examples", "tokens", "nats", "hits")}
     if choices:
-        columns["confusion"] = torch.zeros(len(rows), len(choices), len(choices), dtype=torch.float64)
-    for group in grouped(asked, tokens):
-        with autocast:
-            found = iter(log_likelihoods(model, [asked[i] for i in group]))
+        table["confusion"] = torch.zeros(n, len(choices), len(choices), dtype=torch.float64)
+    for group in group_questions(questions, tokens):
+        with autocast or nullcontext():
+            scores = iter(log_likelihoods(model, [questions[i] for i in group]))
         for i in group:
-            answers, own = asked[i][1], examples[i][1]
-            scores = list(itertools.islice(found, len(answers)))
-            right = answers.index(own)
-            for name, value in zip(columns, (1, len(own), -scores[right][0], scores[right][1])):
-                columns[name][i] = value
+            _, answer = examples[i]
+            answer_scores = [next(scores) for _ in questions[i].answers]
+            right = questions[i].answers.index(answer)
+            table["examples"][i] = 1
+            table["tokens"][i] = len(answer)
+            table["nats"][i] = -answer_scores[right].log_p
+            table["hits"][i] = answer_scores[right].hits
             if choices:
-                columns["confusion"][i, right, max(range(len(choices)), key=lambda k: scores[k][0])] = 1
-    return columns
+                log_p = [score.log_p for score in answer_scores]
+                table["confusion"][i, right, log_p.index(max(log_p))] = 1
+    return table
 
 
-def measures(sums):
-    """{measure: value} from columns summed over examples; axes before the columns' own (resamples) are kept.
+def measures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return {measure: value} from the sums of a table's columns.
 
-    Of the (C, C) counts [own, said]: accuracy; the mean over classes of F1 = 2 TP / (2 TP + FP + FN), those that are
-    neither there nor said left out; and Matthews correlation for any number of classes (R_K, Gorodkin 2004),
-    the usual one for two and 0 where only one class is there or said.
+    Axes before the columns' own are kept; bootstrap samples use one.
     """
-    loss = sums["nats"] / sums["tokens"]
-    found = {"loss": loss, "perplexity": loss.exp(), "token_accuracy": sums["hits"] / sums["tokens"]}
-    found |= {name: sums[name] / sums["examples"] for name in ("exact_match", "ended") if name in sums}
+    values = {}
+    values["loss"] = sums["nats"] / sums["tokens"]
+    values["perplexity"] = values["loss"].exp()
+    values["token_accuracy"] = sums["hits"] / sums["tokens"]
+    for name in ("exact_match", "ended"):
+        if name in sums:
+            values[name] = sums[name] / sums["examples"]
     if "confusion" in sums:
-        right = sums["confusion"].diagonal(dim1=-2, dim2=-1)
-        own, said, n, hits = sums["confusion"].sum(-1), sums["confusion"].sum(-2), sums["examples"], right.sum(-1)
-        together = n * hits - (own * said).sum(-1)
-        apart = (n ** 2 - (own ** 2).sum(-1)) * (n ** 2 - (said ** 2).sum(-1))
-        found |= {"accuracy": hits / n, "macro_f1": (2 * right / (own + said)).nanmean(-1),
-                  "mcc": torch.where(apart > 0, together / apart.sqrt(), 0.0)}
-    return found
+        values |= class_measures(sums["confusion"], sums["examples"])
+    return values
 
 
-def evaluate(model, dataset, tokens, autocast, rank=0, world_size=1):
-    """{"val_loss": nats per answer token} over the dataset, of which each rank takes its share, and, where its answers are
-    classes, "val_accuracy" and "val_mcc": sums over all by counts of all, whatever was computed with what.
+def class_measures(confusion: torch.Tensor, n: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return accuracy, macro F1 and Matthews correlation of confusion counts (..., C, C).
 
-    `model` is the bare one, not DDP's: the ranks may have different numbers of batches, and none waits for another.
+    confusion[..., i, k]: how often the answer is class i and the model chooses k.  n: their sum.
+    Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), without those that are neither an
+    answer nor chosen.  The correlation is R_K for any number of classes (Gorodkin 2004), the usual
+    one for two, and 0 where only one class is an answer, or only one is chosen.
+    """
+    right = confusion.diagonal(dim1=-2, dim2=-1)                               # (..., C)
+    expected = confusion.sum(-1)
+    chosen = confusion.sum(-2)
+    n_right = right.sum(-1)
+    covariance = n * n_right - (expected * chosen).sum(-1)
+    variances = (n ** 2 - (expected ** 2).sum(-1)) * (n ** 2 - (chosen ** 2).sum(-1))
+    return {"accuracy": n_right / n,
+            "macro_f1": (2 * right / (expected + chosen)).nanmean(-1),
+            "mcc": torch.where(variances > 0, covariance / variances.sqrt(), 0.0)}
+
+
+def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
+             autocast: AbstractContextManager, rank: int = 0,
+             world_size: int = 1) -> dict[str, float]:
+    """Return {"val_loss": nats per answer token} and, if the answers are classes, two more.
+
+    These are "val_accuracy" and "val_mcc".  Each rank takes its share of the dataset, and all get
+    the same values: the sums over all examples.  tokens: per forward.
+    model: the bare one, not DDP's.  Ranks may have different numbers of batches, so none may wait
+    for the others in a forward.
     """
     model.eval()
     choices = class_answers(dataset, model.args.max_seq_len)
-    columns = forced(model, dataset.rows[rank::world_size], choices, tokens, autocast)
+    table = score_answers(model, dataset.rows[rank::world_size], choices, tokens, autocast)
     model.train()
-    found = measures({name: sum_over_ranks(column.sum(0)) for name, column in columns.items()})
-    return {f"val_{name}": found[name].item() for name in ("loss", "accuracy", "mcc") if name in found}
+    values = measures({name: sum_over_ranks(column.sum(0)) for name, column in table.items()})
+    names = [name for name in ("loss", "accuracy", "mcc") if name in values]
+    return {f"val_{name}": values[name].item() for name in names}
 
 
 class Exam:
-    """Examples to score models on that are alike but for their weights.
+    """Examples to test models on that have the same tokenizer and context.
 
-    choices: texts to compare, by default the examples' own answers where these are a small set.  limit: tokens that a
-    greedy answer may take, and at most twice the longest of the examples'.
-    Raises ValueError for an answer that is not among the choices, or an example that is too long for max_seq_len.
+    choices: texts to compare as answers; by default the examples' own answers if they are classes.
+    limit: tokens of a greedy answer, at most; twice the longest of the examples' answers is a limit
+    too.  name: what an error calls the data.
+    Raises ValueError for an answer that is not among the choices, or an example that is too long.
     """
 
-    def __init__(self, examples, tokenizer, max_seq_len, choices=None, limit=128, name="the data"):
-        own = [example["output"] for example in examples]
-        self.examples, self.tokenizer, self.choices = examples, tokenizer, choices or small_set(own)
-        for n, answer in enumerate(own, 1):
-            if choices and answer not in choices:
-                raise ValueError(f"{name}, example {n}: its output {answer!r} is none of the choices {', '.join(map(repr, choices))}")
-        self.ids = [tokenizer.encode(choice, eos=True) for choice in self.choices or ()]
+    def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int,
+                 choices: Sequence[str] | None = None, limit: int = 128, name: str = "the data"):
+        answers = [example["output"] for example in examples]
+        if choices:
+            check_among(answers, choices, name)
+        self.examples = examples
+        self.tokenizer = tokenizer
+        self.choices = choices or distinct_classes(answers)
+        self.choice_ids = [tokenizer.encode(choice, eos=True) for choice in self.choices or ()]
         self.rows = [encode_example(example, tokenizer, None) for example in examples]
-        for n, (prompt, answer) in enumerate(map(parts, self.rows), 1):
-            if (longest := len(prompt) + max(map(len, (answer, *self.ids)))) > max_seq_len:
-                raise ValueError(f"{name}, example {n}: prompt and answer have {longest} tokens and the model takes {max_seq_len}")
-        self.limit = min(limit, 2 * max(len(parts(row)[1]) for row in self.rows))
+        encoded = [prompt_and_answer(row) for row in self.rows]
+        self.prompts = [prompt for prompt, _ in encoded]
+        self.answer_lengths = [len(answer) for _, answer in encoded]
+        longest_choice = max(map(len, self.choice_ids), default=0)
+        lengths = zip(map(len, self.prompts), self.answer_lengths, strict=True)
+        for n, (n_prompt, n_answer) in enumerate(lengths, 1):
+            total = n_prompt + max(n_answer, longest_choice)
+            if total > max_seq_len:
+                raise ValueError(f"{name}, example {n}: prompt and answer have {total} tokens and "
+                                 f"the model takes {max_seq_len}")
+        self.limit = min(limit, 2 * max(self.answer_lengths))
 
-    def about(self):
-        """What is known of the examples without a model."""
-        own = [example["output"] for example in self.examples]
-        known = {"examples": len(own), "answer_tokens": sum(len(parts(row)[1]) for row in self.rows), "limit": self.limit,
-                 "choices": self.choices}
+    def about(self) -> dict:
+        """Return what is known of the examples without a model."""
+        answers = [example["output"] for example in self.examples]
+        facts = {"examples": len(answers), "answer_tokens": sum(self.answer_lengths),
+                 "limit": self.limit, "choices": self.choices}
         if self.choices:
-            most = max(self.choices, key=own.count)
-            known["majority"] = {"answer": most, "accuracy": own.count(most) / len(own)}
-        return known
+            majority = max(self.choices, key=answers.count)
+            share = answers.count(majority) / len(answers)
+            facts["majority"] = {"answer": majority, "accuracy": share}
+        return facts
 
-    def take(self, model, said=lambda n: None):
-        """Columns of `forced`, and of the model's own answers "exact_match", to the letter but for space at the ends,
-        and ended, and "ended", by eos before the limit.  said(n) hears how many are done.  Raises ValueError where weights
-        have gone wrong."""
-        columns = forced(model, self.rows, self.ids)
-        if columns["nats"].isnan().any():
-            raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
-        exact, ended, pool = [], [], {}
-        for some in split(range(len(self.rows)), BATCH):
-            prompts, ids = [parts(self.rows[i])[0] for i in some], [[] for _ in some]
+    def take(self, model: nn.Module,
+             report: Callable[[int], None] | None = None) -> dict[str, torch.Tensor]:
+        """Return the table of score_answers with two more columns about the model's own answers.
+
+        These are "exact_match": it equals the example's, but for space at both ends, and it ended;
+        and "ended": by eos before the limit.
+        report(n) is called with the number of examples that are answered.
+        Raises ValueError for a model whose weights are broken.
+        """
+        table = score_answers(model, self.rows, self.choice_ids)
+        if table["nats"].isnan().any():
+            raise ValueError("the model's logits are not numbers: are its weights, or the "
+                             "adapter's?")
+        exact = []
+        ended = []
+        pool = {}                                    # Each answer makes guesses for later ones.
+        for indices in split(range(len(self.rows)), BATCH):
+            prompts = [self.prompts[i] for i in indices]
+            answers = [[] for _ in indices]
             for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):
-                ids[k].append(token)
-            ended += [len(answer) < left for answer, left in zip(ids, room(model, prompts, self.limit))]
-            exact += [self.tokenizer.decode(answer).strip() == self.examples[i]["output"].strip() for answer, i in zip(ids, some)]
-            said(len(ended))
-        ended = torch.tensor(ended, dtype=torch.float64)
-        return columns | {"exact_match": torch.tensor(exact, dtype=torch.float64) * ended, "ended": ended}
+                answers[k].append(token)
+            limits = room(model, prompts, self.limit)
+            for i, answer, limit in zip(indices, answers, limits, strict=True):
+                text = self.tokenizer.decode(answer)
+                exact.append(text.strip() == self.examples[i]["output"].strip())
+                ended.append(len(answer) < limit)
+            if report:
+                report(len(ended))
+        table["ended"] = torch.tensor(ended, dtype=torch.float64)
+        table["exact_match"] = torch.tensor(exact, dtype=torch.float64) * table["ended"]
+        return table
 
 
-def intervals(tables, seed=0, resamples=RESAMPLES):
-    """{name: columns} -> {name: {measure: [value, low, high]}}, and with a "base" and an "adapter" a "difference".
+def check_among(answers: Sequence[str], choices: Sequence[str], name: str):
+    """Raise ValueError for an answer that is not one of the choices."""
+    for n, answer in enumerate(answers, 1):
+        if answer not in choices:
+            raise ValueError(f"{name}, example {n}: its output {answer!r} is not one of the "
+                             f"choices {', '.join(map(repr, choices))}")
 
-    low and high hold the middle 95 % of what the measure is when as many examples are drawn from these, with replacement
-    (the percentile bootstrap, Efron & Tibshirani 1993, chapter 13).  The tables, and so the difference, see the same
-    draws: an example that is hard for both adds nothing to it.
+
+def intervals(tables: dict[str, dict[str, torch.Tensor]], seed: int = 0,
+              resamples: int = RESAMPLES) -> dict[str, dict[str, list]]:
+    """Return {name: {measure: [value, low, high]}} of tables by name.
+
+    Tables named "base" and "adapter" get a "difference" beside them.  low and high hold the middle
+    95 % of a measure over `resamples` samples, each of as many examples drawn with replacement (the
+    percentile bootstrap, Efron & Tibshirani 1993, chapter 13).  All tables see the same draws, so
+    an example that is hard for both adds nothing to the difference.
+    A value that is not a finite number is None.
     """
-    def measured(times):
-        """times (R, n): how often each example counts."""
-        found = {name: measures({column: torch.tensordot(times, values, 1) for column, values in columns.items()})
-                 for name, columns in tables.items()}
-        if found.keys() >= {"base", "adapter"}:
-            found["difference"] = {measure: value - found["base"][measure] for measure, value in found["adapter"].items()}
-        return found
-    n, generator = len(next(iter(tables.values()))["examples"]), torch.Generator().manual_seed(seed)
-    whole, drawn = measured(torch.ones(1, n, dtype=torch.float64)), []
-    for some in split(range(resamples), 100):
-        picked = torch.randint(n, (len(some), n), generator=generator)
-        times = torch.zeros(len(some), n, dtype=torch.float64)
-        drawn.append(measured(times.scatter_add_(1, picked, torch.ones_like(times))))
-    def line(name, measure):
-        draws = torch.cat([some[name][measure] for some in drawn])
-        ends = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-        entry = whole[name][measure].item(), *ends.tolist()
-        return [value if math.isfinite(value) else None for value in entry]              # JSON has no NaN
-    return {name: {measure: line(name, measure) for measure in found} for name, found in whole.items()}
+    any_table = next(iter(tables.values()))
+    n = len(any_table["examples"])
+    whole = weighted_measures(tables, torch.ones(1, n, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for numbers in split(range(resamples), 100):     # so that the weights need little memory
+        drawn = torch.randint(n, (len(numbers), n), generator=generator)
+        times_drawn = torch.zeros(len(numbers), n, dtype=torch.float64)
+        times_drawn.scatter_add_(1, drawn, torch.ones_like(times_drawn))
+        samples.append(weighted_measures(tables, times_drawn))
+    result = {}
+    for name, values in whole.items():
+        result[name] = {}
+        for measure, value in values.items():
+            draws = torch.cat([sample[name][measure] for sample in samples])
+            result[name][measure] = finite_or_none([value.item(), *middle_95_percent(draws)])
+    return result
+
+
+def weighted_measures(tables: dict[str, dict[str, torch.Tensor]],
+                      weights: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Return {name: {measure: (R,)}} for weights (R, n): how often each example counts."""
+    result = {}
+    for name, table in tables.items():
+        sums = {column: torch.tensordot(weights, values, 1) for column, values in table.items()}
+        result[name] = measures(sums)
+    if result.keys() >= {"base", "adapter"}:
+        base = result["base"]
+        result["difference"] = {measure: value - base[measure]
+                                for measure, value in result["adapter"].items()}
+    return result
+
+
+def middle_95_percent(draws: torch.Tensor) -> list[float]:
+    """Return [low, high]: 2.5 % of the draws lie below and 2.5 % above."""
+    return draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def finite_or_none(values: Iterable[float]) -> list[float | None]:
+    """Return the values, with None for one that is not finite: JSON has no NaN."""
+    return [value if math.isfinite(value) else None for value in values]

@@ -49,6 +49,7 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     stored = None
     if init == "checkpoint":
         stored = StoredWeights(folder, args)
+        args.tie_embeddings = stored.is_tied
     with torch.device("meta"):                       # sizes without memory
         model = RNN(args) if isinstance(args, RNNArgs) else Transformer(args)
     if stored:
@@ -155,7 +156,7 @@ class StoredWeights:
     """The weights in a folder's files, under the model's names.
 
     The files are mapped: nothing is in memory until it is used, and no pickled code runs.  A
-    tensor may be cut into pieces, one per shard.  `args.tie_embeddings` is set from what is there.
+    tensor may be cut into pieces, one per shard.  is_tied: the output matrix is the embedding's.
     Raises FileNotFoundError or ValueError.
     """
 
@@ -166,9 +167,10 @@ class StoredWeights:
         if self.is_huggingface:
             self.pieces = huggingface.read_weights(folder)
             huggingface.drop_tied(self.pieces, args, folder)
+            self.is_tied = args.tie_embeddings
         else:
             self.pieces = read_shards(folder)
-            args.tie_embeddings = "output.weight" not in self.pieces
+            self.is_tied = "output.weight" not in self.pieces
 
     def file_name(self, name: str) -> str:
         """Return what the files call a tensor of the model."""
@@ -202,7 +204,7 @@ class StoredWeights:
 
         dtype: None keeps the file's.  Raises ValueError for values that are not finite.
         """
-        if self.args.tie_embeddings and path == "output":
+        if self.is_tied and path == "output":
             return
         for name, parameter in layer.named_parameters(recurse=False):
             tensor = self.read(f"{path}.{name}", parameter.shape, dtype, device)

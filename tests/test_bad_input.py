@@ -138,7 +138,7 @@ def test_data_that_is_wrong(refused, base, tmp_path, content, message):
     (["--score", "--data", "examples.json", "--choices", "a,b,a"], "--choices a,b,a: give two answers or more, each once"),
     (["--score", "--data", "examples.json", "--choices", "a, "], "--choices a, : give two answers or more, each once"),
     (["--score", "--data", "examples.json", "--choices", "a,\udcff"], "argument --choices: is not UTF-8 text"),
-    (["--score", "--data", "examples.json", "--choices", "a,b"], "examples.json, example 1: its output 'blue ' is none of the choices 'a', 'b'"),
+    (["--score", "--data", "examples.json", "--choices", "a,b"], "examples.json, example 1: its output 'blue ' is not one of the choices 'a', 'b'"),
     (["--score", "--data", "examples.json", "--beams", "2"], "--score decodes greedily"),
 ])
 def test_generate(refused, base, data, tmp_path, flags, message):

@@ -19,7 +19,7 @@ from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_check
 from finetune.batches import Batch, DataCollatorForSupervisedDataset
 from finetune.dataset import IGNORE
 from finetune.distill import Distillation
-from finetune.evaluate import forced
+from finetune.evaluate import score_answers
 from finetune.loss import answer_loss, CHUNK
 from finetune.batches import pack
 from finetune.dataset import load_datasets
@@ -425,7 +425,7 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, tmp_p
     assert left("part") == left("whole")
     model, tokenizer = load_checkpoint("whole")
     assert isinstance(model, RNN) and model.origin["fingerprint"] != load_checkpoint("teacher")[0].origin["fingerprint"]
-    columns = forced(model, load_datasets(str(data), None, None, 512, 0, tokenizer)[0].rows)
+    columns = score_answers(model, load_datasets(str(data), None, None, 512, 0, tokenizer)[0].rows)
     assert (columns["nats"].sum() / columns["tokens"].sum()).item() == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
     assert load_checkpoint("whole", layers=1)[0].args.n_layers == 1
     generate.main(["--checkpoint", "whole", "--adapter", "none", "--instruction", "Say cold.", "--max-new-tokens", "3"])

@@ -1,4 +1,4 @@
-"""llama/evaluate.py: exact likelihoods in any batch, measures computed by hand, intervals that mean what they say.
+"""finetune/evaluate.py: exact likelihoods in any batch, measures computed by hand, intervals that mean what they say.
 
     pytest -s tests/test_evaluate.py        prints how much faster scoring is than the slow reference
 """
@@ -14,7 +14,8 @@ import finetune.evaluate as module
 import train
 from llama import load_checkpoint
 from finetune.dataset import encode_prompt, IGNORE, read_examples, SupervisedDataset
-from finetune.evaluate import class_answers, evaluate, Exam, forced, grouped, intervals, lay, log_likelihoods, measures, small_set
+from finetune.evaluate import (class_answers, distinct_classes, evaluate, Exam, group_questions, intervals, lay_out,
+                               log_likelihoods, measures, Question, score_answers)
 
 from .conftest import EXAMPLES, ROOT, tiny
 
@@ -39,7 +40,7 @@ def drawn(n=9, seed=0, beginning=()):
     asked = []
     for i in range(n):
         answers = [[*some(0, 6), 2] for _ in range(1 + i % 4)]
-        asked.append(([1, *beginning, *some(1, 30)], [*answers, [*answers[0][:-1], 7, 2]] if i % 3 else answers))
+        asked.append(Question([1, *beginning, *some(1, 30)], [*answers, [*answers[0][:-1], 7, 2]] if i % 3 else answers))
     return asked
 
 
@@ -48,12 +49,12 @@ def drawn(n=9, seed=0, beginning=()):
 def test_a_row_written_out_by_hand(monkeypatch):
     """Two prompts that both begin with 1 5, with two answers each; eos is predicted and never read."""
     monkeypatch.setattr(module, "LEAST", 2)
-    tokens, layout, places, targets = lay([([1, 5, 5, 6], [[8, 9, 2], [2]]), ([1, 5, 5], [[8, 2], [7, 2]])])
+    tokens, layout, places, targets = lay_out([Question([1, 5, 5, 6], [[8, 9, 2], [2]]), Question([1, 5, 5], [[8, 2], [7, 2]])])
     assert tokens.tolist() == [[1, 5, 5, 6, 8, 9, 5, 8, 7]]                    # a prompt's last token is never shared
     assert layout.segments == [(2, ()), (2, (0,)), (2, (0, 1)), (1, (0,)), (1, (0, 3)), (1, (0, 3))]
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 3] and layout.longest == 6
     assert places.tolist() == [3, 4, 5, 3, 6, 7, 6, 8] and targets.tolist() == [8, 9, 2, 2, 8, 2, 7, 2]
-    tokens, layout, places, _ = lay([([1, 5, 6], [[8, 9, 2]]), ([1, 5], [[8, 2]])])      # 1 alone is less than LEAST
+    tokens, layout, places, _ = lay_out([Question([1, 5, 6], [[8, 9, 2]]), Question([1, 5], [[8, 2]])])      # 1 alone is less than LEAST
     assert tokens.tolist() == [[1, 5, 6, 8, 9, 1, 5, 8]] and places.tolist() == [2, 3, 4, 6, 7]
     assert layout.segments == [(3, ()), (2, (0,)), (2, ()), (1, (2,))]
 
@@ -62,7 +63,7 @@ def test_a_row_written_out_by_hand(monkeypatch):
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_likelihoods_equal_the_slow_reference(dtype, off, beginning):
     model = tiny(n_kv_heads=2).to(dtype)
-    asked = [(prompt, [*answers, [model(torch.tensor([prompt]))[0, -1].argmax().item(), 2]]) for prompt, answers in drawn(beginning=beginning)]
+    asked = [Question(prompt, [*answers, [model(torch.tensor([prompt]))[0, -1].argmax().item(), 2]]) for prompt, answers in drawn(beginning=beginning)]
     expected = [slow(model, prompt, answer) for prompt, answers in asked for answer in answers]
     found = log_likelihoods(model, asked)
     assert [hits for _, hits in found] == [hits for _, hits in expected]
@@ -76,24 +77,24 @@ def test_probabilities_of_all_answers_add_up_to_one():
     """Of a vocabulary of 5 every answer of up to two tokens, and every beginning of two others."""
     model = tiny(vocab_size=5)
     answers = [[2], *([a, 2] for a in (0, 1, 3, 4)), *([a, b] for a in (0, 1, 3, 4) for b in (0, 1, 3, 4))]
-    assert sum(math.exp(p) for p, _ in log_likelihoods(model, [([1, 3], answers)])) == pytest.approx(1, abs=1e-6)
+    assert sum(math.exp(p) for p, _ in log_likelihoods(model, [Question([1, 3], answers)])) == pytest.approx(1, abs=1e-6)
 
 
 def test_a_prompt_is_computed_once_for_all_its_answers():
     prompt, answers = list(range(1, 41)), [[50, 2], [51, 2], [52, 53, 2], [2]]
-    assert lay([(prompt, answers)])[0].numel() == len(prompt) + 1 + 1 + 2 + 0
+    assert lay_out([Question(prompt, answers)])[0].numel() == len(prompt) + 1 + 1 + 2 + 0
     other = [*prompt[:-1], 60]
-    assert lay([(prompt, answers), (other, answers)])[0].numel() == 39 + 2 * (1 + 4)
+    assert lay_out([Question(prompt, answers), Question(other, answers)])[0].numel() == 39 + 2 * (1 + 4)
 
 
 def test_groups_hold_everything_once_within_their_room():
     asked = drawn(40)
     sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in asked]
     for room in 1, 50, 10 ** 6:
-        groups = grouped(asked, room)
+        groups = group_questions(asked, room)
         assert sorted(i for group in groups for i in group) == list(range(40))
         assert all(len(group) == 1 or sum(sizes[i] for i in group) <= room for group in groups)
-    assert grouped([], 10) == [] and len(grouped(asked, 1)) == 40 and len(grouped(asked, 10 ** 6)) == 1
+    assert group_questions([], 10) == [] and len(group_questions(asked, 1)) == 40 and len(group_questions(asked, 10 ** 6)) == 1
 
 
 def encoded(n=12, seed=3, classes=3):
@@ -105,9 +106,9 @@ def encoded(n=12, seed=3, classes=3):
 
 def test_columns_do_not_depend_on_the_batch_and_equal_the_reference():
     model, (rows, choices) = tiny(n_kv_heads=2), encoded()
-    whole = forced(model, rows, choices, tokens=10 ** 6)
+    whole = score_answers(model, rows, choices, tokens=10 ** 6)
     for tokens in 1, 60, 200:
-        other = forced(model, rows, choices, tokens=tokens)
+        other = score_answers(model, rows, choices, tokens=tokens)
         assert other.keys() == whole.keys() and all(torch.allclose(other[name], whole[name], atol=1e-5, rtol=1e-5) for name in whole)
     for i, (tokens, labels) in enumerate(rows):
         own = [token for token in labels if token != IGNORE]
@@ -117,7 +118,7 @@ def test_columns_do_not_depend_on_the_batch_and_equal_the_reference():
         assert whole["tokens"][i] == len(own) and whole["hits"][i] == slow(model, prompt, own)[1]
         assert whole["confusion"][i].nonzero().tolist() == [[choices.index(own), log_p.index(max(log_p))]]
     assert torch.equal(whole["confusion"].sum((1, 2)), torch.ones(12, dtype=torch.float64))
-    free = forced(model, rows)
+    free = score_answers(model, rows)
     assert "confusion" not in free and all(torch.allclose(free[name], whole[name], atol=1e-5) for name in free)
 
 
@@ -125,7 +126,7 @@ def test_it_is_faster_than_the_slow_reference():
     """On the demo's model, 12 questions with 9 answers; in turns, so that what else runs slows both."""
     model, tokenizer = load_checkpoint(DEMO)
     answers = [tokenizer.encode(word, eos=True) for word in "animal tool clothing vehicle fruit drink toy flower vegetable".split()]
-    asked = [(encode_prompt(example, tokenizer), answers) for example in read_examples(DEMO / "held_out.json")[:12]]
+    asked = [Question(encode_prompt(example, tokenizer), answers) for example in read_examples(DEMO / "held_out.json")[:12]]
     taken = {True: [], False: []}
     for batched in (True, False) * 2:
         began = time.perf_counter()
@@ -195,7 +196,7 @@ def test_loss_is_per_token_and_the_rest_per_example():
     ([str(i) for i in range(21)] * 9, None),
 ])
 def test_classes_are_a_small_set_of_answers(answers, classes):
-    assert small_set(answers) == classes
+    assert distinct_classes(answers) == classes
 
 
 def test_classes_of_encoded_examples_are_whole_and_have_room(tokenizer):
@@ -299,7 +300,7 @@ def test_what_an_exam_knows_and_refuses(tokenizer):
                             "limit": exam.limit, "choices": ["happy", "sad"], "majority": {"answer": "happy", "accuracy": 0.6}}
     assert Exam(EXAMPLES, tokenizer, 512).about()["choices"] is None and "majority" not in Exam(EXAMPLES, tokenizer, 512).about()
     assert Exam(FEELINGS[:3], tokenizer, 512, ["sad", "so so", "happy"]).about()["choices"] == ["sad", "so so", "happy"]
-    with pytest.raises(ValueError, match="file.json, example 2: its output 'sad' is none of the choices 'happy', ' sad'"):     # "happy, sad" was typed
+    with pytest.raises(ValueError, match="file.json, example 2: its output 'sad' is not one of the choices 'happy', ' sad'"):     # "happy, sad" was typed
         Exam(FEELINGS, tokenizer, 512, ["happy", " sad"], name="file.json")
     longest = max(len(tokens) for tokens, _ in Exam(FEELINGS, tokenizer, 512).rows)
     with pytest.raises(ValueError, match=rf"the data, example 3: prompt and answer have {longest} tokens and the model takes {longest - 1}"):
@@ -321,7 +322,7 @@ def test_the_ranks_shares_add_up(monkeypatch, tokenizer):
         for rank in range(world_size):
             shares.append([])
             evaluate(model, data, 100, nothing, rank, world_size)
-        names = forced(model, data.rows, class_answers(data, 512))
+        names = score_answers(model, data.rows, class_answers(data, 512))
         found = measures({name: sum(share[i] for share in shares) for i, name in enumerate(names)})
         assert sum(share[0] for share in shares) == 12                         # examples, each on one rank
         assert {f"val_{name}": found[name].item() for name in ("loss", "accuracy", "mcc")} == pytest.approx(whole, rel=1e-5)

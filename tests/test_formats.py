@@ -643,7 +643,7 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, 
 def test_an_adapter_of_the_first_layers_says_what_base_peft_needs(base, tmp_path, capsys):
     save_adapter(trained_like(load_checkpoint(base, layers=1)[0]), tmp_path / "one.pt")
     run(base, tmp_path / "peft", "--to", "peft", "--adapter", tmp_path / "one.pt", "--bin")
-    assert "PEFT needs a base of 1 layers for it: --to hf --layers 1" in capsys.readouterr().out
+    assert "PEFT needs a base of 1 layer for it: --to hf --layers 1" in capsys.readouterr().out
 
 
 def test_without_the_safetensors_package(refused, base, tmp_path, monkeypatch):          # noqa: F811
