@@ -28,7 +28,7 @@ except ImportError:                                               # on Windows n
     fcntl = None
 
 from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS
-from llama.files import check_alike, first_line, read_saved, reading, write_json, write_whole
+from llama.files import check_alike, first_line, load_saved, reading, write_json, write_whole
 
 from .arguments import number
 from .errors import end, in_one_line
@@ -105,7 +105,7 @@ def read_state(out):
 
 def load_state(path):
     """What a save holds, mapped.  No pickled code runs.  Raises ValueError for what is torn, damaged, or no save at all."""
-    state = read_saved(path, what := "a whole save of a run", mapped=True)
+    state = load_saved(path, what := "a whole save of a run", mapped=True)
     with reading(path, what):
         check_alike(COUNTERS | {"finished": state["counters"]["finished"] is True}, state["counters"], "counters")
         state["args"] = json.loads(json.dumps(state["args"]))                # no tensors, no names but text
