@@ -93,7 +93,7 @@ def shrink(adapter, model, source, probe, folder):
     config = {**asdict(adapter["config"]), "targets": list(adapter["config"].targets)}
     content = {"config": config, "base": adapter["base"] or model.origin, "tensors": tensors, "scales": scales}
     write_whole(folder / "adapter.pt", lambda file: torch.save(content, file))
-    load_adapter(model, folder / "adapter.pt")
+    load_adapter(model, adapter_at(folder / "adapter.pt"))
     moved = (model(probe).float() - before).abs().max()
     return f"int8: logits of up to {before.abs().max():.3g} move by up to {moved:.2g}"
 

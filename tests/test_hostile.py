@@ -393,6 +393,18 @@ def test_a_planted_pickle_does_not_run(refused, here):          # noqa: F811
         assert not (here / "planted").exists()
 
 
+def test_the_library_reads_an_adapter_as_the_command_lines_do(here):
+    model, _ = load_checkpoint("base")
+    load_adapter(model, "adapter.pt", load=load_saved)
+    content = torch.load("adapter.pt", weights_only=True)
+    assert all(torch.equal(tensor, content["tensors"][name])
+               for name, tensor in lora_state_dict(model).items())
+    content["tensors"] = {"a": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
+    torch.save(content, "adapter.pt")
+    with pytest.raises(ValueError, match="^adapter.pt is not .*: its tensors are larger than the file"):
+        load_adapter(model, "adapter.pt", load=load_saved)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_no_file_where_one_belongs(refused, here, name):        # noqa: F811
     """A pipe would be waited for, and /dev/zero has no end."""
