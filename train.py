@@ -3,11 +3,11 @@
     python train.py                 the demo: a base of a million parameters, half a minute on a CPU
     python train.py --layers 1      the same with only the first block, for debugging
     python train.py --checkpoint llama-2-7b --data alpaca_data.json --checkpointing --out out/7b
-    torchrun --standalone --nproc_per_node=2 -- train.py      any of these on two GPUs, or on a CPU
+    torchrun --standalone --nproc_per_node=2 -- train.py      any of these, in two processes
                                     (the -- keeps torchrun from reading train.py's flags)
 
-Read from `main` on.  Method, precision, quantisation and teacher are settled before the loop, and
-the loop does not branch on them.
+Begin to read at `main`.  Method, precision, quantisation and teacher are chosen before the loop,
+and the loop does not branch on them.
 """
 import functools
 import math
@@ -76,15 +76,15 @@ META = torch.device("meta")                          # tensors with shapes, but 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, on what and how, settled before the first step.
+    """What a run trains, on which data and how.  It is complete before the first step.
 
-    `prepare` makes it with shapes alone, and `load_weights` puts the weights in.  (A Run is the
-    folder beside it: progress, metrics, saves.)
+    `prepare` makes it with models that have shapes but no data; `load_weights` loads the weights.
+    (The output folder, with progress, metrics and saves, belongs to Run.)
 
-    lora: None for --method full.  settings: all options, with what was decided since.
+    lora: None for --method full.  settings: all options, with the values chosen for them.
     adapter: the content of the --adapter file or folder.  plan: every optimizer step of the run,
     (epochs completed after it, example indices as [rank][micro-batch][i]).  wrapped: paths of the
-    adapted layers.  optimizer_bytes_per_parameter: of state, per trained number.
+    adapted layers.  optimizer_bytes_per_parameter: bytes of optimizer state per trained number.
     loss_fn(model, batch): (sum over answer tokens, their number).
     """
     options: Options
@@ -112,7 +112,7 @@ def main(argv=None):
     with connected_ranks() as ranks:                          # Without torchrun: rank 0 of 1.
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
-            run = Run.open(options, ranks)                    # a new run, or the resumed last save
+            run = Run.open(options, ranks)                    # new, or the last save with --resume
             if run.progress.finished:
                 print(f"resume    {run.out} is finished, after step {run.progress.step}: nothing "
                       "is left to do, nothing was changed")
@@ -171,7 +171,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         val_set=val_set,
         collate=functools.partial(pack, share_prefix=options.share_prefix),
         optimizer_bytes_per_parameter=state_bytes))
-    # This is called for its ValueError alone: not every method has a --lora-plus-ratio.
+    # The result is not used.  The call raises ValueError if the method has no --lora-plus-ratio.
     lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)
     return job
 
@@ -179,7 +179,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
 def adapter_settings(options: Options, adapter: dict | None):
     """Return (LoRAConfig or None, quantisation), from --adapter if given, else from the flags.
 
-    --quantize goes before what the adapter says.
+    --quantize overrides what the adapter says.
     """
     if adapter is None:
         return options.lora_config, options.quantize or "none"
@@ -189,7 +189,7 @@ def adapter_settings(options: Options, adapter: dict | None):
 
 
 def settled(options: Options, device, precision: str, lora: LoRAConfig | None, quantize: str):
-    """Return all options with what was decided since, for args.json and --resume."""
+    """Return all options with the values chosen for them, for args.json and --resume."""
     settings = asdict(options)
     settings |= {"device": str(device), "precision": precision, "quantize": quantize}
     if lora:
@@ -218,7 +218,7 @@ def make_plan(job: Job) -> list:
 
 
 def estimate_step_bytes(job: Job, **changes) -> int:
-    """Return the bytes of tensors that a step would take with these options changed."""
+    """Return the bytes of tensors that a step would need if these options were changed."""
     options = replace(job.options, **changes)
     lora, quantize = adapter_settings(options, job.adapter)
     name = options.precision or job.precision.name
@@ -231,7 +231,8 @@ def estimate_step_bytes(job: Job, **changes) -> int:
 def check_gradient_paths(job: Job):
     """Raise ValueError if a trained part gets no gradient.  Runs on the meta device.
 
-    The sum of the logits stands for the loss, which would need values to pick its rows.
+    The sum of the logits replaces the loss: the loss selects rows by their values, and tensors on
+    the meta device have no values.
     """
     batch = job.collate(largest_batch_rows(job.train_set, job.plan)).to(META)
     check_gradients(job.model, job.wrapped,
@@ -250,16 +251,16 @@ def load_weights(job: Job) -> Job:
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
         check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
-    torch.manual_seed(job.options.seed + job.ranks.rank)      # for other dropout on each rank
+    torch.manual_seed(job.options.seed + job.ranks.rank)      # other dropout on each rank
     return replace(job, model=model, wrapped=wrapped, distillation=distillation, loss_fn=loss_fn)
 
 
 def load_model(job: Job, device: torch.device, init: str):
-    """Return (model, wrapped paths): the base with an adapter, or trainable as a whole.
+    """Return (model, wrapped paths).  Without an adapter, all of the model is trained.
 
     Frozen weights are loaded in the compute dtype: in fp32 they would need autocast, which keeps a
-    16-bit copy of each until backward.  Trained weights stay in fp32, since 16 bits round small
-    updates away.
+    16-bit copy of each until backward.  Trained weights stay in fp32, because 16 bits would round
+    small updates away.
     """
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
@@ -269,14 +270,14 @@ def load_model(job: Job, device: torch.device, init: str):
     wrapped = add_lora(model, job.lora) if job.lora else []
     if options.compile:
         for block in model.layers:
-            block.compile(dynamic=True)                       # once for rows of all lengths
+            block.compile(dynamic=True)                       # Compile once for all lengths.
     return model, wrapped
 
 
 def load_distillation(job: Job, device: torch.device, init: str) -> Distillation | None:
-    """Return the loss that learns from --teacher too; None without a teacher.
+    """Return the loss that also learns from --teacher, or None without --teacher.
 
-    The teacher is frozen and held in the compute dtype.
+    The teacher is frozen and stored in the compute dtype.
     """
     options = job.options
     if not options.teacher:
@@ -289,8 +290,8 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
 def train(job: Job, run: Run):
     """Train job.model by job.plan; record, evaluate and save as the options say."""
     options, ranks, precision, model = job.options, job.ranks, job.precision, job.model
-    # add_lora has frozen the base.  DDP must wrap after that: it waits for gradients of all
-    # parameters that are trainable when it wraps.
+    # DDP must wrap the model after add_lora has frozen the base: it waits for a gradient of every
+    # parameter that was trainable when it wrapped the model.
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
@@ -311,8 +312,8 @@ def train(job: Job, run: Run):
     step_began = time.perf_counter()
     coming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
     for step, window in enumerate(prefetch(coming), run.progress.step + 1):
-        notes = begin_step(model, step, run.progress.loss)    # of the last step; often no notes
-        # Skipped steps do not advance the schedule.
+        notes = begin_step(model, step, run.progress.loss)    # the loss of the step before
+        # progress.taken does not count skipped steps, so they do not advance the schedule.
         factor = lr_factor(run.progress.taken, n_steps, warmup, options.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
@@ -325,7 +326,7 @@ def train(job: Job, run: Run):
             precision.scaler.step(optimizer)
         loss_scale = precision.scaler.get_scale()
         precision.scaler.update()
-        overflow = precision.scaler.get_scale() < loss_scale  # in fp16, where update lowered it
+        overflow = precision.scaler.get_scale() < loss_scale  # fp16: update lowered the scale
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
@@ -341,20 +342,20 @@ def train(job: Job, run: Run):
             print(progress_line(row, n_steps, run.seconds_left()) + remark, flush=True)
         if run.end_step():
             break
-        step_began = time.perf_counter()                      # Waiting for batches counts as well.
+        step_began = time.perf_counter()                      # includes the wait for the batch
 
 
 def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision, ranks: Ranks):
     """Back-propagate the step's mean loss per answer token; return this rank's share of it.
 
-    The mean is over the answer tokens of all micro-batches on all ranks.  Averaging the means of
-    micro-batches would give more weight to tokens in those with few answer tokens.
+    The mean is over the answer tokens of all micro-batches on all ranks.  An average of the means
+    of micro-batches would give a token more weight if its micro-batch has few answer tokens.
     """
     total = torch.zeros((), device=precision.device)
     for i, batch in enumerate(window.batches, 1):
         is_last = i == len(window.batches)
-        # DDP averages gradients on the last micro-batch only.  It decides so during forward, so
-        # forward is inside no_sync too.
+        # DDP averages gradients on the last micro-batch only.  It reads this setting during
+        # forward, so forward is inside no_sync too.
         with nullcontext() if is_last or ranks.size == 1 else model.no_sync():
             with precision.autocast:
                 loss_sum, _ = loss_fn(model, batch.to(precision.device))
@@ -365,12 +366,12 @@ def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision,
 
 
 def build_optimizer(groups: list, options: Options) -> torch.optim.Optimizer:
-    """Return the optimizer of these parameter groups; another one of torch.optim fits as well."""
+    """Return the optimizer of these parameter groups.  Another one of torch.optim works too."""
     return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=True)
 
 
 def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
-    """Return the share of the peak learning rate when `step` of n_steps steps are taken.
+    """Return the factor of the peak learning rate after `step` of n_steps steps.
 
     A linear warm-up, then constant or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
     """
@@ -382,12 +383,12 @@ def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
 
 
 def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) -> Precision:
-    """Return the Precision that trains an adapter, or with lora None the whole model.
+    """Return the Precision to train an adapter, or the whole model if lora is None.
 
     Only full fine-tuning needs autocast: there fp32 weights meet 16-bit activations.  With an
     adapter the base is in 16 bit already, and adapter layers cast their fp32 factors themselves.
-    Autocast would then, on CUDA, only return each norm's result in fp32, to be cast and kept once
-    per use.
+    There autocast would only cost memory: on CUDA it returns the result of each norm in fp32, and
+    every layer that reads the result casts it and keeps the copy.
     """
     is_16_bit = name != "fp32"
     autocast = torch.autocast(device.type, DTYPES[name], enabled=is_16_bit and lora is None)
@@ -409,13 +410,13 @@ def save_best(job: Job, path):
 
 
 def save(job: Job, out):
-    """Write the adapter or, for --method full, the model in fp32.
+    """Write the adapter or, for --method full, the model.
 
-    In bf16 most updates would round away.
+    The model is written in fp32, because bf16 would round most updates away.
     """
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
-        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # of a run of the other kind
+        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # from a --method full run
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
             usage = "trained over random weights, which are not saved: generate.py cannot use it"
@@ -424,7 +425,7 @@ def save(job: Job, out):
         save_checkpoint(job.model, job.tokenizer, out)
         old_results = (ADAPTER,)
         print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
-    for name in old_results:                                  # only now that the new ones are there
+    for name in old_results:                                  # after the new files are written
         (out / name).unlink(missing_ok=True)
 
 
