@@ -17,7 +17,7 @@ class LoRALinear(LoRALayer):
     base: nn.Linear with the weight W0 (d_out, d_in).  x (..., d_in) -> y (..., d_out).
 
     lora_A (r, d_in) starts random.  init="kaiming" draws it uniformly within +-1 / sqrt(d_in), as
-    loralib and PEFT do; init="gaussian" draws it from N(0, 1 / r^2), in the manner of the paper.
+    loralib and PEFT do; init="gaussian" draws it from N(0, 1 / r^2), a Gaussian as in the paper.
     lora_B (d_out, r) starts at zero, so the layer equals its base until the first step.
     Dropout acts on the adapter's input only; the base reads x as it is.
     Raises ValueError unless 1 <= r <= min(d_in, d_out).
@@ -55,8 +55,8 @@ class LoRAEmbedding(LoRALayer):
 
     The starting values are loralib's: lora_A (r, V) is zero and lora_B (D, r) is N(0, 1), the
     reverse of LoRALinear.  Column t of A belongs to token t alone, so a token that never occurs in
-    training keeps its base vector.  `dropout` has no effect, because a row number has nothing to
-    drop, and neither has `init`.
+    training keeps its base vector.  `dropout` has no effect, because the input is a row number;
+    `init` has no effect either.
     Raises ValueError unless 1 <= r <= min(V, D).
     """
 

@@ -17,7 +17,7 @@ class LoRALayer(nn.Module):
     attributes below and the hooks at the end of the class, so no other file has to know the method.
     Raises ValueError for options that the method does not have.
     """
-    options = {}                # The method's own settings and their defaults; files hold them.
+    options = {}                # The method's own settings and their defaults; files store them.
     default_dropout = 0.05
     frozen = ()                 # Names of parameters that are not trained, besides the base's.
 
@@ -41,7 +41,7 @@ class LoRALayer(nn.Module):
 
     @property
     def scale(self) -> float:
-        """The factor of the update."""
+        """Return the factor of the update, alpha / r."""
         return self.alpha / self.r
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self, keep_base: bool = True) -> tuple[float, float]:
-        """Replace the base by a layer whose weight is base + delta.
+        """Replace the base with a layer whose weight is base + delta.
 
         The sum is computed in at least fp32 and stored in the base's dtype.  The original base is
         kept for `unmerge`, unless keep_base is False.
@@ -83,7 +83,7 @@ class LoRALayer(nn.Module):
         else:
             weight = self.base.weight.to(delta.dtype)
         merged = (weight + delta).to(reference_tensor(self.base).dtype)
-        # In a tuple, because a bare module would become a child of this one.
+        # nn.Module would register a bare module as a child, but not one in a tuple.
         self.original_base = (self.base if keep_base else None,)
         # The merged weight goes into a new layer, so that a tied embedding keeps its own.
         self.base = with_weight(self.base, merged)
@@ -94,14 +94,15 @@ class LoRALayer(nn.Module):
     def unmerge(self):
         """Put the original base back.
 
-        It is the original module, so this is exact; subtracting delta would round.
+        It is the original module, so this is exact unless the model was cast since the merge.
+        Subtracting delta would round.
         Raises ValueError if the layer is not merged or the original base was not kept.
         """
         if not self.merged:
             raise ValueError("the adapter is not merged")
         if self.original_base[0] is None:
             raise ValueError("the base's original weights were not kept")
-        # The model may have been moved or cast since the merge; the base follows.
+        # The model may have been moved or cast since the merge, so the base is moved and cast too.
         self.base = self.original_base[0].to(self.base.weight)
         del self.original_base
         self.merged = False
@@ -112,7 +113,7 @@ class LoRALayer(nn.Module):
     def complete_options(cls, options: dict) -> dict:
         """Return `options` with the method's defaults for those that are not given.
 
-        Raises ValueError for a name or a type that the method does not have.
+        Raises ValueError for an unknown name, a wrong type, or a whole number out of range.
         """
         for name, value in options.items():
             if name not in cls.options:
@@ -120,7 +121,7 @@ class LoRALayer(nn.Module):
                 raise ValueError(f"unknown option {name!r}; the method's options: {names}")
             kind = type(cls.options[name])
             accepted = (int, float) if kind is float else kind
-            # In Python True is an int, so a bool is told apart.
+            # In Python True is an int, so bool needs a test of its own.
             if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
                 raise ValueError(f"{name} is {value!r}, must be {TYPE_NAMES[kind]}")
             if isinstance(value, int) and abs(value) > 2 ** 64:
@@ -141,7 +142,7 @@ class LoRALayer(nn.Module):
     def begin_step(self, step: int, loss: float | None) -> dict:
         """Prepare for optimizer step `step`, counted from 1, and return {name: value} to log.
 
-        loss: of the step before, over all ranks of a distributed run; None before the first.
+        loss: the previous step's, over all ranks of a distributed run; None at the first step.
         """
         return {}
 
@@ -163,12 +164,12 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 def reference_tensor(layer: nn.Module) -> torch.Tensor:
     """Return a tensor that has the dtype and the device that `layer` computes with."""
-    # A quantised layer would have to compute its weight; its buffer `like` is there for this.
+    # A quantised layer computes its weight anew on each access, so its buffer `like` is used.
     return layer.like if hasattr(layer, "like") else layer.weight
 
 
 def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """Return a copy of `layer` with `weight` as its frozen weight; the rest is shared."""
+    """Return a copy of `layer` with `weight` as its frozen weight; all else is shared with it."""
     if hasattr(layer, "with_weight"):
         return layer.with_weight(weight)
     other = copy.copy(layer)
