@@ -44,15 +44,15 @@ class Window(NamedTuple):
 
 
 def pad_right(lists, value) -> torch.Tensor:
-    """Return B lists of ids as (B, T) int64, filled up with `value` to the longest."""
+    """Return B lists of ids as (B, T) int64; shorter lists are filled with `value` on the right."""
     T = max(map(len, lists))
     return torch.tensor([ids + [value] * (T - len(ids)) for ids in lists])
 
 
 class DataCollatorForSupervisedDataset:
-    """List of (tokens, labels) -> Batch, padded on the right: tokens with pad_id, labels IGNORE.
+    """Make a Batch of a list of (tokens, labels), padded on the right with pad_id and IGNORE.
 
-    This is the form that most code uses.  train.py packs instead, and tests compare the two.
+    Most training code pads like this.  train.py packs instead, and tests compare the two.
     """
 
     def __init__(self, pad_id: int):
@@ -66,11 +66,11 @@ class DataCollatorForSupervisedDataset:
 
 
 def pack(rows, share_prefix: bool = False) -> Batch:
-    """Put rows of (tokens, labels) one behind another: one row (1, N) without padding.
+    """Join rows of (tokens, labels) into one row (1, N) without padding.
 
     share_prefix: store a common beginning once; it ends before the token that predicts the first
-    target.  Its gradient is the sum over the examples.  Exact except for dropout, which then has
-    one mask for all of them.
+    target.  Its gradient is the sum over the examples.  The result is exact except for dropout:
+    all examples then have the same mask on the common beginning.
     """
     n_shareable = [first_target(labels) - 1 if share_prefix else 0 for _, labels in rows]
     pieces, ends = arrange([tokens for tokens, _ in rows], n_shareable)
@@ -79,7 +79,7 @@ def pack(rows, share_prefix: bool = False) -> Batch:
     for example, start, stop, _ in pieces:
         tokens, labels = rows[example]
         packed_tokens += tokens[start:stop]
-        # A piece's first token is predicted from another piece, or not at all: no target here.
+        # A piece's first token is no target here: the token before it is in another piece.
         packed_labels += [IGNORE, *labels[start + 1:stop]]
     layout = Layout([(piece.stop - piece.start, piece.context) for piece in pieces], ends=ends)
     n_answer = sum(count_answer(labels) for _, labels in rows)
@@ -98,10 +98,10 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
                world_size: int = 1, tokens_per_batch: int | None = None) -> list:
     """Return the optimizer steps of an epoch: [step][rank][micro-batch] -> indices of examples.
 
-    lengths: tokens of each example.  The order is drawn from (seed, epoch), and every example is
-    used once; the rest forms a smaller last step.  A step is dealt out to the ranks in turn, so in
-    the last one a rank may get no example.  A micro-batch holds batch_size examples or, with
-    tokens_per_batch, as many as fit into so many tokens, and at least one.
+    lengths: the number of tokens of each example.  The order is drawn from (seed, epoch).  Every
+    example is used once, so the last step may be smaller.  The ranks get the parts of a step in
+    turn, so in the last step a rank may get no example.  A micro-batch holds batch_size examples.
+    With tokens_per_batch it holds at most so many tokens instead, but at least one example.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if tokens_per_batch:
@@ -129,26 +129,27 @@ def plan_run(steps_of_epoch: Callable, epochs: int, max_steps: int | None) -> li
 
 
 def deal(items: list, n: int) -> list:
-    """Return n lists, to which the items go in turn."""
+    """Return n lists: list i gets the items i, i + n, i + 2 n and so on."""
     return [items[i::n] for i in range(n)]
 
 
 def split(items, n: int) -> list:
-    """Return the items in pieces of n; the last piece holds what is left."""
+    """Return the items in pieces of n; the last piece may be shorter."""
     return [items[i:i + n] for i in range(0, len(items), n)]
 
 
 def fill(order, lengths, capacity: int, at_once: int = 1024) -> list:
     """Return the indices in `order` as groups whose lengths add up to at most `capacity`.
 
-    A longer example gets a group of its own.  Of each 1,024 examples the longest are placed first,
-    each into the first group that has space (first-fit decreasing, Johnson 1973: at most 11/9 of
-    the fewest groups).  Groups then follow the order of their earliest example.
+    A longer example gets a group of its own.  Each `at_once` examples are sorted by length, and
+    the longest comes first into the first group that has space (first-fit decreasing, Johnson 1973:
+    at most 11/9 of the fewest groups, plus 4).  The groups then follow the order of their earliest
+    example.
     """
     groups = []
     for indices in split(order, at_once):
         free_tokens = []                                  # tokens that still fit into each group
-        members = []                                 # of each group, positions in `indices`
+        members = []                                 # positions in `indices`, for each group
         by_length = sorted(range(len(indices)), key=lambda place: -lengths[indices[place]])
         for place in by_length:
             length = lengths[indices[place]]
@@ -165,7 +166,7 @@ def fill(order, lengths, capacity: int, at_once: int = 1024) -> list:
 
 
 def first_index(free_tokens, length: int) -> int | None:
-    """Return the index of the first space that is large enough, or None."""
+    """Return the index of the first value in free_tokens that is at least `length`, or None."""
     for i, space in enumerate(free_tokens):
         if space >= length:
             return i
@@ -202,7 +203,7 @@ def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterat
 
 
 def prefetch(items: Iterable) -> Iterator:
-    """Yield the same items, each made in a thread while the one before it is used."""
+    """Yield the items.  A thread makes the next one while the caller uses the current one."""
     items = iter(items)
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(next, items, None)

@@ -33,9 +33,9 @@ def format_prompt(example: dict) -> str:
 def encode_prompt(example: dict, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of bos and prompt.
 
-    Prompt and answer are encoded apart, so that it is certain where the answer begins.  In one text
-    "Response:" and an answer that begins with "-" could share a piece.  Generation ends its prompt
-    at the same place.
+    Prompt and answer are encoded separately, so that no token holds the end of one and the start of
+    the other.  In one text, the ":" of "Response:" and a "-" that begins the answer could become
+    one token.  Generation ends its prompt at the same place.
     """
     return tokenizer.encode(format_prompt(example), bos=True)
 
@@ -55,10 +55,10 @@ def encode_example(example: dict, tokenizer: Tokenizer,
 
 def read_examples(path: str | Path,
                   required: Sequence[str] = ("instruction", "output")) -> list[dict]:
-    """Return the examples in a .json file with a list or a .jsonl file with one per line.
+    """Return the examples of a file: a .json list, or .jsonl with one example per line.
 
     required: the fields that an example must have.
-    Raises FileNotFoundError, or ValueError that names the wrong line or example (from 1).
+    Raises FileNotFoundError, or ValueError that names the wrong line or example, counted from 1.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,14 +108,15 @@ def json_problem(error: Exception) -> str:
     """Return what json found wrong."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    # Beside its own errors json raises a ValueError for a number of thousands of digits.
+    # For a number with thousands of digits json raises a ValueError that is not its own.
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def check_example(example: object, place: str, required: Sequence[str]):
-    """Raise ValueError, beginning with `place`, unless an example has the fields as text.
+    """Raise ValueError unless the required fields are there, and all fields are text.
 
-    The instruction must not be empty.
+    place: the beginning of the message.  The other fields may be absent or null.  The instruction
+    must not be empty.
     """
     if not isinstance(example, dict):
         raise ValueError(f"{place} is a {type(example).__name__}, not an object")
@@ -137,9 +138,9 @@ def check_example(example: object, place: str, required: Sequence[str]):
 class SupervisedDataset(torch.utils.data.Dataset):
     """Encoded examples: dataset[i] is (tokens, labels), two lists of ids.
 
-    cut, dropped: the numbers of examples that were truncated at max_seq_len, and of those that had
-    no answer token left there.  numbers: the number of each example in its file, by default
-    counted from 1.  name: what an error calls the data.
+    dropped: how many examples have no answer token within max_seq_len; they are left out.
+    cut: how many of the others were truncated.  numbers: the number of each example in its file, by
+    default counted from 1.  name: what an error calls the data.
     Raises ValueError when no example is left.
     """
 
@@ -174,7 +175,7 @@ def count_answer(labels: list[int]) -> int:
 
 def load_datasets(data: str, val_data: str | None, val_fraction: float | None, max_seq_len: int,
                   seed: int, tokenizer: Tokenizer) -> tuple:
-    """Return (training set, held-out set or None) of --data, --val-data and --val-fraction.
+    """Return (training set, held-out set or None) for --data, --val-data and --val-fraction.
 
     Raises FileNotFoundError or ValueError for files that cannot be used.
     """
