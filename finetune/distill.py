@@ -1,7 +1,7 @@
-"""Distillation: learn from a larger model's probabilities beside the right answers.
+"""Distillation: learn from a larger model's probabilities and from the right answers.
 
-For the training loop it is another loss_fn.  Deleting this page, its lines in train.py and
-`distillation` in preflight.py leaves training on the answers alone.
+For the training loop it is another loss_fn.  To remove it, delete this file and the lines that name
+the teacher or the distillation in train.py, and in options.py, preflight.py and run.py.
 """
 import hashlib
 from pathlib import Path
@@ -22,7 +22,7 @@ from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 def check_teacher(teacher_folder: str | Path, teacher: tuple[ModelArgs, Tokenizer],
                   student_folder: str | Path, student: tuple[ModelArgs, Tokenizer]):
-    """Raise ValueError where teacher and student do not read the same tokens."""
+    """Raise ValueError if teacher and student do not have the same tokens."""
     teacher_args, teacher_tokenizer = teacher
     student_args, student_tokenizer = student
     same_names = pieces(student_tokenizer) == pieces(teacher_tokenizer)
@@ -38,7 +38,8 @@ def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, devi
                  max_seq_len: int, init: str) -> nn.Module:
     """Return the teacher with its adapter, in this dtype.
 
-    init: "checkpoint", or "random" for shapes on the meta device.
+    init: "checkpoint"; or "random", which adds the adapter's layers without its values and is for
+    models on the meta device.
     Raises FileNotFoundError or ValueError for files that do not fit.
     """
     content = None
@@ -63,7 +64,7 @@ def pieces(tokenizer: Tokenizer) -> list[str]:
 
 
 class Distillation:
-    """The loss_fn of a student: (sum over answer tokens, their number), with for each token
+    """The loss_fn of a student: (sum of L over answer tokens, their number), where for each token
 
         L = (1 - w) (-log p_s[target]) + w T^2 KL(q_t || q_s),      q = softmax(z / T)
 
@@ -73,8 +74,8 @@ class Distillation:
     need another w.
 
     teacher: a model whose last layer is `output`, in the dtype that it computes in.  It is frozen
-    here and stays in eval mode.  Its logits are never in memory whole: it returns what `output`
-    reads, (R, D), and each chunk of rows makes its own logits.
+    here and stays in eval mode.  Its logits are never all in memory: the teacher returns the input
+    of `output`, (R, D), and `loss` computes the logits of one chunk of rows at a time.
     """
 
     def __init__(self, teacher: nn.Module, temperature: float = 2.0, weight: float = 0.5):
@@ -104,21 +105,21 @@ class Distillation:
         wide = torch.promote_types(logits.dtype, torch.float32)
         hard = summed_cross_entropy(logits, targets)
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
-            # kl_div takes q_t itself: where the teacher's q is 0, its log would make 0 x inf.
+            # kl_div gets q_t, not its logarithm: where q_t is 0, that would give 0 x inf.
             q_t = (self.head(features).to(wide) / T).softmax(-1)
         log_q_s = (logits.to(wide) / T).log_softmax(-1)
         soft = nn.functional.kl_div(log_q_s, q_t, reduction="sum")
         return (1 - self.weight) * hard + self.weight * T ** 2 * soft
 
     def memory(self, tokens: int, answers: int, width: int, student_bytes: int) -> dict[str, int]:
-        """Return {"teacher": bytes} that the teacher adds to a step's peak.
+        """Return {"teacher": bytes} that the teacher adds to the peak memory of a step.
 
-        tokens, answers: of the largest micro-batch.  width: bytes of a number in the teacher's
-        dtype.  student_bytes: what the student's own forward and loss take.
+        tokens, answers: their numbers in the largest micro-batch.  width: bytes of a number in the
+        teacher's dtype.  student_bytes: what the student's own forward and loss take.
 
-        These are the teacher's weights and the larger of two: at the head, its features and, of one
-        chunk, the logits and their fp32 softmax; in a block, what its largest layer computes with,
-        less student_bytes, because the student begins when the teacher has finished.
+        These are the teacher's weights plus the larger of two sums.  At the head: its features, and
+        the logits and the fp32 softmax of one chunk.  In a block: the tensors of its largest part
+        minus student_bytes, because the student begins when the teacher has finished.
         """
         args = self.teacher.args
         tensors = {*self.teacher.parameters(), *self.head.parameters(), *self.teacher.buffers(),
@@ -130,10 +131,10 @@ class Distillation:
         return {"teacher": weights + max(at_head, in_block - student_bytes)}
 
     def fingerprint(self) -> str:
-        """Return a text that tells one teacher from another.
+        """Return a text that is different for different teachers.
 
-        It is the base's fingerprint and a digest of the adapter and of some numbers of each matrix.
-        The fingerprint alone is the same for a base and for that base with an adapter merged in.
+        It is the base's fingerprint and a digest of the adapter and of some numbers of each tensor.
+        The fingerprint alone cannot tell a base from the same base with a merged adapter.
         """
         digest = hashlib.sha256()
         config = getattr(self.teacher, "lora_config", None)

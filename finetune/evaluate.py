@@ -1,8 +1,8 @@
 """How good are a model's answers to examples it was not trained on, and is the gain chance?
 
-Answers that are given are scored by their likelihood, exact and in batches; the model's own answers
-are generated greedily.  Each result is a table with one row per example.  Every measure is computed
-from column sums, so ranks and bootstrap samples use the same code.
+The right answers of the data are scored by their likelihood, exactly and in batches; the model's
+own answers are generated greedily.  Each result is a table with one row per example.  Every measure
+is computed from column sums, so ranks and bootstrap samples use the same code.
 """
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ from .dataset import IGNORE, SupervisedDataset, encode_example
 from .loss import CHUNK
 from .ranks import sum_over_ranks
 
-MAX_CLASSES = 20                                     # With more different answers they are text.
+MAX_CLASSES = 20                                     # More different answers count as text.
 TOKENS = 2048                                        # per forward that scores answers
 BATCH = 8                                            # prompts that are answered at a time
 RESAMPLES = 2000
@@ -39,7 +39,11 @@ class Question(NamedTuple):
 
 
 class Score(NamedTuple):
-    """log_p: of all tokens of an answer, in nats.  hits: how many are the model's first choice."""
+    """The score of an answer.
+
+    log_p: log-probability of all its tokens, in nats.  hits: how many of its tokens are the model's
+    first choice.
+    """
     log_p: float
     hits: int
 
@@ -56,9 +60,9 @@ def distinct_classes(answers: Sequence) -> list | None:
 
 
 def class_answers(dataset: SupervisedDataset, max_seq_len: int) -> list[list[int]] | None:
-    """Return the answers of a dataset, as ids, if they are classes; None otherwise.
+    """Return the distinct answers of a dataset, as ids, if they are classes; None otherwise.
 
-    Each must be whole, and each must fit behind every prompt.
+    No example may be truncated, and each answer must fit after every prompt.
     """
     examples = [prompt_and_answer(row) for row in dataset.rows]
     classes = distinct_classes([tuple(answer) for _, answer in examples])
@@ -81,10 +85,11 @@ def prompt_and_answer(row: tuple[list[int], list[int]]) -> tuple[list[int], list
 def lay_out(questions: Sequence[Question]) -> tuple:
     """Return (tokens (1, N), Layout, places (M,), targets (M,)) of one packed row.
 
-    What all prompts begin with stands once, the rest of each prompt once, and behind it its
-    answers, each of which continues that prompt alone.  targets: the tokens of one answer behind
-    another.  places[m]: where in the row targets[m] is predicted, for an answer's first token by
-    the prompt's last.  An answer's own last token, eos, predicts nothing and is left out.
+    The row has first the common beginning of all prompts, once.  Then come the rest of each prompt
+    and its answers, each of which continues that prompt alone.  targets: the tokens of all answers,
+    one answer after another.  places[m]: the place in the row that predicts targets[m]; an answer's
+    first token is predicted by the prompt's last.  An answer's own last token (eos, unless the
+    answer was truncated) predicts nothing and is left out.
     """
     shared = []
     if len(questions) > 1:
@@ -114,9 +119,10 @@ def lay_out(questions: Sequence[Question]) -> tuple:
 
 
 def log_likelihoods(model: nn.Module, questions: Sequence[Question]) -> list[Score]:
-    """Return the Score of each answer of each question, in order, eos included.
+    """Return the Score of each answer of each question, in order; eos counts as a token.
 
-    All take one forward.  The log-sum-exp is in fp32 (or fp64), sums over tokens are in fp64.
+    This is one forward for all of them.  The log-sum-exp is in fp32 (or fp64), sums over tokens are
+    in fp64.
     """
     device = next(model.parameters()).device
     tokens, layout, places, targets = lay_out(questions)
@@ -138,9 +144,10 @@ def log_likelihoods(model: nn.Module, questions: Sequence[Question]) -> list[Sco
 
 
 def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list[int]]:
-    """Return indices of the questions, in groups of up to max_tokens, or of one longer question.
+    """Return the indices of the questions in groups of up to max_tokens tokens.
 
-    Prompts with the same beginning stand together.
+    A longer question gets a group of its own.  The order is that of the prompts' ids, so that
+    prompts with the same beginning come together.
     """
     groups = []
     n_tokens = math.inf                              # The first question opens the first group.
@@ -157,13 +164,13 @@ def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list
 def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
                   tokens: int = TOKENS,
                   autocast: AbstractContextManager | None = None) -> dict[str, torch.Tensor]:
-    """Return a table {column: (n,) fp64} about the answers of n encoded examples, read as given.
+    """Return a table {column: (n,) fp64} that scores the given answers of n encoded examples.
 
-    Its columns are "examples" (ones), "tokens" of the answer, "nats" that it costs, and "hits",
-    how many of its tokens are the model's first choice.
-    choices: answers (lists of ids) to compare for each example, whose own is one of them.  They add
-    the column "confusion" (n, C, C), with a one at [own answer, likeliest answer].
-    tokens: per forward; how the examples are grouped changes nothing but the speed.
+    Its columns are "examples" (all ones), "tokens" (the length of the answer), "nats" (its negative
+    log-likelihood) and "hits" (how many of its tokens are the model's first choice).
+    choices: answers (lists of ids) to compare for each example; the example's own must be among
+    them.  They add the column "confusion" (n, C, C), with a one at [own answer, likeliest answer].
+    tokens: at most so many per forward.  How the examples are grouped affects the speed alone.
     """
     examples = [prompt_and_answer(row) for row in rows]
     questions = [Question(prompt, choices or [answer]) for prompt, answer in examples]
@@ -192,7 +199,7 @@ def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
 def measures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return {measure: value} from the sums of a table's columns.
 
-    Axes before the columns' own are kept; bootstrap samples use one.
+    Sums may have one more axis in front, which the values keep; it counts bootstrap samples.
     """
     values = {}
     values["loss"] = sums["nats"] / sums["tokens"]
@@ -210,9 +217,9 @@ def class_measures(confusion: torch.Tensor, n: torch.Tensor) -> dict[str, torch.
     """Return accuracy, macro F1 and Matthews correlation of confusion counts (..., C, C).
 
     confusion[..., i, k]: how often the answer is class i and the model chooses k.  n: their sum.
-    Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), without those that are neither an
-    answer nor chosen.  The correlation is R_K for any number of classes (Gorodkin 2004), the usual
-    one for two, and 0 where only one class is an answer, or only one is chosen.
+    Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), without classes that are neither
+    an answer nor chosen.  The correlation is R_K (Gorodkin 2004), which for two classes is the
+    usual one.  It is 0 if all answers are one class, or if the model chooses one class only.
     """
     right = confusion.diagonal(dim1=-2, dim2=-1)                               # (..., C)
     expected = confusion.sum(-1)
@@ -230,10 +237,10 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
              world_size: int = 1) -> dict[str, float]:
     """Return {"val_loss": nats per answer token} and, if the answers are classes, two more.
 
-    These are "val_accuracy" and "val_mcc".  Each rank takes its share of the dataset, and all get
-    the same values: the sums over all examples.  tokens: per forward.
-    model: the bare one, not DDP's.  Ranks may have different numbers of batches, so none may wait
-    for the others in a forward.
+    These are "val_accuracy" and "val_mcc".  Each rank scores its share of the dataset, and all get
+    the same values, from the sums over all examples.  tokens: at most so many per forward.
+    model: without the DDP wrapper, whose forward waits for the other ranks: they may have another
+    number of batches.  It is in training mode afterwards.
     """
     model.eval()
     choices = class_answers(dataset, model.args.max_seq_len)
@@ -245,11 +252,11 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
 
 
 class Exam:
-    """Examples to test models on that have the same tokenizer and context.
+    """Examples to test several models on, which must have the same tokenizer and context length.
 
     choices: texts to compare as answers; by default the examples' own answers if they are classes.
-    limit: tokens of a greedy answer, at most; twice the longest of the examples' answers is a limit
-    too.  name: what an error calls the data.
+    limit: the most tokens that a greedy answer may have.  It is lowered to twice the length of the
+    longest answer of the examples.  name: what an error calls the data.
     Raises ValueError for an answer that is not among the choices, or an example that is too long.
     """
 
@@ -276,7 +283,7 @@ class Exam:
         self.limit = min(limit, 2 * max(self.answer_lengths))
 
     def about(self) -> dict:
-        """Return what is known of the examples without a model."""
+        """Return facts about the examples that need no model."""
         answers = [example["output"] for example in self.examples]
         facts = {"examples": len(answers), "answer_tokens": sum(self.answer_lengths),
                  "limit": self.limit, "choices": self.choices}
@@ -290,9 +297,9 @@ class Exam:
              report: Callable[[int], None] | None = None) -> dict[str, torch.Tensor]:
         """Return the table of score_answers with two more columns about the model's own answers.
 
-        These are "exact_match": it equals the example's, but for space at both ends, and it ended;
-        and "ended": by eos before the limit.
-        report(n) is called with the number of examples that are answered.
+        "ended": 1 if the answer ended with eos before the limit.  "exact_match": 1 if it also
+        equals the example's answer; white space at both ends does not count.
+        report(n) is called with the number of examples that are answered so far.
         Raises ValueError for a model whose weights are broken.
         """
         table = score_answers(model, self.rows, self.choice_ids)
@@ -301,7 +308,7 @@ class Exam:
                              "adapter's?")
         exact = []
         ended = []
-        pool = {}                                    # Each answer makes guesses for later ones.
+        pool = {}                                    # Earlier answers help to guess later ones.
         for indices in split(range(len(self.rows)), BATCH):
             prompts = [self.prompts[i] for i in indices]
             answers = [[] for _ in indices]
@@ -331,10 +338,11 @@ def intervals(tables: dict[str, dict[str, torch.Tensor]], seed: int = 0,
               resamples: int = RESAMPLES) -> dict[str, dict[str, list]]:
     """Return {name: {measure: [value, low, high]}} of tables by name.
 
-    Tables named "base" and "adapter" get a "difference" beside them.  low and high hold the middle
-    95 % of a measure over `resamples` samples, each of as many examples drawn with replacement (the
-    percentile bootstrap, Efron & Tibshirani 1993, chapter 13).  All tables see the same draws, so
-    an example that is hard for both adds nothing to the difference.
+    If there are tables named "base" and "adapter", the result also has their "difference".  Between
+    low and high lie the middle 95 % of a measure's values over `resamples` samples.  A sample has
+    as many examples as a table, drawn with replacement (the percentile bootstrap, Efron &
+    Tibshirani 1993, chapter 13).  All tables use the same samples, so an example that is equally
+    hard for both adds nothing to the difference.
     A value that is not a finite number is None.
     """
     any_table = next(iter(tables.values()))

@@ -1,4 +1,4 @@
-"""The loss of instruction tuning as a sum and a count, so that one division makes the mean."""
+"""The loss of instruction tuning: a sum and a count, so that the mean needs one division only."""
 from collections.abc import Callable
 
 import torch
@@ -15,19 +15,19 @@ CHUNK = 128                                          # rows of logits in fp32 at
 def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the sum of -log softmax(logits (R, V))[targets (R,)], in nats.
 
-    It is computed in fp32 (or fp64): a log-sum-exp in 16 bit is wrong.
+    It is computed in fp32 (or fp64): a log-sum-exp in 16 bit is too inexact.
     """
     wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide_logits, targets, reduction="sum")
 
 
 def answer_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (rows, targets), both (R,) int64: where an answer token is predicted, and which.
+    """Return (rows, targets), both (R,) int64: where answer tokens are predicted, and their ids.
 
-    rows: indices into batch.tokens, flattened.
+    rows: indices into the flattened batch.tokens.
     """
     T = batch.labels.shape[1]
-    # This is the shift by one: row t predicts token t + 1.  There is no other one.
+    # This is the shift by one: row t predicts token t + 1.  No other code shifts.
     targets = batch.labels.flatten().roll(-1)
     targets[T - 1::T] = IGNORE                       # Nothing follows the last token.
     rows = (targets != IGNORE).nonzero().flatten()
@@ -38,7 +38,8 @@ def in_chunks(loss: Callable, *tensors: torch.Tensor) -> torch.Tensor:
     """Return the sum of loss(*tensors), computed on CHUNK rows of the tensors (R, ...) at a time.
 
     The backward pass needs several fp32 tensors as large as the logits, which would be most of a
-    step's peak.  So it computes each chunk's again and drops them before the next chunk.
+    step's peak memory.  So it computes those of one chunk again, uses them and frees them, before
+    it comes to the next chunk.
     """
     chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
     return sum(checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -50,8 +51,8 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 
     The sum is a scalar in nats, in fp32 (or fp64).  Only the rows that predict an answer token get
     logits.  Never average the means of micro-batches: with 4 answer tokens in one and 60 in the
-    next, the gradient would point elsewhere.  A batch without answer tokens gives 0, connected to
-    the graph; its mean would be 0/0.
+    next, the gradient would have another direction.  A batch without answer tokens gives 0 with a
+    graph for backward; its mean would be 0/0.
     """
     rows, targets = answer_rows(batch)
     rows = rows.to(batch.tokens.device, non_blocking=True)

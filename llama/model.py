@@ -28,12 +28,12 @@ class ModelArgs:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     max_seq_len: int = 512                     # tokens per example; longer ones are refused
-    tie_embeddings: bool = False               # One matrix serves as tok_embeddings and output.
+    tie_embeddings: bool = False               # One matrix is tok_embeddings and output.
 
     def __post_init__(self):
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
-        # A params.json may come from anywhere: absurd sizes are refused before they are multiplied.
+        # The author of a params.json is unknown, so absurd sizes are refused before any product.
         limits = {"dim": 2 ** 20, "n_layers": 2 ** 9, "n_heads": 2 ** 12, "n_kv_heads": 2 ** 12,
                   "vocab_size": 2 ** 24, "multiple_of": 2 ** 20, "max_seq_len": 2 ** 30}
         for name, limit in limits.items():
@@ -58,7 +58,8 @@ class ModelArgs:
     def hidden_dim(self) -> int:
         """Return the width of SwiGLU, computed and rounded up as Meta does.
 
-        It is 2/3 of 4 D, so that three matrices have as many weights as two of width 4 D.
+        It is about 2/3 of 4 D, so that SwiGLU's three matrices have as many weights as the two
+        matrices of a plain feed-forward layer of width 4 D.
         """
         hidden = int(2 * (4 * self.dim) / 3)
         if self.ffn_dim_multiplier is not None:
@@ -102,7 +103,7 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     """
     pairs = x.to(rope.dtype).unflatten(-1, (-1, 2))              # (B, T, heads, hd/2, 2)
     rope = rope[:, None]                                         # (T, 1, hd/2, 2)
-    if torch.compiler.is_compiling():                            # It fuses real numbers alone.
+    if torch.compiler.is_compiling():                            # It fuses real products only.
         a, b = pairs.unbind(-1)
         cos, sin = rope.unbind(-1)
         turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
@@ -135,7 +136,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, rope: torch.Tensor, attend=causal) -> torch.Tensor:
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        # Positions enter through the rotation, and nowhere else.
+        # The rotation is the only place where a token's position has an effect.
         y = attend(rotate(q, rope), rotate(k, rope), v)          # (B, T, H, hd)
         return self.wo(y.flatten(-2))                            # (B, T, D)
 
@@ -156,7 +157,7 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """h = x + attention(norm(x)); y = h + feed_forward(norm(h)).  All are (B, T, D).
 
-    The norm stands before each part, so the residual path from x to y has nothing but sums on it.
+    The norm comes before each part, so the residual path from x to y has only additions.
     """
 
     def __init__(self, args: ModelArgs):
@@ -189,7 +190,7 @@ class Transformer(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self):
-        """Draw all matrices from N(0, 0.02) as GPT-2 does; norms start at 1.
+        """Draw matrices with a standard deviation of 0.02 as GPT-2 does; norms start at 1.
 
         The two matrices of a block that write to the residual path get 0.02 / sqrt(2 n_layers).
         """
@@ -205,13 +206,14 @@ class Transformer(nn.Module):
                 layout=None) -> torch.Tensor:
         """Return the logits (B, T, V) of tokens (B, T) int64.
 
-        rows: the positions that get logits, (R, V): (B, T) bool, or (R,) int64 indices into B T.
-        The product with the vocabulary and the fp32 loss behind it take much of a step's time and
-        memory; training needs logits at answer tokens alone, generation at the last token.
-        layout: where several examples stand in one packed row (1, N).  It has their positions and
-        keeps attention within each.
-        Padding belongs on the right: under the causal mask no real token sees what comes after it,
-        so no attention mask is needed.
+        rows: the positions to return logits for; the result is then (R, V).  Either (B, T) bool, or
+        (R,) int64 indices into the B T positions.  The product with the vocabulary and the fp32
+        loss after it take much of a step's time and memory.  Training needs logits only where an
+        answer token is predicted, generation only at the last token.
+        layout: where the examples of a packed row (1, N) stand.  It has their positions, and its
+        attention keeps each example to itself.
+        Put padding on the right: with the causal mask no real token sees what comes after it, so
+        no padding mask is needed.
         Raises ValueError when an example has more than args.max_seq_len tokens.
         """
         length = layout.longest if layout else tokens.shape[1]
@@ -226,8 +228,8 @@ class Transformer(nn.Module):
         attend = layout.attend if layout else causal
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                # With use_reentrant=True LoRA would get no gradient: from a frozen embedding h
-                # comes without requires_grad.
+                # With use_reentrant=True LoRA would get no gradient, because h comes from a frozen
+                # embedding and does not require one.
                 h = checkpoint(layer, h, rope, attend, use_reentrant=False)
             else:
                 h = layer(h, rope, attend)
