@@ -5,9 +5,9 @@
     python -m finetune.convert llama-2-7b out/7b/peft --to peft --adapter out/7b/adapter.pt
     python -m finetune.convert llama-2-7b out/7b/small --to int8 --adapter out/7b/adapter.pt
 
-The second merges the adapter into the model.  The last two write the adapter alone: as PEFT's
-folder, and in a quarter of the space.  The first folder may be in either layout, and --adapter
-takes our file or PEFT's folder.
+The second command merges the adapter into the model.  The last two write the adapter alone: the
+third as PEFT's folder, the fourth in a quarter of the space.  The first folder may be in either
+layout, and --adapter takes our file or PEFT's folder.
 """
 import sys
 import warnings
@@ -34,7 +34,7 @@ MEGABYTE = 10 ** 6
 
 
 def main(argv=None):
-    """Convert what the flags name, and say what that lost."""
+    """Convert what the flags name, and print what was lost."""
     with one_line_errors("finetune.convert"):
         args = parse_args(argv)
         with new_folder(args.target) as folder:
@@ -83,7 +83,7 @@ def convert(args: Namespace, folder: Path) -> str | None:
             raise ValueError(f"{args.source} is not a transformer: --to {args.to} has no form for "
                              "it")
         if suffix == SAFETENSORS:
-            safetensors(args.target)                 # If it is missing, no weights are loaded.
+            safetensors(args.target)                 # Fail before any weights are loaded.
     content = None
     base = {}
     if args.adapter:
@@ -95,8 +95,8 @@ def convert(args: Namespace, folder: Path) -> str | None:
         sizes_kept = check_fits(args.source, layers, content)
         save_peft(read_adapter(content), sizes_kept, args.source, folder, suffix)
         return limits_of_peft(sizes_kept.n_layers, sizes.n_layers, quantize)
-    # An adapter over a quantised base is merged into the weights that it was trained on, which are
-    # the dequantised ones.  The error of int8 is measured in fp32.
+    # An adapter of a quantised base is merged into the dequantised weights, because it was trained
+    # on those.  The error of int8 is measured in fp32.
     dtype = torch.float32 if args.to == "int8" else DTYPES.get(args.dtype)
     model, tokenizer = load_checkpoint(args.source, layers, dtype, convert=quantizer(quantize))
     model.eval()
@@ -119,7 +119,7 @@ def check_fits(source: str, layers: int | None, content: dict):
 
 
 def limits_of_peft(n_layers: int, n_layers_of_source: int, quantize: str) -> str:
-    """Return a line about what PEFT's folder does not say, or an empty one."""
+    """Return a line about what PEFT's folder cannot say; it may be empty."""
     notes = []
     if n_layers < n_layers_of_source:
         notes.append(f"PEFT needs a base of {plural(n_layers, 'layer')} for it: --to hf --layers "
@@ -132,7 +132,7 @@ def limits_of_peft(n_layers: int, n_layers_of_source: int, quantize: str) -> str
 def merge(content: dict, model: nn.Module, probe: torch.Tensor, source: str) -> str:
     """Merge an adapter into the weights; return a line about how much of it survived.
 
-    Raises ValueError for weights of several dtypes, which would keep different parts of it.
+    Raises ValueError for weights of several dtypes, because each dtype rounds the update otherwise.
     """
     dtypes = {tensor.dtype for name, tensor in model.state_dict().items()
               if name.endswith(("weight", "like"))}  # like: the dtype of a quantised layer
@@ -147,7 +147,7 @@ def merge(content: dict, model: nn.Module, probe: torch.Tensor, source: str) -> 
 
 @torch.no_grad()
 def write_int8(content: dict, model: nn.Module, probe: torch.Tensor, folder: Path) -> str:
-    """Write the adapter in int8; return a line about how far that moves the logits of `probe`."""
+    """Write the adapter in int8; return a line about the change of the logits of `probe`."""
     adapter = read_adapter(content)
     load_adapter(model, content)
     before = model(probe).float()

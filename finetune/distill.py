@@ -118,7 +118,7 @@ class Distillation:
         teacher's dtype.  student_bytes: what the student's own forward and loss take.
 
         These are the teacher's weights plus the larger of two sums.  At the head: its features, and
-        the logits and the fp32 softmax of one chunk.  In a block: the tensors of its largest part
+        the logits and the fp32 softmax of one chunk.  In a block: the tensors of its largest layer
         minus student_bytes, because the student begins when the teacher has finished.
         """
         args = self.teacher.args

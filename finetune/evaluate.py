@@ -239,8 +239,8 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
 
     These are "val_accuracy" and "val_mcc".  Each rank scores its share of the dataset, and all get
     the same values, from the sums over all examples.  tokens: at most so many per forward.
-    model: without the DDP wrapper, whose forward waits for the other ranks: they may have another
-    number of batches.  It is in training mode afterwards.
+    model: without the DDP wrapper, whose forward may wait for the other ranks, and they may have
+    another number of batches.  It is in training mode afterwards.
     """
     model.eval()
     choices = class_answers(dataset, model.args.max_seq_len)

@@ -1,7 +1,7 @@
 """Load and save models as folders, in Meta's layout or in Hugging Face's.
 
 Meta's layout is params.json, consolidated.00.pth (or several shards) and tokenizer.model.
-huggingface.py knows the other one.
+Hugging Face's layout is in huggingface.py.
 """
 import hashlib
 import json
@@ -32,16 +32,16 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
                     convert: Callable | None = None) -> tuple[nn.Module, Tokenizer]:
     """Return (model, tokenizer) from a folder in Meta's or Hugging Face's layout.
 
-    layers: keep only the first so many blocks; the others are not read.
-    dtype: of the weights; by default each has its file's own.
-    device: with "meta" the model has sizes but no memory.
-    init: "random" reads sizes and tokenizer alone and draws the weights from torch's seed.
+    layers: the number of blocks to keep, from the first; the others are not read.
+    dtype: of the weights; by default each weight keeps the dtype of its file.
+    device: with "meta" the model has shapes but no memory.
+    init: "random" reads only sizes and tokenizer and draws the weights from torch's seed.
     convert: takes a block's nn.Linear and returns its replacement.  It is called as soon as that
-    layer is read, so that a base to be quantised never stands in memory whole.
+    layer is read, so that a base to be quantised is never in memory as a whole.
 
-    Without an output matrix in the files, the model ties it to the embedding.  model.origin says
-    where the weights come from; adapter files store it.
-    Raises FileNotFoundError or ValueError for whatever does not fit.
+    If the files have no output matrix, it is tied to the embedding.  model.origin says where the
+    weights come from; adapter files store it.
+    Raises FileNotFoundError, or ValueError for files or arguments that do not fit.
     """
     folder = Path(folder)
     args, tokenizer = read_params(folder, max_seq_len)
@@ -58,12 +58,12 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     args.n_layers = len(model.layers)
     if not stored:
         draw_weights(model, folder, dtype, device)
-    # A list of paths: a list of the layers themselves would keep those that are converted.
+    # This lists paths, because a list of the layers would keep the converted ones in memory.
     for path in [path for path, _ in model.named_modules()]:
         layer = model.get_submodule(path)
         is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
         if stored:
-            # What is converted is read as the file has it, and cast afterwards.
+            # A layer to convert is read in the file's dtype, and cast after it was converted.
             stored.fill(layer, path, None if is_converted else dtype, device)
         if is_converted:
             model.set_submodule(path, convert(layer).to(dtype))
@@ -83,11 +83,11 @@ def read_params(folder: str | Path,
                 max_seq_len: int | None = None) -> tuple[ModelArgs | RNNArgs, Tokenizer]:
     """Return (sizes, tokenizer) of a folder in either layout.
 
-    max_seq_len: by default what the folder says, or 4096 where it says nothing.  A vocab_size of -1
-    stands for the tokenizer's.
+    max_seq_len: by default 4096 in Meta's layout, and what config.json says in Hugging Face's.  In
+    Meta's layout a vocab_size of -1 means the tokenizer's.
     Raises FileNotFoundError, or ValueError for params that are not JSON, do not fit each other, or
-    name a feature that this model lacks (use_scaled_rope of LLaMA 3.1, say): without the feature
-    it would be another model.
+    name a feature that this model lacks, as LLaMA 3.1's use_scaled_rope: without the feature it
+    would be another model.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -156,7 +156,8 @@ class StoredWeights:
     """The weights in a folder's files, under the model's names.
 
     The files are mapped: nothing is in memory until it is used, and no pickled code runs.  A
-    tensor may be cut into pieces, one per shard.  is_tied: the output matrix is the embedding's.
+    tensor may be cut into pieces, one per shard.  is_tied: whether the output matrix is the
+    embedding's.
     Raises FileNotFoundError or ValueError.
     """
 
@@ -224,7 +225,7 @@ class StoredWeights:
         return tensor
 
     def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor as it is in the files; of a single piece no copy is made."""
+        """Return one tensor as it is in the files; if it is one piece, without a copy."""
         pieces = self.pieces[self.file_name(name)]
         return pieces[0] if len(pieces) == 1 else join(pieces, shape, None, "cpu")
 
@@ -243,7 +244,7 @@ def read_shards(folder: Path) -> dict[str, list[torch.Tensor]]:
     for path in shards:
         for name, piece in read_tensors(path).items():
             pieces.setdefault(name, []).append(piece)
-    pieces.pop("rope.freqs", None)                   # Meta's stale table: the model makes its own.
+    pieces.pop("rope.freqs", None)                   # Not needed: the model makes its own.
     uneven = [name for name, parts in pieces.items() if len(parts) < len(shards)]
     if uneven:
         raise ValueError(f"the shards in {folder} do not hold the same tensors: {listed(uneven)}")
@@ -254,7 +255,7 @@ def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
     """Return the dim along which the pieces make up `shape`; None if each piece is whole.
 
     Norms are whole in every shard.  Meta cuts wq, wk, wv, w1, w3 and output by rows, and wo, w2 and
-    (in LLaMA 2) tok_embeddings by columns; the shapes say as much.
+    (in LLaMA 2) tok_embeddings by columns.  No name is needed: the shapes show the dim.
     Raises ValueError for pieces that do not make up the shape.
     """
     shapes = [piece.shape for piece in pieces]
@@ -269,7 +270,7 @@ def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
 
 
 def differs_only_in(piece_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
-    """Return whether two shapes are equal but for their size in `dim`."""
+    """Return whether two shapes are equal in all dimensions except `dim`."""
     if len(piece_shape) != len(shape):
         return False
     return piece_shape[:dim] == shape[:dim] and piece_shape[dim + 1:] == shape[dim + 1:]
@@ -300,12 +301,13 @@ def draw_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None,
                  device: torch.device | str):
     """Give a model on the meta device memory and random weights.
 
-    Raises ValueError for a model that is larger than this machine's memory.
+    Raises ValueError, on the CPU, for a model that is larger than this machine's memory.
     """
     n_bytes = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
     if torch.device(device).type == "cpu":
         try:
-            # Ask once for all of it: Linux grants many small requests and then kills the process.
+            # Ask for all memory at once.  Linux would grant many small requests and then kill the
+            # process.
             torch.empty(n_bytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise ValueError(f"{folder} describes a model of {n_bytes / 1e9:,.0f} GB, which this "
@@ -316,7 +318,7 @@ def draw_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None,
 
 
 def tie_output(model: nn.Module):
-    """Make the output matrix the embedding's, if the model ties them."""
+    """Use the embedding as the output matrix if model.args.tie_embeddings says so."""
     if model.args.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
 
@@ -335,8 +337,8 @@ def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch
     """Return 16 hex digits that tell one base from another, in any layout, dtype or quantisation.
 
     They come from the sizes and from `sample_bytes` of both tensors, as the files hold them.
-    Weights that were made in bf16, as LLaMA's were, give the same digits in every dtype.  Weights
-    made in fp32 may not: stored in fp16 they are rounded twice.
+    Weights that were first stored in bf16, as LLaMA's were, give the same digits in every dtype.
+    Weights first stored in fp32 may not: after fp16 they are rounded a second time, to bf16.
     """
     sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size,
              args.hidden_dim,
@@ -348,9 +350,9 @@ def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch
 
 
 def sample_bytes(tensor: torch.Tensor) -> bytes:
-    """Return the bytes of 64 values of a tensor, evenly spaced and rounded to bf16.
+    """Return the bytes of 64 values at evenly spaced places of a tensor, rounded to bf16.
 
-    Values below 2^-14 count as 0: fp16 does not hold them exactly.
+    Magnitudes below 2^-14 count as 0, because fp16 cannot store them exactly.
     """
     flat = tensor.detach().reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()
@@ -359,7 +361,7 @@ def sample_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def state_to_save(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return {name: tensor} as a checkpoint has them.
+    """Return {name: tensor} with the names and tensors that a checkpoint has.
 
     Raises ValueError for an adapter that is not merged and for weights that are quantised.
     """
@@ -388,8 +390,9 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
     """Write a model as a folder in Meta's or Hugging Face's layout, in the dtype that it has.
 
     layout: "meta" or "hf".  suffix (.safetensors or .bin) and shard_bytes are for "hf" alone.
-    Merged adapters are part of the weights.  Each file is whole or not there.
-    Raises ValueError while an adapter is not merged.
+    A merged adapter is part of the weights.  A file is written whole or not at all.
+    Raises ValueError for an adapter that is not merged, for quantised weights, and for a folder
+    that has other weights which a reader could take instead.
     """
     folder = Path(folder)
     state = state_to_save(model)
@@ -400,7 +403,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
         huggingface.save(state, model.args, tokenizer, folder, suffix, shard_bytes)
         return
     params = asdict(model.args)
-    # Meta's reader sets the first for each run and does not know the second.
+    # Meta's reader sets max_seq_len for each run, and does not know tie_embeddings.
     del params["max_seq_len"], params["tie_embeddings"]
     write_tensors(folder / WEIGHTS, state)
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))

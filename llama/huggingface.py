@@ -1,9 +1,9 @@
 """Read and write Hugging Face's layout of a LLaMA.
 
 It is config.json, model.safetensors or pytorch_model.bin (or shards of them) and tokenizer.model.
-Tensors have other names there, and the rows of wq and wk another order: RoPE turns the pairs
-(i, i + hd/2) of a head, where Meta turns (2i, 2i + 1).  So each head has first its even rows, then
-its odd ones.
+Tensors have other names there, and the rows of wq and wk have another order: RoPE turns the pairs
+(i, i + hd/2) of a head, while Meta's turns (2i, 2i + 1).  So each head has Meta's even rows first,
+then the odd ones.
 """
 import re
 from functools import reduce
@@ -35,7 +35,8 @@ BLOCK = {
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-# Keys of config.json -> fields of ModelArgs.  with_width makes multiple_of from the width.
+# Keys of config.json -> fields of ModelArgs.  The width of SwiGLU goes into multiple_of at first;
+# with_width replaces it.
 SIZES = {
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size",
@@ -45,7 +46,7 @@ FRACTIONS = ("rms_norm_eps", "rope_theta")           # the sizes that need not b
 DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
             "max_position_embeddings": 2048}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Keys that can make it another model -> the values that do not.  null never does.
+# Keys that can describe another kind of model -> the values that this model accepts, besides null.
 FEATURES = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
     "mlp_bias": (False,), "sliding_window": (), "quantization_config": (),
@@ -141,7 +142,7 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> tuple[ModelArgs
 
 
 def check_features(config: dict, path: Path):
-    """Raise ValueError for a config of another kind of model, or of none."""
+    """Raise ValueError for a config of another kind of model, or of no model at all."""
     if "model_type" not in config:
         raise ValueError(f"{path} lacks model_type: is it a model's?")
     for key, accepted in FEATURES.items():
@@ -155,12 +156,12 @@ def check_features(config: dict, path: Path):
 
 
 def rope_theta(config: dict, path: Path) -> float:
-    """Return theta, which may stand among the parameters of RoPE.
+    """Return theta, which may be a key of its own or one of RoPE's parameters.
 
     Raises ValueError for a RoPE that scales its angles.
     """
     theta = config["rope_theta"]
-    # transformers writes the second key since its version 5, and the first one before.
+    # transformers 5 writes rope_parameters; versions before it wrote rope_scaling.
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
         if not is_plain_rope(rope):
@@ -171,7 +172,7 @@ def rope_theta(config: dict, path: Path) -> float:
 
 
 def is_plain_rope(rope: object) -> bool:
-    """Return whether the parameters of RoPE name no other kind than the default."""
+    """Return whether the parameters of RoPE are those of the default kind."""
     if not isinstance(rope, dict):
         return False
     for name, value in rope.items():
@@ -206,10 +207,10 @@ def in_config_words(message: str) -> str:
 def with_width(params: dict) -> ModelArgs:
     """Return ModelArgs whose hidden_dim is the width in params["multiple_of"].
 
-    Meta's formula rounds a width up to a multiple of multiple_of.  With the wanted width itself as
-    multiple_of it gives just that, if the formula's own width is not larger; if it is larger, a
-    multiplier makes it smaller first.  Where a multiple_of of 256 gives the wanted width too, as
-    for LLaMA 2 7B and 13B, it is 256, as in Meta's own files.
+    Meta's formula computes a width and rounds it up to a multiple of multiple_of.  If multiple_of
+    is the wanted width, the result is the wanted width, unless the computed width is larger.  Then
+    a multiplier first makes the computed width smaller.  If multiple_of 256 gives the wanted width
+    too, as for LLaMA 2 7B and 13B, it is 256, as in Meta's own files.
     """
     width = params["multiple_of"]
     args = ModelArgs(**params)
@@ -217,7 +218,7 @@ def with_width(params: dict) -> ModelArgs:
         args.multiple_of = 256
     elif args.hidden_dim != width:
         formula_width = ModelArgs(**{**params, "multiple_of": 1}).hidden_dim
-        # Half of one is added so that no rounding error takes the product below the width.
+        # 0.5 is added so that a rounding error cannot make the product smaller than the width.
         args.ffn_dim_multiplier = (width + 0.5) / formula_width
     return args
 
@@ -225,7 +226,7 @@ def with_width(params: dict) -> ModelArgs:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files with the weights: one, or those that an index names.
 
-    safetensors come before torch's own files if the package is installed, otherwise after.
+    If the package safetensors is installed, its files are preferred, otherwise torch's.
     Raises FileNotFoundError or ValueError.
     """
     names = ["model" + SAFETENSORS, "pytorch_model.bin"]
@@ -250,7 +251,7 @@ def indexed_files(index: Path) -> list[Path]:
         raise ValueError(f"{index} has no weight_map of names to files")
     shards = sorted(set(weight_map.values()))
     for shard in shards:
-        # A file's name is its whole path, also as Windows would read it.
+        # The entry must be a bare file name, on Linux and on Windows.
         is_name = shard == Path(shard).name == PureWindowsPath(shard).name
         if not is_name or shard in ("", ".", ".."):
             raise ValueError(f"{index} names {shard!r}, which is not a file of this folder")
@@ -278,7 +279,7 @@ def read_weights(folder: Path) -> dict[str, list[torch.Tensor]]:
 def drop_tied(pieces: dict[str, list[torch.Tensor]], args: ModelArgs, folder: Path):
     """Remove the second copy of a tied matrix.
 
-    Raises ValueError if it is not a copy: some readers would take one and some the other.
+    Raises ValueError if it is not a copy: readers could use either of the two.
     """
     output = pieces.get("lm_head.weight")
     embeddings = pieces.get("model.embed_tokens.weight")
@@ -294,9 +295,9 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
          suffix: str, shard_bytes: int):
     """Write a model as a folder that transformers loads.
 
-    state: named and ordered in Meta's way.  suffix: .safetensors or .bin.  shard_bytes: of a file
-    of weights, at most; several files get an index.
-    Raises ValueError if the folder holds a model already: readers would take either of the two.
+    state: with Meta's names and order of rows.  suffix: .safetensors or .bin.  shard_bytes: the
+    largest size of a file of weights; several files get an index.
+    Raises ValueError if the folder already holds a model: readers could use either of the two.
     """
     old_files = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*.bin*")]
     if old_files:
@@ -307,7 +308,7 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
     save_tokenizer(tokenizer, folder)
     write_json(folder / "generation_config.json", ids)
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
-    config = {                    # in the words of transformers 4, which 5 and others read too
+    config = {                    # the keys of transformers 4, which others read too
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
     config |= {key: getattr(args, field) for key, field in SIZES.items()}
@@ -360,6 +361,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path):
     write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.sp, special))
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # The next two switch off habits of transformers 4.
+        # The next two keys switch off defaults of transformers 4.
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"], **special})

@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 # With use_reentrant=True LoRA would get no gradient, because h comes from a frozen
-                # embedding and does not require one.
+                # embedding and does not require a gradient.
                 h = checkpoint(layer, h, rope, attend, use_reentrant=False)
             else:
                 h = layer(h, rope, attend)

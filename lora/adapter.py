@@ -15,13 +15,13 @@ from .methods import METHODS
 
 @dataclass
 class LoRAConfig:
-    """The settings from which an adapter's layers can be rebuilt.  Adapter files hold it as a dict.
+    """The settings from which an adapter's layers can be rebuilt; adapter files store them.
 
     method: a name in METHODS.  r: the rank.  alpha: the scale of the update is alpha / r, unless
     the method defines another.
     dropout: a probability; None means the method's default, 0.05 or 0.
-    targets: last parts of module paths ("wq" selects every ...wq), or "all" for every layer that
-    the method can adapt.
+    targets: last parts of module paths ("wq" selects every path that ends in ".wq"), or "all" for
+    every layer that the method can adapt.
     init: how A starts, "kaiming" or "gaussian".
     options: {name: value} of the method's own settings, which its file in lora/methods/ lists.
     Those that are not given get their defaults.
@@ -62,14 +62,14 @@ class LoRAConfig:
 
 
 def is_number(value, types=(int, float)) -> bool:
-    """Return whether `value` is of one of `types`; True and False are no numbers here."""
+    """Return whether `value` is of one of `types`; True and False do not count as numbers."""
     return isinstance(value, types) and not isinstance(value, bool)
 
 
 def linear_layer(method: str) -> type[LoRALayer]:
     """Return the method's layer for nn.Linear, which every method has.
 
-    It carries what belongs to the method as a whole: its options and its hooks.
+    This class has the options and the hooks of the whole method.
     """
     return METHODS[method][nn.Linear]
 
@@ -156,7 +156,7 @@ def is_lora(name: str) -> bool:
 def unchanged_on_error(model: nn.Module):
     """Restore the model's layers, config and trainable parameters if the block raises ValueError.
 
-    The block gets {path: layer} of the adapter layers as they were before it.
+    The block gets {path: layer}, the adapter layers before the block.
     """
     layers = lora_layers(model)
     config = getattr(model, "lora_config", None)
@@ -190,8 +190,8 @@ def mark_only_lora_as_trainable(model: nn.Module):
 def begin_step(model: nn.Module, step: int, loss: float | None = None) -> dict:
     """Tell the adapter's layers that optimizer step `step` begins; return {name: value} to log.
 
-    Steps count from 1.  loss: of the step before, over all ranks of a distributed run; None before
-    the first.  Most methods do nothing here and log nothing.
+    Steps count from 1.  loss: the previous step's, over all ranks of a distributed run; None at the
+    first step.  Most methods do nothing here and log nothing.
     """
     logged = {}
     for layer in lora_layers(model).values():
@@ -219,7 +219,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class AdapterState:
-    """Everything of an adapter that training changes, to be saved and restored with a run.
+    """The state of an adapter that training changes, to save and restore it with a run.
 
     It has state_dict() and load_state_dict(), as an optimizer has.
     """
@@ -276,7 +276,7 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> float:
     1.0 means that all of it survived.  In bf16 a small update can be lost almost entirely, because
     it is smaller than the distance between neighbouring values of a weight.
     keep_base=False frees each weight that is replaced, so nothing can be unmerged.
-    Raises ValueError if there is no adapter, or if it is merged already or disabled.
+    Raises ValueError if there is no adapter, or if it is already merged or is disabled.
     """
     layers = lora_layers(model).values()
     if not layers:
@@ -294,7 +294,7 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> float:
 @torch.no_grad()
 def merge_report(model: nn.Module, tokens: torch.Tensor, remedy: str,
                  keep_base: bool = True) -> str:
-    """Merge the adapter and return one line about what that lost.
+    """Merge the adapter and return one line about what was lost.
 
     The line has the share of the update that survived and the change of the logits of `tokens`
     (B, T).  remedy: the flag to recommend if less than half survived.
@@ -313,7 +313,10 @@ def merge_report(model: nn.Module, tokens: torch.Tensor, remedy: str,
 
 
 def unmerge_lora(model: nn.Module):
-    """Undo merge_lora, bit for bit.  Raises ValueError if no adapter is merged."""
+    """Undo merge_lora, bit for bit.
+
+    Raises ValueError if no adapter is merged, or if it was merged with keep_base=False.
+    """
     layers = lora_layers(model).values()
     if not layers or not all(layer.merged for layer in layers):
         raise ValueError("the model has no merged adapter to unmerge")
@@ -324,7 +327,8 @@ def unmerge_lora(model: nn.Module):
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write an adapter file: the tensors, the config, and model.origin, which describes the base.
 
-    The file is whole or not there.  Raises ValueError for a model that has no adapter, and OSError.
+    The file is written whole or not at all.
+    Raises ValueError for a model that has no adapter, or OSError.
     """
     tensors = {name: tensor.detach().cpu().clone()
                for name, tensor in lora_state_dict(model).items()}
@@ -334,7 +338,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     content = {"config": config, "base": getattr(model, "origin", {}), "tensors": tensors}
     new = Path(f"{path}.tmp")
     try:
-        # An open file: given a path, torch.save would write the file's name into it.
+        # torch.save gets an open file, because with a path it would store the file's name in it.
         with open(new, "wb") as file:
             torch.save(content, file)
             file.flush()
@@ -368,10 +372,10 @@ def load_weights_only(path: str | Path):
 def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) -> dict:
     """Return {"path": str, "config": LoRAConfig, "base": dict, "tensors": dict} of an adapter.
 
-    source: the path of an adapter file; or its content with a "path" to call it by, as readers of
-    other formats make it.  "base" may be None there: it is not known.
+    source: the path of an adapter file, or a dict with the content of one and a "path" to name in
+    messages, as readers of other formats return it.  In a dict "base" is None if it is unknown.
     load: load(path) returns the content of a file, or raises ValueError.  The default runs no code
-    of the file, but takes as much memory as that asks for; llama.files.load_saved does not.
+    of the file, but uses as much memory as the file asks for; llama.files.load_saved limits that.
     Raises FileNotFoundError, or ValueError for a file that is not an adapter's.
     """
     from_file = not isinstance(source, dict)
@@ -398,8 +402,8 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
 
 
 def rescaled(tensors: dict, scales: dict) -> dict:
-    """Return {name: tensor} with those that are stored in int8 multiplied by their scales."""
-    # expand_as refuses scales that would make a tensor wider.
+    """Return {name: tensor}, where tensors stored in int8 are multiplied by their scales."""
+    # expand_as refuses scales that would make a tensor larger.
     return {name: tensor * scales[name].expand_as(tensor) if name in scales else tensor
             for name, tensor in tensors.items()}
 
@@ -412,12 +416,12 @@ def is_dense(tensor) -> bool:
 
 def load_adapter(model: nn.Module, source: str | Path | dict,
                  load: Callable = load_weights_only) -> None:
-    """Load an adapter into `model`: add its layers, or, where they are there, swap the tensors.
+    """Load an adapter into `model`, in place of the adapter that it has, if any.
 
-    source and load: as read_adapter takes them.
-    Raises ValueError, with the model as it was, when the file belongs to another base (where that
-    is known: else only shapes are compared) or its tensors do not fit, naming both sides, or while
-    another adapter is merged.
+    If both have the same config, only the tensors are replaced.  source, load: see read_adapter.
+    Raises ValueError, and leaves the model as it was, if the file belongs to another base, if its
+    tensors do not fit, or if an adapter is merged.  If the file's base is unknown, only names and
+    shapes are compared.
     """
     saved = read_adapter(source, load)
     path = saved["path"]
@@ -438,7 +442,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
         if in_model or in_file:
             raise ValueError(f"{path} does not fit; the model expects {in_model or 'none'}; "
                              f"the file has {in_file or 'none'}")
-    # The base's weights are not in the file, so strict=True would miss them.
+    # strict=True would raise an error, because the base's weights are not in the file.
     model.load_state_dict(saved["tensors"], strict=False)
 
 

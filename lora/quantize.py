@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 BLOCK = 64                      # Weights that share a scale (QLoRA, section 3).
 GROUP = 256                     # Scales that share a second scale (double quantisation).
-TINY = 1e-30                    # Replaces a largest magnitude of 0, to divide by.
+TINY = 1e-30                    # The least divisor: it replaces a magnitude of 0.
 
 
 class QuantizedLinear(nn.Module):
@@ -15,11 +15,11 @@ class QuantizedLinear(nn.Module):
     dtype and the device that the model computes with.  `weight` is W in that dtype, computed anew
     on each access.
 
-    Quantise the weight that the file holds and cast the result with `.to(dtype)`.  Quantising a
-    weight that was cast before would give other codes.
+    Quantise the weight in the dtype of its file, and cast the layer afterwards with `.to(dtype)`.
+    A weight that was cast first would give other codes.
     """
     kind = None                 # The name of the format, as in --quantize.
-    stands_for = nn.Linear      # The type of layer for which LoRA methods take this one.
+    stands_for = nn.Linear      # LoRA methods treat this layer as one of this type.
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
 class DequantizedProduct(torch.autograd.Function):
     """The product W x of a quantised layer.
 
-    No dequantised W is kept for the backward pass, which dequantises again.  W gets no gradient.
+    The backward pass dequantises W again, so that W is not kept.  W gets no gradient.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class DequantizedProduct(torch.autograd.Function):
 class Int8Linear(QuantizedLinear):
     """W[i, j] = q[i, j] * scale[i]: int8 codes within +-127 and one fp32 scale per row.
 
-    The scale is the row's largest magnitude / 127.  No weight is off by more than half its scale.
+    The scale is the row's largest magnitude / 127.  The error of a weight is at most scale / 2.
     """
     kind = "int8"
 
@@ -97,13 +97,13 @@ class Int8Linear(QuantizedLinear):
 class NF4Linear(QuantizedLinear):
     """W = levels[code] * s: one of 16 levels per weight and one scale s per block of 64 weights.
 
-    The blocks run along the rows of W, laid end to end.  s is the block's largest magnitude.  Two
-    codes share a byte.  With `double`, s itself is stored in 8 bits (double quantisation):
+    The blocks are pieces of the flattened W, row after row.  s is the block's largest magnitude.
+    Two codes share a byte.  With `double`, s itself is stored in 8 bits (double quantisation):
     s = mean + c * t, with int8 codes c within +-127 and one fp32 t per 256 blocks.
 
-    That makes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, or 4.5 without `double`.  No
-    weight is off by more than 0.152 s, half the widest gap between levels, plus what the rounding
-    of s to 8 bits adds.
+    This takes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, or 4.5 without `double`.  The
+    error of a weight is at most 0.152 s, half the widest gap between levels, plus the error from
+    the rounding of s to 8 bits.
     """
     kind = "nf4"
 
@@ -125,7 +125,7 @@ class NF4Linear(QuantizedLinear):
         nearest = torch.bucketize(blocks / divisors, midpoints, out_int32=True)
         codes = nearest.to(torch.uint8).flatten()
         self.register_buffer("codes", codes[::2] * 16 + codes[1::2])
-        # The two levels of each possible byte.  They follow from nf4_levels, so no file holds them.
+        # The two levels of each possible byte.  nf4_levels gives them, so no file stores them.
         self.register_buffer("pairs", torch.cartesian_prod(levels, levels), persistent=False)
 
     def scales(self) -> torch.Tensor:
@@ -200,8 +200,8 @@ def nf4_levels() -> torch.Tensor:
     """Return the 16 levels of NormalFloat4, (16,) in fp32, from -1 to 1.
 
     They are quantiles of N(0, 1) at evenly spaced probabilities, scaled to [-1, 1].  7 are below
-    zero, 8 above it, and zero itself is exact (QLoRA, section 3 and appendix E).  The outermost
-    probability is midway between the outermost ones of 15 and of 16 even steps.
+    zero, 8 above it, and zero itself is exact (QLoRA, section 3 and appendix E).  The largest
+    probability, `end`, is the mean of 1 - 1/30 and 1 - 1/32.
     """
     end = 1 - (1 / 30 + 1 / 32) / 2
     above = torch.special.ndtri(torch.linspace(0.5, end, 9, dtype=torch.float64))
