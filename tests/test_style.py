@@ -34,7 +34,6 @@ NOT_YET = (
     "finetune/batches.py",
     "finetune/convert.py",
     "finetune/dataset.py",
-    "finetune/demo/make.py",
     "finetune/distill.py",
     "finetune/evaluate.py",
     "finetune/loss.py",
