@@ -64,16 +64,22 @@ MUTATIONS = {
     ),
     "validation_by_batches": (
         "finetune/evaluate.py",
-        "(1, len(own), -scores[right][0], scores[right][1])",
         """
-        (1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group),
-         scores[right][1])
+        table["tokens"][i] = len(answer)
+        table["nats"][i] = -answer_scores[right].log_p
+        """,
+        """
+        table["tokens"][i] = 1 / len(group)
+        table["nats"][i] = -answer_scores[right].log_p / sum(len(examples[j][1]) for j in group)
         """,
     ),
     "accuracy_of_free_text": (
         "finetune/evaluate.py",
-        "hits / n",
-        'sums.get("exact_match", hits) / n',
+        'values |= class_measures(sums["confusion"], sums["examples"])',
+        """
+        values |= class_measures(sums["confusion"], sums["examples"])
+        values["accuracy"] = values.get("exact_match", values["accuracy"])
+        """,
     ),
     "shift_by_one": (
         "finetune/loss.py",
@@ -262,8 +268,14 @@ MUTATIONS = {
     ),
     "mean_of_rank_means": (
         "finetune/batches.py",
-        "n_answer = sum(count_answer(labels) for _, labels in rows)",
-        "n_answer = len(ranks) * sum(batch.n_answer for batch in batches)",
+        """
+        n_tokens = sum(len(tokens) for tokens, _ in rows)
+        n_answer = sum(count_answer(labels) for _, labels in rows)
+        """,
+        """
+        n_tokens = sum(len(tokens) for tokens, _ in rows)
+        n_answer = len(ranks) * sum(batch.n_answer for batch in batches)
+        """,
     ),
     "no_sync_placement": (
         "train.py",
