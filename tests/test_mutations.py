@@ -5,7 +5,6 @@ pytest -m slow tests/test_mutations.py
 
 import ast
 import copy
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import textwrap
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import ONE_THREAD, ROOT
 
 LOSS = "loss_sum * ranks.size / window.n_answer"
 LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
@@ -420,7 +419,7 @@ def test_the_trap_put_back_is_caught(trap, tmp_path):
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         timeout=300,
     )
     assert done.returncode == 1, done.stdout[-2000:]  # 2 and more: pytest itself failed.
