@@ -1,4 +1,4 @@
-"""Fixtures: a tokenizer trained in memory and a tiny checkpoint, so that no test needs a download."""
+"""Fixtures: a tokenizer trained in memory and a tiny checkpoint, so that nothing is downloaded."""
 import io
 import json
 
@@ -11,12 +11,12 @@ from llama import Tokenizer, save_checkpoint
 
 from .helpers import CORPUS, EXAMPLES, metrics, tiny
 
-torch.set_num_threads(1)                                    # for tensors this small, threads only wait for each other
+torch.set_num_threads(1)                    # For tensors this small, threads only wait for each other.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def undrawn():
-    """Runs leave no picture, wherever matplotlib is installed: it would take most of a tiny run's time."""
+    """Runs leave no picture: where matplotlib is installed, it takes most of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "picture_of", lambda out: "none")
         yield
@@ -27,9 +27,9 @@ def tokenizer():
     """A 400-piece BPE with Llama 2's special ids: unk 0, bos 1, eos 2, no pad."""
     out = io.BytesIO()
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=400, byte_fallback=True,
-        hard_vocab_limit=False, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=iter(CORPUS), model_writer=out, model_type="bpe", vocab_size=400,
+        byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     return Tokenizer(out.getvalue())
 
 

@@ -29,7 +29,20 @@ CORPUS = [
     "Is this sentence happy or sad?",
     "happy sad yes no",
 ]
-WORDS = "blue cold one two three green happy sad yes no sky grass".split()
+WORDS = (
+    "blue",
+    "cold",
+    "one",
+    "two",
+    "three",
+    "green",
+    "happy",
+    "sad",
+    "yes",
+    "no",
+    "sky",
+    "grass",
+)
 TIMED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no run repeats
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -179,7 +179,7 @@ MUTATIONS = {
         """,
         "pass",
     ),
-    "adapter_silently_not_loaded": ("lora/adapter.py", "expected != found", "False"),
+    "adapter_silently_not_loaded": ("lora/adapter.py", "in_model or in_file", "False"),
     "adapter_file_that_holds_the_base": (
         "lora/adapter.py",
         "{name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}",
@@ -257,8 +257,8 @@ MUTATIONS = {
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
     "a_pickle_in_a_file[checkpoint]": (
         "llama/files.py",
-        "SavedFile(path, mapped, summed).content()",
-        "torch.load(path, weights_only=False)",
+        "pickled = read_pickle(path, summed)",
+        "return torch.load(path, weights_only=False)",
     ),
     "a_pickle_in_a_file[adapter]": (
         "lora/adapter.py",
