@@ -1,107 +1,416 @@
-"""Each trap of test_traps.py is put back into a copy of our code, and its test must fail:  pytest -m slow tests/test_mutations.py"""
+"""Each trap of test_traps.py is put back into a copy of our code, and its test must fail.
+
+pytest -m slow tests/test_mutations.py
+"""
+
+import ast
+import copy
 import os
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
-from .conftest import ROOT
+from .helpers import ROOT
 
-STEP = "* world_size / window.n_answer"
-MUTATIONS = {                                           # trap: (file, ours, theirs)
-    "mean_of_means": ("train.py", STEP, "* world_size / max(1, batch.n_answer) / len(window.batches)"),
-    "divided_twice": ("train.py", STEP, STEP + " / len(window.batches)"),
-    "not_divided": ("train.py", STEP, "* world_size / max(1, batch.n_answer)"),
-    "leftover_window": ("train.py", STEP, "* world_size * len(window.batches) / window.n_answer / args.accumulation_steps"),
-    "schedule_counts_windows": ("train.py", "lr_factor(n, len(steps), warmup", "lr_factor(n, len(steps) * args.accumulation_steps, warmup"),
-    "no_answer_in_the_batch": ("finetune/loss.py", "return loss, batch.n_answer", "return loss / batch.n_answer * batch.n_answer, batch.n_answer"),
-    "loss_without_a_graph": ("finetune/loss.py", "    rows = rows.to(batch",
-                             "    if not len(rows):\n        return torch.zeros(()), 0\n    rows = rows.to(batch"),
-    "validation_by_batches": ("finetune/evaluate.py", "(1, len(own), -scores[right][0], scores[right][1])",
-                              "(1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group), scores[right][1])"),
-    "accuracy_of_free_text": ("finetune/evaluate.py", '"accuracy": hits / n', '"accuracy": sums.get("exact_match", hits) / n'),
-    "shift_by_one": ("finetune/loss.py", "batch.labels.flatten().roll(-1)", "batch.labels.flatten().clone()"),
-    "prompt_is_no_target": ("finetune/dataset.py", "labels = [IGNORE] * len(prompt) + answer", "labels = prompt + answer"),
-    "eos_is_a_target": ("finetune/batches.py", "pad_right(labels, IGNORE),",
-                        "pad_right(labels, IGNORE).masked_fill(pad_right(tokens, self.pad_id) == self.pad_id, IGNORE),"),
-    "eos_as_text": ("finetune/dataset.py", 'tokenizer.encode(example["output"], eos=True)', 'tokenizer.encode(example["output"] + "</s>")'),
-    "eos_after_a_cut": ("finetune/dataset.py", "return (prompt + answer)[:max_seq_len],", "return (prompt + answer)[:max_seq_len - 1] + answer[-1:],"),
-    "prompt_boundary": ("finetune/dataset.py", 'answer = tokenizer.encode(example["output"], eos=True)',
-                        'whole = tokenizer.encode(format_prompt(example) + example["output"], bos=True, eos=True)\n'
-                        '    prompt, answer = whole[:len(prompt)], whole[len(prompt):]'),
-    "answer_cut_away": ("finetune/dataset.py", "[row for row in rows if row[1][-1] != IGNORE]", "rows"),
-    "double_bos": ("finetune/dataset.py", "return tokenizer.encode(format_prompt(example), bos=True)",
-                   "return [tokenizer.bos_id] + tokenizer.encode(format_prompt(example), bos=True)"),
-    "token_by_token_decoding": ("llama/sampling.py", "    seen, given = [], \"\"\n", "    yield from (tokenizer.decode([i]) for i in ids)\n    return\n"),
-    "pad_id_of_minus_one": ("llama/tokenizer.py", "self.pad_id = self.eos_id", "self.pad_id = self.sp.pad_id()"),
-    "order_without_coverage": ("finetune/batches.py", ".permutation(len(lengths))", ".integers(0, len(lengths), len(lengths))"),
-    "each_epoch_in_the_same_order": ("finetune/batches.py", "default_rng((seed, epoch))", "default_rng(seed)"),
-    "template_at_inference": ("generate.py", "    prompts = [encode_prompt(example, tokenizer) for",
-                              '    prompts = [encode_prompt(example, tokenizer) + tokenizer.encode("\\n") for'),
+LOSS = "loss_sum * ranks.size / window.n_answer"
+LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
+NORM = "F.rms_norm(x, self.weight.shape, self.weight, self.eps)"
+WRAPPING = """
+    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
+"""
+
+# trap: (file, code, what stands there with the trap), compared as syntax trees, so that line breaks
+# and quotes do not matter.  Code is statements, an expression, or an argument `name=value`.
+MUTATIONS = {
+    "mean_of_means": (
+        "train.py",
+        LOSS,
+        "loss_sum * ranks.size / max(1, batch.n_answer) / len(window.batches)",
+    ),
+    "divided_twice": ("train.py", LOSS, f"{LOSS} / len(window.batches)"),
+    "not_divided": ("train.py", LOSS, "loss_sum * ranks.size / max(1, batch.n_answer)"),
+    "leftover_window": (
+        "train.py",
+        "loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)",
+        """
+        share = len(window.batches) / options.accumulation_steps
+        loss_fn = lambda *each: (job.loss_fn(*each)[0] * share, None)
+        loss_share = accumulate_gradients(ddp_model, loss_fn, window, precision, ranks)
+        """,
+    ),
+    "schedule_counts_windows": (
+        "train.py",
+        "lr_factor(run.progress.taken, n_steps, warmup, options.schedule)",
+        "lr_factor(run.progress.taken, n_steps * options.accumulation_steps, warmup, "
+        "options.schedule)",
+    ),
+    "no_answer_in_the_batch": (
+        "finetune/loss.py",
+        "return loss, batch.n_answer",
+        "return loss / batch.n_answer * batch.n_answer, batch.n_answer",
+    ),
+    "loss_without_a_graph": (
+        "finetune/loss.py",
+        f"logits = {LOGITS}",
+        f"""
+        if not len(rows):
+            return torch.zeros(()), 0
+        logits = {LOGITS}
+        """,
+    ),
+    "validation_by_batches": (
+        "finetune/evaluate.py",
+        "(1, len(own), -scores[right][0], scores[right][1])",
+        """
+        (1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group),
+         scores[right][1])
+        """,
+    ),
+    "accuracy_of_free_text": (
+        "finetune/evaluate.py",
+        "hits / n",
+        'sums.get("exact_match", hits) / n',
+    ),
+    "shift_by_one": (
+        "finetune/loss.py",
+        "batch.labels.flatten().roll(-1)",
+        "batch.labels.flatten().clone()",
+    ),
+    "prompt_is_no_target": (
+        "finetune/dataset.py",
+        "[IGNORE] * len(prompt) + answer",
+        "prompt + answer",
+    ),
+    "eos_is_a_target": (
+        "finetune/batches.py",
+        "pad_right(labels, IGNORE)",
+        """
+        pad_right(labels, IGNORE).masked_fill(
+            pad_right(tokens, self.pad_id) == self.pad_id, IGNORE)
+        """,
+    ),
+    "eos_as_text": (
+        "finetune/dataset.py",
+        'tokenizer.encode(example["output"], eos=True)',
+        'tokenizer.encode(example["output"] + "</s>")',
+    ),
+    "eos_after_a_cut": (
+        "finetune/dataset.py",
+        "(prompt + answer)[:max_seq_len]",
+        "(prompt + answer)[:max_seq_len - 1] + answer[-1:]",
+    ),
+    "prompt_boundary": (
+        "finetune/dataset.py",
+        'answer = tokenizer.encode(example["output"], eos=True)',
+        """
+        whole = tokenizer.encode(format_prompt(example) + example["output"], bos=True, eos=True)
+        prompt, answer = whole[:len(prompt)], whole[len(prompt):]
+        """,
+    ),
+    "answer_cut_away": (
+        "finetune/dataset.py",
+        "[row for row in rows if row[1][-1] != IGNORE]",
+        "rows",
+    ),
+    "double_bos": (
+        "finetune/dataset.py",
+        "tokenizer.encode(format_prompt(example), bos=True)",
+        "[tokenizer.bos_id] + tokenizer.encode(format_prompt(example), bos=True)",
+    ),
+    "token_by_token_decoding": (
+        "llama/sampling.py",
+        "tokenizer.decode(seen)",
+        '"".join(tokenizer.decode([token]) for token in seen)',
+    ),
+    "pad_id_of_minus_one": (
+        "llama/tokenizer.py",
+        "self.pad_id = self.eos_id",
+        "self.pad_id = self.sp.pad_id()",
+    ),
+    "order_without_coverage": (
+        "finetune/batches.py",
+        "np.random.default_rng((seed, epoch)).permutation(len(lengths))",
+        "np.random.default_rng((seed, epoch)).integers(0, len(lengths), len(lengths))",
+    ),
+    "each_epoch_in_the_same_order": (
+        "finetune/batches.py",
+        "np.random.default_rng((seed, epoch))",
+        "np.random.default_rng(seed)",
+    ),
+    "template_at_inference": (
+        "generate.py",
+        "encode_prompt(example, self.tokenizer)",
+        'encode_prompt(example, self.tokenizer) + self.tokenizer.encode("\\n")',
+    ),
     "alpha_over_r": ("lora/lora_layer.py", "self.alpha / self.r", "self.alpha"),
-    "alpha_and_r_lost": ("lora/adapter.py", 'LoRAConfig(**content["config"])', 'LoRAConfig(r=content["config"]["r"])'),
-    "merge_in_16_bit": ("lora/lora_layer.py", "(weight + delta).to(reference_tensor(self.base).dtype)",
-                        "weight.to(reference_tensor(self.base).dtype) + delta.to(reference_tensor(self.base).dtype)"),
-    "merge_drift": ("lora/lora_layer.py", "self.original_base[0].to(self.base.weight)",
-                    "with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))"),
-    "double_merge": ("lora/lora_layer.py", "        if self.merged:\n", "        if False:\n"),
-    "adapter_silently_not_loaded": ("lora/adapter.py", "if expected != found:", "if False:"),
-    "adapter_file_that_holds_the_base": ("lora/adapter.py", "model.state_dict().items() if is_lora(name)}", "model.state_dict().items()}"),
-    "misspelt_target": ("lora/adapter.py", "missing = targets - names", "missing = set() if targets & names else targets"),
-    "dropout_on_the_base_path": ("lora/layers.py", "        y = self.base(x)\n", "        x = self.dropout(x)\n        y = self.base(x)\n"),
-    "gqa_adapter_width": ("lora/layers.py", "self.trainable_zeros(base.out_features, r)", "self.trainable_zeros(base.in_features, r)"),
-    "tied_embeddings": ("lora/lora_layer.py", "self.base = with_weight(self.base, merged)", "self.base.weight.data.copy_(merged)"),
+    "alpha_and_r_lost": (
+        "lora/adapter.py",
+        'LoRAConfig(**content["config"])',
+        'LoRAConfig(r=content["config"]["r"])',
+    ),
+    "merge_in_16_bit": (
+        "lora/lora_layer.py",
+        "(weight + delta).to(reference_tensor(self.base).dtype)",
+        """
+        weight.to(reference_tensor(self.base).dtype) + delta.to(reference_tensor(self.base).dtype)
+        """,
+    ),
+    "merge_drift": (
+        "lora/lora_layer.py",
+        "self.original_base[0].to(self.base.weight)",
+        """
+        with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))
+        """,
+    ),
+    "double_merge": (
+        "lora/lora_layer.py",
+        """
+        if self.merged:
+            raise ValueError("the adapter is already merged; a second merge would add it twice")
+        """,
+        "pass",
+    ),
+    "adapter_silently_not_loaded": ("lora/adapter.py", "expected != found", "False"),
+    "adapter_file_that_holds_the_base": (
+        "lora/adapter.py",
+        "{name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}",
+        "{name: tensor for name, tensor in model.state_dict().items()}",
+    ),
+    "misspelt_target": (
+        "lora/adapter.py",
+        "missing = targets - names",
+        "missing = set() if targets & names else targets",
+    ),
+    "dropout_on_the_base_path": (
+        "lora/layers.py",
+        "y = self.base(x)",
+        """
+        x = self.dropout(x)
+        y = self.base(x)
+        """,
+    ),
+    "gqa_adapter_width": (
+        "lora/layers.py",
+        "self.trainable_zeros(base.out_features, r)",
+        "self.trainable_zeros(base.in_features, r)",
+    ),
+    "tied_embeddings": (
+        "lora/lora_layer.py",
+        "self.base = with_weight(self.base, merged)",
+        "self.base.weight.data.copy_(merged)",
+    ),
     "adapter_in_16_bit": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
-    "adapter_before_the_seed": ("train.py", "            torch.manual_seed(args.seed)  ", "            pass  "),
+    "adapter_before_the_seed": ("train.py", "torch.manual_seed(job.options.seed)", "pass"),
     "reentrant_checkpointing": ("llama/model.py", "use_reentrant=False", "use_reentrant=True"),
-    "copies_of_frozen_weights": ("train.py", "DTYPES[args.precision] if lora else torch.float32", "torch.float32"),
-    "norms_under_autocast": ("train.py", 'enabled=args.method == "full" and args.precision', "enabled=args.precision"),
+    "copies_of_frozen_weights": (
+        "train.py",
+        "job.precision.dtype if job.lora else torch.float32",
+        "torch.float32",
+    ),
+    "norms_under_autocast": (
+        "train.py",
+        "enabled=is_16_bit and lora is None",
+        "enabled=is_16_bit",
+    ),
     "unscaling_fp16_gradients": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
-    "clip_before_unscale": ("train.py", "        scaler.unscale_(optimizer)", "        pass"),
-    "schedule_on_skipped_steps": ("train.py", "            schedule.step()", "        schedule.step()"),
-    "rope_tables_in_16_bit": ("llama/model.py", "layer(h, rope, attend)", "layer(h, rope.to(h.dtype).float(), attend)"),
-    "norm_overflow_in_fp16": ("llama/model.py", "return F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
-                              "return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight"),
-    "stream_promoted_to_fp32": ("llama/model.py", "return F.rms_norm(x, self.weight.shape, self.weight, self.eps)",
-                                "return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)"),
-    "logits_of_all_positions": ("finetune/loss.py", "model(batch.tokens, rows=rows, layout=batch.layout)",
-                                "model(batch.tokens, layout=batch.layout).flatten(0, 1)[rows]"),
-    "optimizer_given_frozen_weights": ("lora/methods/lora_plus.py", "[p for p in model.parameters() if p.requires_grad]", "list(model.parameters())"),
-    "stale_key_and_strictness": ("llama/checkpoint.py", "        stored.check_keys(model)", "        pass"),
-    "shards_along_the_wrong_side": ("llama/checkpoint.py", "    for dim in range(len(shape)):", "    for dim in (0,):"),
-    "a_pickle_in_a_file[checkpoint]": ("llama/files.py", "return SavedFile(path, mapped, summed).content()", "return torch.load(path, weights_only=False)"),
-    "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
-    "mean_of_rank_means": ("finetune/batches.py", "sum(count_answer(labels) for _, labels in rows), epoch)", "len(ranks) * sum(batch.n_answer for batch in batches), epoch)"),
-    "no_sync_placement": ("train.py", "if world_size > 1 and i < len(window.batches) else nullcontext()", "if world_size > 1 and i > 1 else nullcontext()"),
-    "freeze_after_wrapping": ("train.py", "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n",
-                              "    frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]\n"
-                              "    parallel = DistributedDataParallel(model, broadcast_buffers=False) if world_size > 1 else model\n"
-                              "    [p.requires_grad_(False) for p in frozen]\n"),
-    "soft_targets_grow_faint": ("finetune/distill.py", "self.weight * T ** 2 * soft", "self.weight * soft"),
-    "soft_targets_of_padding": ("finetune/distill.py", "for part in answer_rows(batch))",
-                                "for part in (torch.arange(batch.labels.numel()), batch.labels.flatten().roll(-1).clamp(min=0)))"),
-    "a_word_that_the_teacher_rules_out": ("finetune/distill.py", "/ T).softmax(-1)", "/ T).log_softmax(-1).exp() + 0 * self.head(features)"),
-    "evaluation_through_the_wrapper": ("train.py", "return evaluate(model, val_set", "return evaluate(parallel, val_set"),
+    "clip_before_unscale": ("train.py", "precision.scaler.unscale_(optimizer)", "pass"),
+    "schedule_on_skipped_steps": ("train.py", "run.progress.taken", "step - 1"),
+    "rope_tables_in_16_bit": (
+        "llama/model.py",
+        "layer(h, rope, attend)",
+        "layer(h, rope.to(h.dtype).float(), attend)",
+    ),
+    "norm_overflow_in_fp16": (
+        "llama/model.py",
+        NORM,
+        "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight",
+    ),
+    "stream_promoted_to_fp32": (
+        "llama/model.py",
+        NORM,
+        "F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)",
+    ),
+    "logits_of_all_positions": (
+        "finetune/loss.py",
+        LOGITS,
+        "model(batch.tokens, layout=batch.layout).flatten(0, 1)[rows]",
+    ),
+    "optimizer_given_frozen_weights": (
+        "lora/methods/lora_plus.py",
+        "[p for p in model.parameters() if p.requires_grad]",
+        "list(model.parameters())",
+    ),
+    "stale_key_and_strictness": (
+        "llama/checkpoint.py",
+        "stored.check_keys(model)",
+        "pass",
+    ),
+    "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
+    "a_pickle_in_a_file[checkpoint]": (
+        "llama/files.py",
+        "SavedFile(path, mapped, summed).content()",
+        "torch.load(path, weights_only=False)",
+    ),
+    "a_pickle_in_a_file[adapter]": (
+        "lora/adapter.py",
+        "weights_only=True",
+        "weights_only=False",
+    ),
+    "mean_of_rank_means": (
+        "finetune/batches.py",
+        "n_answer = sum(count_answer(labels) for _, labels in rows)",
+        "n_answer = len(ranks) * sum(batch.n_answer for batch in batches)",
+    ),
+    "no_sync_placement": (
+        "train.py",
+        "is_last or ranks.size == 1",
+        "i == 1 or ranks.size == 1",
+    ),
+    "freeze_after_wrapping": (
+        "train.py",
+        WRAPPING,
+        f"""
+        frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]
+        {WRAPPING.strip()}
+        [p.requires_grad_(False) for p in frozen]
+        """,
+    ),
+    "soft_targets_grow_faint": (
+        "finetune/distill.py",
+        "self.weight * T ** 2 * soft",
+        "self.weight * soft",
+    ),
+    "soft_targets_of_padding": (
+        "finetune/distill.py",
+        "answer_rows(batch)",
+        "(torch.arange(batch.labels.numel()), batch.labels.flatten().roll(-1).clamp(min=0))",
+    ),
+    "a_word_that_the_teacher_rules_out": (
+        "finetune/distill.py",
+        "(self.head(features).to(wide) / T).softmax(-1)",
+        "(self.head(features).to(wide) / T).log_softmax(-1).exp() + 0 * self.head(features)",
+    ),
+    "evaluation_through_the_wrapper": (
+        "train.py",
+        """
+        functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, TOKENS),
+                          precision.autocast, ranks.rank, ranks.size)
+        """,
+        """
+        functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, TOKENS),
+                          precision.autocast, ranks.rank, ranks.size)
+        """,
+    ),
 }
+
+
+def forms(snippet):
+    """Return a snippet as statements, as an expression and as an argument: lists of nodes."""
+    statements = ast.parse(textwrap.dedent(snippet).strip()).body
+    expressions = []
+    arguments = []
+    first = statements[0]
+    if len(statements) == 1 and isinstance(first, ast.Expr):
+        expressions = [first.value]
+    if (
+        len(statements) == 1
+        and isinstance(first, ast.Assign)
+        and isinstance(first.targets[0], ast.Name)
+    ):
+        arguments = [ast.keyword(first.targets[0].id, first.value)]
+    return expressions, statements, arguments
+
+
+class Replacement:
+    """Replace each run of nodes that equals `before` by `after`, and count them."""
+
+    def __init__(self, before, after):
+        self.before = [ast.dump(node) for node in before]
+        self.after = after
+        self.count = 0
+
+    def is_before(self, nodes):
+        nodes = [node for node in nodes if isinstance(node, ast.AST)]
+        return [ast.dump(node) for node in nodes] == self.before
+
+    def visit(self, node):
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                setattr(node, name, self.replaced(value))
+            elif isinstance(value, ast.AST):
+                setattr(node, name, self.replaced([value])[0])
+
+    def replaced(self, nodes):
+        result = []
+        while nodes:
+            n = len(self.before)
+            if self.is_before(nodes[:n]):
+                self.count += 1
+                result += copy.deepcopy(self.after)
+                nodes = nodes[n:]
+                continue
+            if isinstance(nodes[0], ast.AST):
+                self.visit(nodes[0])
+            result.append(nodes[0])
+            nodes = nodes[1:]
+        return result
+
+
+def mutated(code, before, after):
+    """Return (code with `before` replaced by `after`, number of places).
+
+    Of the three forms of a snippet the first that is found counts.
+    """
+    for old, new in zip(forms(before), forms(after), strict=True):
+        if old and new:
+            tree = ast.parse(code)
+            replacement = Replacement(old, new)
+            replacement.visit(tree)
+            if replacement.count:
+                return ast.unparse(ast.fix_missing_locations(tree)), replacement.count
+    return code, 0
+
+
 TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)
 
 
 def test_every_trap_has_its_mutation():
     assert sorted({trap.partition("[")[0] for trap in MUTATIONS}) == sorted(TRAPS)
-    for path, ours, _ in MUTATIONS.values():
-        assert ours in (ROOT / path).read_text(), (path, ours)
+
+
+@pytest.mark.parametrize("trap", MUTATIONS)
+def test_a_mutation_finds_its_place(trap):
+    """Once at least, in code that compiles and is another than before."""
+    path, before, after = MUTATIONS[trap]
+    code = (ROOT / path).read_text()
+    trapped, n_places = mutated(code, before, after)
+    assert n_places, f"{path} has nowhere: {before}"
+    compile(trapped, path, "exec")
+    assert ast.dump(ast.parse(trapped)) != ast.dump(ast.parse(code))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trap", MUTATIONS)
 def test_the_trap_put_back_is_caught(trap, tmp_path):
-    path, ours, theirs = MUTATIONS[trap]
-    copy = tmp_path / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache"))
-    (copy / path).write_text((copy / path).read_text().replace(ours, theirs))
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/test_traps.py::test_{trap}"],
-                          cwd=copy, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 1, done.stdout[-2000:]                     # 1: a test failed; 2 and more: pytest itself did
-    assert "NameError" not in done.stdout and "SyntaxError" not in done.stdout, done.stdout[-2000:]      # the trap, not a slip
+    path, before, after = MUTATIONS[trap]
+    folder = tmp_path / "copy"
+    left_out = shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    trapped, _ = mutated((folder / path).read_text(), before, after)
+    (folder / path).write_text(trapped)
+    test = f"tests/test_traps.py::test_{trap}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout[-2000:]  # 2 and more: pytest itself failed.
+    slips = "NameError", "SyntaxError"  # It must be the trap that fails.
+    assert not any(slip in done.stdout for slip in slips), done.stdout[-2000:]
