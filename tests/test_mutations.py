@@ -64,16 +64,22 @@ MUTATIONS = {
     ),
     "validation_by_batches": (
         "finetune/evaluate.py",
-        "(1, len(own), -scores[right][0], scores[right][1])",
         """
-        (1, 1 / len(group), -scores[right][0] / sum(len(examples[j][1]) for j in group),
-         scores[right][1])
+        table["tokens"][i] = len(answer)
+        table["nats"][i] = -answer_scores[right].log_p
+        """,
+        """
+        table["tokens"][i] = 1 / len(group)
+        table["nats"][i] = -answer_scores[right].log_p / sum(len(examples[j][1]) for j in group)
         """,
     ),
     "accuracy_of_free_text": (
         "finetune/evaluate.py",
-        "hits / n",
-        'sums.get("exact_match", hits) / n',
+        'class_measures(sums["confusion"], sums["examples"])',
+        """
+        class_measures(sums["confusion"], sums["examples"]) | (
+            {"accuracy": values["exact_match"]} if "exact_match" in values else {})
+        """,
     ),
     "shift_by_one": (
         "finetune/loss.py",
