@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llama.files import first_line, read_saved, reading, write_whole
+from llama.files import first_line, load_saved, reading, write_whole
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
@@ -86,7 +86,7 @@ def read_save(path: Path, warning=None) -> Save:
     Raises ValueError for a file that is truncated, damaged, or not a save.
     """
     what = "a whole save of a run"
-    content = read_saved(path, what, mapped=True)
+    content = load_saved(path, what, mapped=True)
     with reading(path, what):
         counters = dict(content["counters"])
         if "taken" not in counters:                  # An earlier version saved it elsewhere.

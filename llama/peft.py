@@ -1,123 +1,199 @@
-"""PEFT's adapters, in and out: a folder of adapter_config.json and adapter_model.safetensors (or .bin).
+"""Read and write PEFT's adapters: folders of adapter_config.json and adapter_model.safetensors.
 
-Names are Hugging Face's and so is the order of wq's and wk's rows: lora_B's and lora_magnitude's are turned like the
-base's, lora_A has none.  VeRA stays here: one frozen B serves layers of both orders, so in the other order there is none.
+The names are Hugging Face's, and so is the order of the rows of wq and wk: lora_B and
+lora_magnitude are reordered like the base's rows, lora_A has none of them.  VeRA has no form in
+PEFT here: its one frozen B serves layers of both orders.
 """
 import re
 from pathlib import Path
 
+import torch
+
 from .files import (
     SAFETENSORS,
     has_safetensors,
+    load_saved,
     read_object,
-    read_saved,
     read_tensors,
     write_json,
     write_tensors,
 )
-from .huggingface import as_halves, as_pairs, heads
-from .huggingface import hf_name as theirs
-from .huggingface import meta_name as ours
+from .huggingface import as_halves, as_pairs, heads, hf_name, meta_name
+from .model import ModelArgs
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."
-# Our method -> the flags by which PEFT has it.  LoRA-FA differs in training alone.
-METHODS = {"lora": {}, "lora-fa": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
-MATRICES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
-FLAGS = {                        # whatever sets these to something else computes something else (pissa: over another base)
-    "peft_type": ("LORA",), "bias": ("none",), "use_rslora": (False, True), "use_dora": (False, True),
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model"
+PREFIX = "base_model.model."
+# Our methods, with the flags by which PEFT knows them.  LoRA-FA differs in training alone.
+METHODS = {
+    "lora": {}, "lora-fa": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True},
+}
+# Our names of a layer's tensors, with PEFT's.
+MATRICES = {
+    "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector",
+}
+# The values that compute what our adapters compute.  PiSSA, say, has another base.
+FLAGS = {
+    "peft_type": ("LORA",), "bias": ("none",),
+    "use_rslora": (False, True), "use_dora": (False, True),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }
-HARMLESS = {                     # of any other key, whatever is not empty is refused: it is a feature we lack
-    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern", "base_model_name_or_path",
-    "revision", "task_type", "auto_mapping", "inference_mode", "peft_version", "megatron_core", "qalora_group_size",
-    "runtime_config", "loftq_config", "eva_config",
+# Keys that may have any value.  A value of any other key is a feature that we lack.
+HARMLESS = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_pattern",
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode",
+    "peft_version", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config",
+    "eva_config",
 }
+# A tensor's name in a PEFT file: the layer, then which of its tensors.
+TENSOR_NAME = re.compile(
+    r"(?:base_model\.model\.)?(.*?)"
+    r"(?:\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer))?"
+    r"(?:\.weight)?", re.S)
 
 
-def is_peft(path):
+def is_peft(path: str | Path) -> bool:
+    """Return whether `path` is a folder with a PEFT adapter."""
     return (Path(path) / CONFIG).is_file()
 
 
-def read_config(folder):
-    """({method, r, alpha, dropout} for LoRAConfig, the base's name or None).  Raises ValueError naming what we lack."""
-    path, config = Path(folder) / CONFIG, read_object(Path(folder) / CONFIG)
-    if missing := {"peft_type", "r", "lora_alpha"} - config.keys():
+def read_config(folder: str | Path) -> tuple[dict, str | None]:
+    """Return ({method, r, alpha, dropout} for LoRAConfig, the base's name) of a PEFT folder.
+
+    The name is None where the folder does not say it.  Raises FileNotFoundError, or ValueError
+    that names the feature that our adapters lack.
+    """
+    path = Path(folder) / CONFIG
+    config = read_object(path)
+    missing = {"peft_type", "r", "lora_alpha"} - config.keys()
+    if missing:
         raise ValueError(f"{path} lacks {sorted(missing)}")
     for key, value in config.items():
-        if value not in FLAGS[key] if key in FLAGS else value and key not in HARMLESS:
-            known = f"; there is {', '.join(map(str, FLAGS[key]))}" if key in FLAGS else ""
-            raise ValueError(f"{path}: {key} is {value!r}, which the adapters here do not know{known}")
+        if key in FLAGS:
+            if value not in FLAGS[key]:
+                choices = ", ".join(map(str, FLAGS[key]))
+                raise ValueError(f"{path}: {key} is {value!r}, which the adapters here do not "
+                                 f"know; there is {choices}")
+        elif value and key not in HARMLESS:
+            raise ValueError(f"{path}: {key} is {value!r}, which the adapters here do not know")
     flags = {key: True for key in ("use_rslora", "use_dora") if config.get(key)}
-    if flags not in METHODS.values():
-        raise ValueError(f"{path}: {' and '.join(flags)} together, which the adapters here do not know")
-    method = next(method for method, needed in METHODS.items() if needed == flags)
-    return (dict(method=method, r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0)),
-            config.get("base_model_name_or_path"))
+    methods = [method for method, method_flags in METHODS.items() if method_flags == flags]
+    if not methods:
+        raise ValueError(f"{path}: {' and '.join(flags)} together, which the adapters here do not "
+                         "know")
+    settings = {"method": methods[0], "r": config["r"], "alpha": config["lora_alpha"],
+                "dropout": config.get("lora_dropout", 0.0)}
+    return settings, config.get("base_model_name_or_path")
 
 
-def adapter_at(path, args=None):
-    """What lora's read_adapter and load_adapter take: the content of our file or, where `path` is a PEFT folder, its
-    content as our file would hold it.
+def adapter_at(path: str | Path, args: ModelArgs | None = None) -> dict:
+    """Return the content of our adapter file or of a PEFT folder, for lora's read_adapter.
 
-    args: the base's ModelArgs, for a PEFT folder; their head counts order the rows.  Which layers are wrapped the
-    tensors tell.  The base is None then: PEFT does not say which it was.  Raises FileNotFoundError or ValueError.
+    args: the base's, for a PEFT folder; their head counts order the rows.  The content's "base"
+    is None then, as PEFT does not say which base it was.
+    Raises FileNotFoundError, or ValueError for what is neither of the two.
     """
-    if not is_peft(path):
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no adapter file at {path}")
-        content = read_saved(Path(path), "an adapter file")
-        if not isinstance(content, dict) or not isinstance(content.get("base"), dict):
-            raise ValueError(f"{path} is not an adapter file: it does not say what its base is")
-        return {**content, "path": str(path)}
-    folder = Path(path)
+    if is_peft(path):
+        return read_peft(Path(path), args)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no adapter file at {path}")
+    content = load_saved(path, "an adapter file")
+    if not isinstance(content, dict) or not isinstance(content.get("base"), dict):
+        raise ValueError(f"{path} is not an adapter file: it does not say what its base is")
+    return {**content, "path": str(path)}
+
+
+def read_peft(folder: Path, args: ModelArgs) -> dict:
+    """Return what our adapter file would hold for the adapter in a PEFT folder."""
     config, _ = read_config(folder)
-    suffixes = (SAFETENSORS, ".bin") if has_safetensors() else (".bin", SAFETENSORS)
-    files = [folder / (WEIGHTS + suffix) for suffix in suffixes]
-    file = next((file for file in files if file.exists()), None)
-    if file is None:
-        raise FileNotFoundError(f"no {WEIGHTS}.safetensors or {WEIGHTS}.bin in {folder}")
-    tensors, wrapped = {}, {}                                     # wrapped: last part of a layer's name -> its blocks
-    for name, tensor in read_tensors(file).items():
-        their, kind = re.fullmatch(r"(?:base_model\.model\.)?(.*?)(?:\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
-                                   r"lora_magnitude_vector|base_layer))?(?:\.weight)?", name, re.S).groups()
-        layer, embeds = ours(their), their == theirs("tok_embeddings")
-        if kind == "base_layer" and layer in ("tok_embeddings", "output") and tensor.shape == (args.vocab_size, args.dim):
-            continue                                              # the base's own matrix, which PEFT saves along
-        if not layer or kind in (None, "base_layer") or embeds != ("embedding" in kind) \
-                or tensor.dim() != (1 if kind == "lora_magnitude_vector" else 2):
-            raise ValueError(f"{file} holds {name} {tuple(tensor.shape)}, which is no matrix of a LoRA here")
+    file = weights_file(folder)
+    tensors = {}
+    # The last part of a layer's name, with the blocks that have such a layer in the adapter.
+    blocks_of = {}
+    for peft_name, tensor in read_tensors(file).items():
+        if is_base_matrix(peft_name, tensor, args):
+            continue
+        layer, matrix = parse_name(peft_name, tensor, file)
         block, _, last = layer.rpartition(".")
-        wrapped.setdefault(last, set()).add(block.split(".")[1] if block else "")
-        matrix = kind.replace("_embedding", "").removesuffix("_vector")
-        if matrix != "lora_A" and (n := heads(layer, args)) and len(tensor) % (2 * n) == 0:      # else its shape is refused
-            tensor = as_pairs(tensor, n)
+        blocks_of.setdefault(last, set()).add(block.split(".")[1] if block else "")
+        n_heads = heads(layer, args)
+        # Rows that the heads do not divide stay as they are: their shape is refused later.
+        if matrix != "lora_A" and n_heads and len(tensor) % (2 * n_heads) == 0:
+            tensor = as_pairs(tensor, n_heads)
         tensors[f"{layer}.{matrix}"] = tensor
-    blocks = set().union(*wrapped.values()) - {""}
-    for last, where in wrapped.items():
-        if where != {""} and where != blocks:
-            raise ValueError(f"{file} adapts {last} in {len(where)} of {len(blocks)} blocks: the adapters here wrap all of a name")
-    return {"path": str(path), "config": {**config, "targets": sorted(wrapped)}, "base": None, "tensors": tensors}
+    all_blocks = set().union(*blocks_of.values()) - {""}
+    for last, blocks in blocks_of.items():
+        if blocks not in ({""}, all_blocks):
+            raise ValueError(f"{file} adapts {last} in {len(blocks)} of {len(all_blocks)} blocks: "
+                             "the adapters here wrap all of a name")
+    config["targets"] = sorted(blocks_of)
+    return {"path": str(folder), "config": config, "base": None, "tensors": tensors}
 
 
-def save_peft(adapter, args, base, folder, suffix):
-    """Write an adapter, as lora's read_adapter gives it, as a folder that PEFT loads over the base of these ModelArgs.
+def weights_file(folder: Path) -> Path:
+    """Return the file with a PEFT adapter's tensors; raise FileNotFoundError if there is none."""
+    suffixes = (SAFETENSORS, ".bin") if has_safetensors() else (".bin", SAFETENSORS)
+    for suffix in suffixes:
+        file = folder / (WEIGHTS + suffix)
+        if file.exists():
+            return file
+    raise FileNotFoundError(f"no {WEIGHTS}.safetensors or {WEIGHTS}.bin in {folder}")
 
-    base: the folder to name as its base.  Raises ValueError for a method that PEFT does not have.
+
+def is_base_matrix(name: str, tensor: torch.Tensor, args: ModelArgs) -> bool:
+    """Return whether a tensor is the base's own embedding or output, which PEFT may save too."""
+    peft_layer, kind = TENSOR_NAME.fullmatch(name).groups()
+    return (kind == "base_layer" and meta_name(peft_layer) in ("tok_embeddings", "output")
+            and tensor.shape == (args.vocab_size, args.dim))
+
+
+def parse_name(name: str, tensor: torch.Tensor, file: Path) -> tuple[str, str]:
+    """Return (layer, matrix) in our names for a tensor of a PEFT file.
+
+    Raises ValueError for a tensor that no adapter here has.
+    """
+    peft_layer, kind = TENSOR_NAME.fullmatch(name).groups()
+    layer = meta_name(peft_layer)
+    n_dims = 1 if kind == "lora_magnitude_vector" else 2
+    good = layer and kind not in (None, "base_layer") and tensor.dim() == n_dims
+    if not good or (layer == "tok_embeddings") != ("embedding" in kind):
+        raise ValueError(f"{file} holds {name} {tuple(tensor.shape)}, which is no matrix of a LoRA "
+                         "here")
+    return layer, kind.replace("_embedding", "").removesuffix("_vector")
+
+
+def save_peft(adapter: dict, args: ModelArgs, base: str | Path, folder: Path, suffix: str) -> None:
+    """Write an adapter, as lora's read_adapter returns it, as a folder that PEFT loads.
+
+    args: the base's.  base: the folder to name as the base.  suffix: of the file with the tensors.
+    Raises ValueError for a method that PEFT does not have.
     """
     config = adapter["config"]
     if config.method not in METHODS:
-        raise ValueError(f"a {config.method} adapter has no form in PEFT; {', '.join(METHODS)} have")
-    tensors, targets = {}, set()
+        raise ValueError(f"a {config.method} adapter has no form in PEFT; {', '.join(METHODS)} "
+                         "have")
+    tensors = {}
+    targets = set()
     for name, tensor in adapter["tensors"].items():
         layer, _, matrix = name.rpartition(".")
         if matrix != "lora_A":
             tensor = as_halves(tensor, heads(layer, args))
-        matrix = matrix.replace("_", "_embedding_") if layer == "tok_embeddings" else MATRICES[matrix]
-        tensors[f"{PREFIX}{theirs(layer)}.{matrix}"] = tensor
-        targets.add(theirs(layer).rpartition(".")[2])
+        is_embedding = layer == "tok_embeddings"
+        peft_matrix = matrix.replace("_", "_embedding_") if is_embedding else MATRICES[matrix]
+        tensors[f"{PREFIX}{hf_name(layer)}.{peft_matrix}"] = tensor
+        targets.add(hf_name(layer).rpartition(".")[2])
     write_tensors(folder / (WEIGHTS + suffix), tensors)
+    whole_alpha = config.alpha == int(config.alpha)
     write_json(folder / CONFIG, {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(Path(base).resolve()),
-        "r": config.r, "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": config.dropout, "target_modules": sorted(targets), "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, **METHODS[config.method]})
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(Path(base).resolve()),
+        "r": config.r,
+        "lora_alpha": int(config.alpha) if whole_alpha else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        **METHODS[config.method],
+    })

@@ -1,5 +1,6 @@
 """Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -320,84 +321,135 @@ def unmerge_lora(model: nn.Module):
         layer.unmerge()
 
 
-def save_adapter(model, path):
-    """Write the adapter's tensors, its config and model.origin (what the base says of itself, if it does).
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write an adapter file: the tensors, the config, and model.origin, which describes the base.
 
-    The file is whole or not there.
+    The file is whole or not there.  Raises ValueError for a model that has no adapter, and OSError.
     """
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in lora_state_dict(model).items()}
+    tensors = {name: tensor.detach().cpu().clone()
+               for name, tensor in lora_state_dict(model).items()}
     if not tensors:
         raise ValueError("the model has no adapter to save")
-    content = {"config": {**asdict(model.lora_config), "targets": list(model.lora_config.targets)},
-               "base": getattr(model, "origin", {}), "tensors": tensors}
-    beside = Path(f"{path}.tmp")
+    config = {**asdict(model.lora_config), "targets": list(model.lora_config.targets)}
+    content = {"config": config, "base": getattr(model, "origin", {}), "tensors": tensors}
+    new = Path(f"{path}.tmp")
     try:
-        with open(beside, "wb") as file:             # given a path, torch.save would write its name into the file
+        # An open file: given a path, torch.save would write the file's name into it.
+        with open(new, "wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:         # torch.save makes the latter of a full disk
-        said = error if isinstance(error, OSError) else error.__context__
-        raise OSError(f"{path} cannot be written: {getattr(said, 'strerror', None) or error}") from error
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save turns the error of a full disk into a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
-def read_adapter(source):
-    """{"path": str, "config": LoRAConfig, "base": dict, "tensors": dict} of an adapter file; no pickled code runs.
+@contextmanager
+def reading(path: str | Path):
+    """Turn whatever error a broken file causes into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is not an adapter file: {message}") from error
 
-    source: its path, or what such a file would hold together with a "path" to call it by, as readers of other
-    formats make it; "base" may be None there: it is not known.
-    Raises FileNotFoundError, or ValueError for what is not an adapter file.
+
+def load_weights_only(path: str | Path):
+    """Return the content of a file that torch.save wrote, read by torch's weights-only reader."""
+    with reading(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) -> dict:
+    """Return {"path": str, "config": LoRAConfig, "base": dict, "tensors": dict} of an adapter.
+
+    source: the path of an adapter file; or its content with a "path" to call it by, as readers of
+    other formats make it.  "base" may be None there: it is not known.
+    load: load(path) returns the content of a file, or raises ValueError.  The default runs no code
+    of the file, but takes as much memory as that asks for; llama.files.load_saved does not.
+    Raises FileNotFoundError, or ValueError for a file that is not an adapter's.
     """
     from_file = not isinstance(source, dict)
     path = source if from_file else source["path"]
     if from_file and not Path(path).is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True) if from_file else source
-        config, scales = LoRAConfig(**content["config"]), content.get("scales", {})               # of one in int8
-        tensors = {name: tensor * scales[name].expand_as(tensor) if name in scales else tensor       # no wider than it is
-                   for name, tensor in content["tensors"].items()}
-        base = None if content["base"] is None and not from_file else dict(content["base"])
-    except Exception as error:                       # a broken pickle raises whatever it happens to hit
-        raise ValueError(f"{path} is not an adapter file: {[*str(error).splitlines(), type(error).__name__][0]}") from error
-    if not all(isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-               and tensor.layout is torch.strided and tensor.device.type == "cpu" for name, tensor in tensors.items()):
-        raise ValueError(f"{path} is not an adapter file: it holds something else among its tensors")
-    if wrong := [name for name, tensor in tensors.items() if not tensor.float().isfinite().all()]:
-        raise ValueError(f"{path} holds values that are no finite numbers, in {wrong[0]}")
-    if base and not all(isinstance(value, (str, int, float, type(None))) for value in base.values()):
+    content = load(path) if from_file else source
+    with reading(path):
+        config = LoRAConfig(**content["config"])
+        tensors = rescaled(content["tensors"], content.get("scales", {}))
+        base = content["base"]
+        if base is not None or from_file:
+            base = dict(base)
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and is_dense(tensor)):
+            raise ValueError(f"{path} is not an adapter file: it holds something else among its "
+                             "tensors")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{path} holds values that are no finite numbers, in {name}")
+    values = base.values() if base else ()
+    if not all(isinstance(value, (str, int, float, type(None))) for value in values):
         raise ValueError(f"{path} is not an adapter file: it names its base by nonsense")
     return {"path": str(path), "config": config, "base": base, "tensors": tensors}
 
 
-def load_adapter(model, source):
-    """Load an adapter, from whatever read_adapter takes: add its layers if the model has none like them, or swap the tensors.
+def rescaled(tensors: dict, scales: dict) -> dict:
+    """Return {name: tensor} with those that are stored in int8 multiplied by their scales."""
+    # expand_as refuses scales that would make a tensor wider.
+    return {name: tensor * scales[name].expand_as(tensor) if name in scales else tensor
+            for name, tensor in tensors.items()}
 
-    Raises ValueError, with the model as it was, when the file belongs to another base (where that is known: else
-    only shapes are compared) or its tensors do not fit, naming both sides, or while another adapter is merged.
+
+def is_dense(tensor) -> bool:
+    """Return whether a value is a dense floating-point tensor in the CPU's memory."""
+    return (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+            and tensor.layout is torch.strided and tensor.device.type == "cpu")
+
+
+def load_adapter(model: nn.Module, source: str | Path | dict,
+                 load: Callable = load_weights_only) -> None:
+    """Load an adapter into `model`: add its layers, or, where they are there, swap the tensors.
+
+    source and load: as read_adapter takes them.
+    Raises ValueError, with the model as it was, when the file belongs to another base (where that
+    is known: else only shapes are compared) or its tensors do not fit, naming both sides, or while
+    another adapter is merged.
     """
-    saved = read_adapter(source)
-    path, trained_on, here = saved["path"], saved["base"], getattr(model, "origin", {})
-    if trained_on is not None and trained_on.get("fingerprint") != here.get("fingerprint"):
-        raise ValueError(f"{path} was trained on another base: {_name(trained_on)}, this one is {_name(here)}")
-    with unchanged_on_error(model) as held:
-        if any(layer.merged for layer in held.values()):
+    saved = read_adapter(source, load)
+    path = saved["path"]
+    base = saved["base"]
+    origin = getattr(model, "origin", {})
+    if base is not None and base.get("fingerprint") != origin.get("fingerprint"):
+        raise ValueError(f"{path} was trained on another base: {_name(base)}, this one is "
+                         f"{_name(origin)}")
+    with unchanged_on_error(model) as layers:
+        if any(layer.merged for layer in layers.values()):
             raise ValueError("an adapter is merged into the weights; unmerge it first")
-        if not held or model.lora_config != saved["config"]:
+        if not layers or model.lora_config != saved["config"]:
             remove_lora(model)
             add_lora(model, saved["config"])
-        expected, found = ({name: tuple(tensor.shape) for name, tensor in tensors.items()}
-                           for tensors in (lora_state_dict(model), saved["tensors"]))
-        if expected != found:
-            def listed(one, other):
-                names = [f"{name} {shape}" for name, shape in one.items() if other.get(name) != shape]
-                return ", ".join(names[:6]) + f" and {len(names) - 6} more" * (len(names) > 6) or "none"
-            raise ValueError(f"{path} does not fit; the model expects {listed(expected, found)}; "
-                             f"the file has {listed(found, expected)}")
-    model.load_state_dict(saved["tensors"], strict=False)        # the base's weights are not in this file
+        expected = lora_state_dict(model)
+        in_model = unmatched(expected, saved["tensors"])
+        in_file = unmatched(saved["tensors"], expected)
+        if in_model or in_file:
+            raise ValueError(f"{path} does not fit; the model expects {in_model or 'none'}; "
+                             f"the file has {in_file or 'none'}")
+    # The base's weights are not in the file, so strict=True would miss them.
+    model.load_state_dict(saved["tensors"], strict=False)
+
+
+def unmatched(tensors: dict, others: dict) -> str:
+    """Return the names and shapes of tensors that `others` lacks or has in another shape."""
+    names = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
+             if name not in others or others[name].shape != tensor.shape]
+    text = ", ".join(names[:6])
+    if len(names) > 6:
+        text += f" and {len(names) - 6} more"
+    return text
 
 
 def _name(origin: dict) -> str:

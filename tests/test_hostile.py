@@ -27,8 +27,8 @@ import generate
 import train
 from finetune import convert
 from llama import checkpoint, load_checkpoint, save_checkpoint
-from finetune.errors import one_line_errors, in_one_line
-from llama.files import STORAGES, read_saved
+from finetune.errors import in_one_line, one_line_errors
+from llama.files import load_saved
 from llama.sampling import next_logits
 from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
 
@@ -71,7 +71,7 @@ def zipped(pickled, stored=bytes(16), extra=b"", compression=0, **others):
     """A zip as torch.save writes it; `extra` moves the bytes behind it to other addresses."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, content in {"data.pkl": pickled, **others, "data/0": stored}.items():
+        for name, content in {"data.pkl": pickled, "version": b"3\n", **others, "data/0": stored}.items():
             record = zipfile.ZipInfo(f"archive/{name}")
             record.compress_type = compression
             # Records of torch's begin at multiples of 64.
@@ -84,7 +84,7 @@ def with_directory(change):
     """A zip of three records, whose directory `change` has had in its hands."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        for name, content in (("data.pkl", pickled(a=tensor((4,), (1,)))), ("data/0", bytes(10_000)), ("data/1", b"")):
+        for name, content in (("data.pkl", pickled(a=tensor((4,), (1,)))), ("data/0", bytes(10_000)), ("data/1", b""), ("version", b"3\n")):
             archive.writestr(f"archive/{name}", content)
         change(archive.filelist)
     return file.getvalue()
@@ -105,43 +105,119 @@ def nested(times, kind):
     return value
 
 
+def many_keys():
+    """A dict whose keys are multiples of 2^61 - 1, so all have the hash 0."""
+    keys = [plain((i << 61) - i) for i in range(1, 1000)]
+    return b"}(" + b"".join(key + b"N" for key in keys) + b"u"
+
+
+def with_two_directories():
+    """A zip in which zipfile finds a small pickle and torch a large one, in other directories.
+
+    torch follows the pointer that stands right before the end; zipfile takes it for a comment.
+    """
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", pickled(a=plain("x" * 10 ** 6)))
+        archive.writestr("archive/version", b"3\n")
+    length, start = struct.unpack("<II", file.getvalue()[-10:-2])
+    place = file.seek(0, io.SEEK_END)
+    file.write(struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 2, 2, length, start))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled(a=plain("y")))
+        archive.filelist[-1].comment = struct.pack("<4sIQI", b"PK\6\7", 0, place, 1)
+    return file.getvalue()
+
+
+NO_CALL = "it makes a call that torch.save does not"
+VIEW = tensor((2 ** 40, 2), (0, 0))
+ORDERED = b"ccollections\nOrderedDict\n"
+PACKED = "its records are compressed, overlap, or are too many"
 SAVED = {
-    "a byte string of 100 GB": (zipped(pickled(a=b"c__builtin__\nbytearray\n" + plain((10 ** 11,)) + b"R")), "it calls __builtin__.bytearray"),
-    "a tensor without a file": (zipped(pickled(a=b"ctorch\nFloatTensor\n" + plain((10 ** 11,)) + b"R")), "it calls torch.FloatTensor"),
-    "a view of a TB": (zipped(pickled(a=tensor((2 ** 20, 2 ** 20), (0, 0)))),
-                       "a tensor of (1048576, 1048576) in steps of (0, 0) is larger than its bytes"),
-    "a size that overflows": (zipped(pickled(a=tensor((2 ** 62, 4), (4, 1)))), "is larger than its bytes"),
-    "a thousand dims": (zipped(pickled(a=tensor((1,) * 1000, (1,) * 1000))), "is larger than its bytes"),
-    "bytes before it": (zipped(pickled(a=tensor((4,), (1,), offset=-4))), "is larger than its bytes"),
-    "bytes behind it": (zipped(pickled(a=tensor((4,), (1,), offset=1))), "is larger than its bytes"),
-    "steps back": (zipped(pickled(a=tensor((4,), (-1,)))), "is larger than its bytes"),
-    "a storage that says more": (zipped(pickled(a=tensor((2 ** 40,), (1,), numel=2 ** 40))), "is larger than its bytes"),
-    "a hundred names for one storage": (zipped(pickled(**{f"a{i}": tensor((4096,), (1,), 4096) for i in range(100)}), bytes(16384)),
-                                        "its tensors are larger than the file"),
-    "a tensor for five bytes": (zipped(pickled(a=many(10_000))), "its tensors are larger than the file"),
-    "no storage": (zipped(pickled(a=tensor((4,), (1,), name="7"))), "it has no data/7"),
-    "a key to hash for ever": (zipped(b"\x80\x02}(" + plain(nested(60, tuple)) + b"K\x01u."), "a key is neither text nor a whole number"),
-    "lists without end": (zipped(pickled(a=plain(nested(60, list)))), "it holds itself, or one thing too many times"),
+    "a byte string of 100 GB": (
+        zipped(pickled(a=b"c__builtin__\nbytearray\n" + plain((10 ** 11,)) + b"R")),
+        "it calls __builtin__.bytearray"),
+    "a tensor without a file": (
+        zipped(pickled(a=b"ctorch\nFloatTensor\n" + plain((10 ** 11,)) + b"R")),
+        "it calls torch.FloatTensor"),
+    "a view of a TB": (
+        zipped(pickled(a=tensor((2 ** 20, 2 ** 20), (0, 0)))),
+        "its tensors are larger than the file"),
+    "a size that overflows": (zipped(pickled(a=tensor((2 ** 62, 4), (4, 1)))), NO_CALL),
+    "a size that overflows with others": (
+        zipped(pickled(a=tensor((2 ** 30, 2 ** 30, 2 ** 30), (0, 0, 0)))), "overflow"),
+    "a thousand dims": (zipped(pickled(a=tensor((1,) * 1000, (1,) * 1000))), NO_CALL),
+    "bytes before it": (
+        zipped(pickled(a=tensor((4,), (1,), offset=-4))), "invalid storage offset -4"),
+    "bytes behind it": (zipped(pickled(a=tensor((4,), (1,), offset=1))), "resize storage"),
+    "steps back": (zipped(pickled(a=tensor((4,), (-1,)))), "sizes=[4] and strides=[-1]"),
+    "a storage that says more": (
+        zipped(pickled(a=tensor((2 ** 40,), (1,), numel=2 ** 40))), "resize storage"),
+    "a hundred names for one storage": (
+        zipped(pickled(**{f"a{i}": tensor((4096,), (1,), 4096) for i in range(100)}), bytes(16384)),
+        "its tensors are larger than the file"),
+    "a tensor for five bytes": (zipped(pickled(a=many(10_000))), NO_CALL),
+    "no storage": (zipped(pickled(a=tensor((4,), (1,), name="7"))), "data/7: file not found"),
+    "a key to hash for ever": (
+        zipped(b"\x80\x02}(" + plain(nested(60, tuple)) + b"K\x01u."),
+        "a key is neither text nor a small whole number"),
+    "keys of one hash": (
+        zipped(pickled(a=many_keys())), "a key is neither text nor a small whole number"),
+    "lists without end": (
+        zipped(pickled(a=plain(nested(60, list)))), "it holds itself, or one thing too many times"),
+    "tuples without end": (
+        zipped(pickled(a=plain(nested(60, tuple)))),
+        "it holds itself, or one thing too many times"),
     "a list in itself": (zipped(b"\x80\x02]q\0h\0a."), "it holds itself"),
-    "a text many times": (zipped(pickled(a=plain(["x" * 10_000] * 10_000))), "one thing too many times"),
-    "a function": (zipped(pickled(a=b"ccollections\nOrderedDict\n")), "it holds a function, which is no plain value"),
-    "a function with other arguments": (zipped(pickled(a=b"ccollections\nOrderedDict\n" + plain(([["a", 1]],)) + b"R")), "takes 0 positional"),
-    "a later protocol": (zipped(pickle.dumps({"a": 1}, 4)), "FRAME in its pickle"),
+    "a text many times": (
+        zipped(pickled(a=plain(["x" * 10_000] * 10_000))), "one thing too many times"),
+    "lists too deep": (
+        zipped(b"\x80\x02" + b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b"."), "recursion"),
+    "a function": (zipped(pickled(a=ORDERED)), "it holds a type, which is no plain value"),
+    "a function with other arguments": (
+        zipped(pickled(a=ORDERED + plain(([["a", 1]],)) + b"R")), NO_CALL),
+    # torch.load alone would be busy with one of these for hours, or ask for terabytes.
+    "a dict of what a view holds": (zipped(pickled(a=ORDERED + VIEW + b"\x85R")), NO_CALL),
+    "attributes that a view holds": (zipped(pickled(a=ORDERED + b")R" + VIEW + b"b")), NO_CALL),
+    "a view of many dims as a function": (
+        zipped(pickled(a=tensor((7,) * 20, (0,) * 20) + b")R")), NO_CALL),
+    "a class that is a list without end": (
+        zipped(pickled(a=plain(nested(60, list)) + b")\x81")), "NEWOBJ in its pickle"),
+    "as many bytes as a view has numbers": (
+        zipped(pickled(a=b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + plain("7")
+                       + plain("cpu") + VIEW + b"tQ")), NO_CALL),
+    # A large dict would be copied for every few bytes.
+    "attributes that are there already": (
+        zipped(pickled(a=b"](}q\xc8" + plain("x") + b"Ns" + ORDERED + b")Rh\xc8be")), NO_CALL),
+    "a later protocol": (
+        zipped(pickle.dumps({"a": 1}, 4)), "FRAME in its pickle; torch reads protocols 2 and 3"),
     "a pickle without end": (zipped(b"\x80\x02}"), "pickle exhausted before seeing STOP"),
-    "a value too many": (zipped(b"\x80\x02}}."), "too many values"),
-    "nothing to take from": (zipped(b"\x80\x02R."), "not enough values"),
+    "nothing to take from": (zipped(b"\x80\x02R."), NO_CALL),
+    "no mark to take from": (zipped(b"\x80\x02t."), "pop from empty list"),
     "a pickle of 3 MB": (zipped(b"}" * 3_000_000), "its data.pkl has 3,000,000 bytes"),
-    "a bomb": (zipped(b"}" * 3_000_000, compression=zipfile.ZIP_DEFLATED), "its records are compressed, overlap, or are too many"),
-    "a compressed record": (zipped(pickled(a=tensor((4,), (1,))), random.Random(0).randbytes(9999), compression=zipfile.ZIP_DEFLATED),
-                            "its records are compressed"),
-    "names for one record": (with_directory(fifty_names), "its records are compressed, overlap, or are too many"),
-    "one name for two": (with_directory(lambda records: setattr(records[2], "filename", "archive/data/0")), "its records are compressed, overlap"),
-    "a record said to be compressed": (with_directory(lambda records: setattr(records[1], "compress_type", 8)), "its records are compressed"),
-    "a record that takes more room than it has": (with_directory(lambda records: setattr(records[1], "compress_size", 2 ** 31)),
-                                                  "its records are compressed, overlap"),
-    "the other byte order": (zipped(pickled(a=tensor((4,), (1,))), byteorder=b"big"), "its numbers are big-endian"),
+    "a bomb": (zipped(b"}" * 3_000_000, compression=zipfile.ZIP_DEFLATED), PACKED),
+    "a bomb in a second directory": (with_two_directories(), "its directory is not at its end"),
+    "a compressed record": (
+        zipped(pickled(a=tensor((4,), (1,))), random.Random(0).randbytes(9999),
+               compression=zipfile.ZIP_DEFLATED), PACKED),
+    "names for one record": (with_directory(fifty_names), PACKED),
+    "one name for two": (
+        with_directory(lambda records: setattr(records[2], "filename", "archive/data/0")), PACKED),
+    "one name for two in capitals": (
+        with_directory(lambda records: setattr(records[2], "filename", "archive/DATA/0")), PACKED),
+    "a record said to be compressed": (
+        with_directory(lambda records: setattr(records[1], "compress_type", 8)), PACKED),
+    "a record that takes more room than it has": (
+        with_directory(lambda records: setattr(records[1], "compress_size", 2 ** 31)), PACKED),
+    "the other byte order": (
+        zipped(pickled(a=tensor((4,), (1,))), byteorder=b"big"), "its numbers are big-endian"),
     "a zip of nothing": (b"PK\x05\x06" + bytes(18), "it has no data.pkl"),
-    "the format of torch before 1.6": (saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False), "File is not a zip file"),
+    "a pickle of its own before it": (
+        saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
+        + zipped(pickled(a=tensor((4,), (1,)))), "its directory is not at its end"),
+    "the format of torch before 1.6": (
+        saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False),
+        "File is not a zip file"),
 }
 
 
@@ -151,15 +227,50 @@ def test_what_torch_save_might_have_written(tmp_path, case):
     (tmp_path / "file").write_bytes(content)
     for mapped in (False, True):
         with pytest.raises(ValueError, match=rf"file is not an adapter file: .*{re.escape(message)}"):
-            read_saved(tmp_path / "file", "an adapter file", mapped, not mapped)
+            load_saved(tmp_path / "file", "an adapter file", mapped, not mapped)
+
+
+def test_two_directories_are_no_dud(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(with_two_directories())
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("archive/data.pkl") == pickled(a=plain("y")) and not archive.testzip()
+    assert torch.load(path, weights_only=True, mmap=True) == {"a": "x" * 10 ** 6}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_later_protocols(tmp_path, capsys, protocol):
+    """torch.save's default is 2; torch's weights-only reader knows the opcodes of 3, none of 4."""
+    content = {"a": torch.ones(3), "b": [1, 2.5, "x", (1, 2)]}
+    (tmp_path / "file").write_bytes(saved(content, pickle_protocol=protocol))
+    if protocol < 4:
+        loaded = load_saved(tmp_path / "file")
+        assert torch.equal(loaded.pop("a"), content["a"]) and loaded["b"] == content["b"]
+        assert capsys.readouterr().err == ""
+    else:
+        with pytest.raises(ValueError, match="FRAME in its pickle; torch reads protocols 2 and 3"):
+            load_saved(tmp_path / "file")
+
+
+def test_what_does_no_harm_loads(tmp_path):
+    """Values that are left over, values that are there twice, and what PEFT and torch share."""
+    for pickle_, content in ((b"\x80\x02}}.", {}), (pickled(a=plain([[1]] * 2)), {"a": [[1], [1]]}),
+                             (pickled(a=plain([(0.9, 0.999)] * 3)), {"a": [(0.9, 0.999)] * 3}),
+                             (pickled(a=plain(2 ** 200)), {"a": 2 ** 200})):
+        (tmp_path / "file").write_bytes(zipped(pickle_))
+        assert load_saved(tmp_path / "file") == content
 
 
 def test_a_hundred_thousand_records(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(zipped(pickled(a=tensor((4,), (1,)))))
-    assert read_saved(tmp_path / "file")["a"].tolist() == [0] * 4
+    assert load_saved(tmp_path / "file")["a"].tolist() == [0] * 4
     monkeypatch.setattr("llama.files.RECORDS", 1)
     with pytest.raises(ValueError, match="are too many"):
-        read_saved(tmp_path / "file")
+        load_saved(tmp_path / "file")
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+          torch.int16, torch.int8, torch.uint8)
 
 
 def test_what_torch_save_wrote_comes_back(tmp_path):
@@ -169,7 +280,7 @@ def test_what_torch_save_wrote_comes_back(tmp_path):
     content = {"model": layer.state_dict(), "optimizer": optimizer, "torch": torch.get_rng_state(), "python": random.getstate(),
                "numpy": np.random.default_rng(0).bit_generator.state, "plain": [1, -5, 2.5, None, True, False, "\u00e9", (), (1,), {}, 2 ** 130],
                "weight": layer.weight, "again": layer.weight, "turned": torch.arange(6.0).view(2, 3).T, "none": torch.zeros(0, 3),
-               "number": torch.tensor(3.5), **{str(dtype): torch.ones(3, dtype=dtype) for dtype in STORAGES.values()}}
+               "number": torch.tensor(3.5), **{str(dtype): torch.ones(3, dtype=dtype) for dtype in DTYPES}}
     (tmp_path / "file").write_bytes(saved(content))
 
     def same(one, other):
@@ -181,11 +292,11 @@ def test_what_torch_save_wrote_comes_back(tmp_path):
             return torch.equal(one, other) and one.dtype == other.dtype and one.stride() == other.stride()
         return type(one) is type(other) and one == other
     for mapped in (False, True):
-        assert same(content, read := read_saved(tmp_path / "file", mapped=mapped, summed=not mapped))
+        assert same(content, read := load_saved(tmp_path / "file", mapped=mapped, summed=not mapped))
         assert same(content, torch.load(io.BytesIO(saved(read)), weights_only=True))
         assert read["weight"].untyped_storage().nbytes() == 48                 # a tensor's own bytes, not the file's
         assert read["weight"].is_set_to(read["model"]["weight"]) == mapped       # tied still
-    read = read_saved(tmp_path / "file")
+    read = load_saved(tmp_path / "file")
     (tmp_path / "file").write_bytes(bytes(20_000))
     assert same(content, read)
     assert same({"a": torch.ones(4)}, unaligned(tmp_path))
@@ -194,7 +305,7 @@ def test_what_torch_save_wrote_comes_back(tmp_path):
 def unaligned(folder):
     """Tensors of a zip that another program wrote, at any address."""
     (folder / "other").write_bytes(zipped(pickled(a=tensor((4,), (1,))), torch.ones(4).numpy().tobytes(), b"xy"))
-    return read_saved(folder / "other", mapped=True, summed=False)
+    return load_saved(folder / "other", mapped=True, summed=False)
 
 
 def test_a_file_that_was_torn_or_changed_anywhere_is_found(tmp_path):
@@ -203,7 +314,7 @@ def test_a_file_that_was_torn_or_changed_anywhere_is_found(tmp_path):
         for broken in (whole[:at], whole[:at] + bytes(len(whole) - at), whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]):
             (tmp_path / "file").write_bytes(broken)
             try:
-                content = read_saved(tmp_path / "file")          # a byte that nothing is read from: padding, a date
+                content = load_saved(tmp_path / "file")          # a byte that nothing is read from: padding, a date
                 assert content["b"] == [1, 2, 3] and torch.equal(content["a"], torch.arange(300.0)) and len(broken) == len(whole)
             except ValueError as error:
                 assert "file is not a checkpoint of tensors: " in str(error)
@@ -280,6 +391,18 @@ def test_a_planted_pickle_does_not_run(refused, here):          # noqa: F811
                 load_adapter(model, here / name)                # the library's own door, without the command lines' reader
             (here / name).write_bytes(whole)
         assert not (here / "planted").exists()
+
+
+def test_the_library_reads_an_adapter_as_the_command_lines_do(here):
+    model, _ = load_checkpoint("base")
+    load_adapter(model, "adapter.pt", load=load_saved)
+    content = torch.load("adapter.pt", weights_only=True)
+    assert all(torch.equal(tensor, content["tensors"][name])
+               for name, tensor in lora_state_dict(model).items())
+    content["tensors"] = {"a": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
+    torch.save(content, "adapter.pt")
+    with pytest.raises(ValueError, match="^adapter.pt is not .*: its tensors are larger than the file"):
+        load_adapter(model, "adapter.pt", load=load_saved)
 
 
 @pytest.mark.parametrize("name", FILES)

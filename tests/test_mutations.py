@@ -69,16 +69,17 @@ MUTATIONS = {
         table["nats"][i] = -answer_scores[right].log_p
         """,
         """
+        n_tokens = sum(len(examples[j][1]) for j in group)
         table["tokens"][i] = 1 / len(group)
-        table["nats"][i] = -answer_scores[right].log_p / sum(len(examples[j][1]) for j in group)
+        table["nats"][i] = -answer_scores[right].log_p / n_tokens
         """,
     ),
     "accuracy_of_free_text": (
         "finetune/evaluate.py",
-        'class_measures(sums["confusion"], sums["examples"])',
+        'values |= class_measures(sums["confusion"], sums["examples"])',
         """
-        class_measures(sums["confusion"], sums["examples"]) | (
-            {"accuracy": values["exact_match"]} if "exact_match" in values else {})
+        values |= class_measures(sums["confusion"], sums["examples"])
+        values["accuracy"] = values.get("exact_match", values["accuracy"])
         """,
     ),
     "shift_by_one": (
@@ -180,7 +181,7 @@ MUTATIONS = {
         """,
         "pass",
     ),
-    "adapter_silently_not_loaded": ("lora/adapter.py", "expected != found", "False"),
+    "adapter_silently_not_loaded": ("lora/adapter.py", "in_model or in_file", "False"),
     "adapter_file_that_holds_the_base": (
         "lora/adapter.py",
         "{name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}",
@@ -258,8 +259,8 @@ MUTATIONS = {
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
     "a_pickle_in_a_file[checkpoint]": (
         "llama/files.py",
-        "SavedFile(path, mapped, summed).content()",
-        "torch.load(path, weights_only=False)",
+        "pickled = read_pickle(path, summed)",
+        "return torch.load(path, weights_only=False)",
     ),
     "a_pickle_in_a_file[adapter]": (
         "lora/adapter.py",
