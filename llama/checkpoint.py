@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 PARAMS = "params.json"
 WEIGHTS = "consolidated.00.pth"
 TOKENIZER = "tokenizer.model"
-CONTEXT = 4096                     # tokens of LLaMA 2's context, which params.json does not say
+CONTEXT = 4096                     # tokens that LLaMA 2 can look back; params.json does not say it
 PROBE = "Below is an instruction that describes a task."      # a text to try a merged model on
 SHARD = 5 * 10 ** 9                # bytes per file in Hugging Face's layout
 
@@ -33,10 +33,10 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     """Return (model, tokenizer) from a folder in Meta's or Hugging Face's layout.
 
     layers: keep only the first so many blocks; the others are not read.
-    dtype: of the weights; by default each has its file's own.
+    dtype: of the weights; by default each keeps its dtype in the file.
     device: with "meta" the model has sizes but no memory.
     init: "random" reads sizes and tokenizer alone and draws the weights from torch's seed.
-    convert: takes a block's nn.Linear and returns its replacement.  It is called as soon as that
+    convert: a function from a block's nn.Linear to its replacement.  It is called as soon as that
     layer is read, so that a base to be quantised never stands in memory whole.
 
     Without an output matrix in the files, the model ties it to the embedding.  model.origin says
@@ -58,12 +58,13 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     args.n_layers = len(model.layers)
     if not stored:
         draw_weights(model, folder, dtype, device)
-    # A list of paths: a list of the layers themselves would keep those that are converted.
-    for path in [path for path, _ in model.named_modules()]:
+    # Paths are listed, not layers: a list would keep the layers that are converted in memory.
+    paths = [path for path, _ in model.named_modules()]
+    for path in paths:
         layer = model.get_submodule(path)
         is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
         if stored:
-            # What is converted is read as the file has it, and cast afterwards.
+            # A layer that is converted has the file's dtype until then.
             stored.fill(layer, path, None if is_converted else dtype, device)
         if is_converted:
             model.set_submodule(path, convert(layer).to(dtype))
@@ -148,7 +149,7 @@ def check_request(folder: Path, args: ModelArgs | RNNArgs, layers: int | None, i
         raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to "
                          f"{args.n_layers}, not {layers}")
     if convert and isinstance(args, RNNArgs):
-        raise ValueError(f"{folder} is not a transformer: its blocks have no form in "
+        raise ValueError(f"{folder} is not a transformer: its blocks cannot be quantised to "
                          f"{convert.kind}")
 
 
@@ -223,8 +224,8 @@ class StoredWeights:
             return huggingface.as_pairs(tensor, huggingface.heads(name, self.args))
         return tensor
 
-    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor as it is in the files; of a single piece no copy is made."""
+    def as_stored(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Return one tensor as the files hold it; of a single piece no copy is made."""
         pieces = self.pieces[self.file_name(name)]
         return pieces[0] if len(pieces) == 1 else join(pieces, shape, None, "cpu")
 
@@ -264,8 +265,8 @@ def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
         are_parts = all(differs_only_in(piece_shape, shape, dim) for piece_shape in shapes)
         if are_parts and sum(piece_shape[dim] for piece_shape in shapes) == shape[dim]:
             return dim
-    given = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
-    raise ValueError(f"{given} for {tuple(shape)}")
+    listed_shapes = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
+    raise ValueError(f"{listed_shapes} for {tuple(shape)}")
 
 
 def differs_only_in(piece_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
@@ -300,12 +301,13 @@ def draw_weights(model: nn.Module, folder: Path, dtype: torch.dtype | None,
                  device: torch.device | str):
     """Give a model on the meta device memory and random weights.
 
-    Raises ValueError for a model that is larger than this machine's memory.
+    Raises ValueError for a model that does not fit into this machine's memory.
     """
     n_bytes = sum(parameter.nbytes for parameter in model.to(dtype).parameters())
     if torch.device(device).type == "cpu":
         try:
-            # Ask once for all of it: Linux grants many small requests and then kills the process.
+            # All of it is asked for at once: many small requests Linux would grant, and later kill
+            # the process.
             torch.empty(n_bytes, dtype=torch.uint8)
         except RuntimeError as error:
             raise ValueError(f"{folder} describes a model of {n_bytes / 1e9:,.0f} GB, which this "
@@ -326,8 +328,8 @@ def base_fingerprint(model: nn.Module, stored: StoredWeights | None) -> str | No
     norm = model.norm.weight
     embeddings = model.tok_embeddings.weight
     if stored:
-        norm = stored.whole("norm.weight", norm.shape)
-        embeddings = stored.whole("tok_embeddings.weight", embeddings.shape)
+        norm = stored.as_stored("norm.weight", norm.shape)
+        embeddings = stored.as_stored("tok_embeddings.weight", embeddings.shape)
     return None if norm.is_meta else fingerprint(model.args, norm, embeddings)
 
 
@@ -338,9 +340,11 @@ def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch
     Weights that were made in bf16, as LLaMA's were, give the same digits in every dtype.  Weights
     made in fp32 may not: stored in fp16 they are rounded twice.
     """
+    # As floats, because one file has a theta of 10000 and another one of 10000.0.
+    norm_eps = float(args.norm_eps)
+    rope_theta = float(args.rope_theta)
     sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size,
-             args.hidden_dim,
-             float(args.norm_eps), float(args.rope_theta))       # One file has 10000, one 10000.0.
+             args.hidden_dim, norm_eps, rope_theta)
     digest = hashlib.sha256(repr(sizes).encode())
     for tensor in (norm, embeddings):
         digest.update(sample_bytes(tensor))
@@ -389,7 +393,7 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
 
     layout: "meta" or "hf".  suffix (.safetensors or .bin) and shard_bytes are for "hf" alone.
     Merged adapters are part of the weights.  Each file is whole or not there.
-    Raises ValueError while an adapter is not merged.
+    Raises ValueError for an adapter that is not merged and for weights that are quantised.
     """
     folder = Path(folder)
     state = state_to_save(model)

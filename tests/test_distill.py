@@ -437,7 +437,7 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
         assert why in err and len(err.splitlines()) == 1
     with pytest.raises(SystemExit, match="2"):
         run("refused", "--checkpoint", "lstm", "--init", "random", "--targets", "output", "--quantize", "nf4")
-    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks have no form in nf4\n"
+    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks cannot be quantised to nf4\n"
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):

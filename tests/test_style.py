@@ -30,7 +30,6 @@ NOT_YET = (
     "benchmarks/scaling.py",
     "benchmarks/search.py",
     "benchmarks/tables.py",
-    "finetune/pictures.py",
     "llama/files.py",
     "llama/layout.py",
     "llama/peft.py",
