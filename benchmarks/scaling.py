@@ -33,8 +33,7 @@ def make(args, table: Table) -> list:
     """Measure along each axis; return lines of Markdown."""
     setup = settled(args, table.out)
     rows = []
-    speeds = []
-    peaks = []
+    panels = []                                      # For each axis speed and peak, side by side.
     for axis, points in axes_of(setup).items():
         results = {}
         for point in points:
@@ -43,9 +42,8 @@ def make(args, table: Table) -> list:
             results[point.value] = result
         completed = {value: result for value, result in results.items() if has_run(result)}
         if completed:
-            speeds.append(speed_panel(axis, completed))
-            peaks.append(peak_panel(axis, completed))
-    table.draw(speeds + peaks)
+            panels += [speed_panel(axis, completed), peak_panel(axis, completed)]
+    table.draw(panels)
     return [*markdown(HEADER, rows), "", NOTE]
 
 
@@ -59,7 +57,7 @@ def axes_of(setup: Setup) -> dict:
     by_length = []
     for length in (64, 128, 256, 512):
         if length <= model_args.max_seq_len:
-            flags = {"batch_size": max(1, 1024 // length), "max_seq_len": length}
+            flags = {"batch_size": max(1, 1024 // length)}
             by_length.append(Point(length, flags, {"length": length, "data": None}))
     depths = sorted({max(1, n_layers * quarters // 4) for quarters in (1, 2, 3, 4)})
     by_ranks = []

@@ -14,7 +14,7 @@ import torch
 import generate
 import train
 from finetune import convert
-from llama import ModelArgs, Tokenizer, Transformer, checkpoint, huggingface, load_checkpoint, save_checkpoint
+from llama import ModelArgs, Tokenizer, Transformer, huggingface, load_checkpoint, save_checkpoint
 from llama.huggingface import as_halves, as_pairs, hf_name, meta_name, with_width
 from llama.peft import adapter_at
 from lora import LoRAConfig, add_lora, load_adapter, lora_disabled, lora_state_dict, merge_lora, read_adapter, save_adapter
