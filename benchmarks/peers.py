@@ -20,6 +20,7 @@ from finetune.dataset import count_answer
 from finetune.options import parse_options
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
+from llama.guesses import NgramPool
 from llama.sampling import generate as generate_ids
 from lora.prepack import prepack
 
@@ -91,7 +92,7 @@ def generated(run):
     model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[precision], device, init=args.init)
     prepack(model.eval())
     peaks("weights")
-    batch, answers, seconds, pool = run["batch"], [], [], {}
+    batch, answers, seconds, pool = run["batch"], [], [], NgramPool()
     for start in range(0, batch * run["prompts"] + batch, batch):
         asked = [prompts[i % len(prompts)] for i in range(start, start + batch)]
         if start + batch > len(prompts):

@@ -11,8 +11,9 @@ from os.path import commonprefix
 
 import torch
 
-from llama.layout import LEAST, Layout
-from llama.sampling import generate, room
+from llama.guesses import NgramPool
+from llama.layout import MIN_SHARED, Layout
+from llama.sampling import generate, tokens_left
 
 from .batches import split
 from .dataset import IGNORE, encode_example
@@ -56,7 +57,7 @@ def lay(asked):
     predicted: an answer's first token by the prompt's last.  Its own last, eos, predicts nothing and is not read.
     """
     shared = commonprefix([prompt[:-1] for prompt, _ in asked]) if len(asked) > 1 else []
-    shared = shared if len(shared) >= LEAST else []
+    shared = shared if len(shared) >= MIN_SHARED else []
     segments, above = ([(len(shared), ())], (0,)) if shared else ([], ())
     tokens, places, targets = [*shared], [], []
     for prompt, answers in asked:
@@ -201,12 +202,12 @@ class Exam:
         columns = forced(model, self.rows, self.ids)
         if columns["nats"].isnan().any():
             raise ValueError("the model's logits are not numbers: are its weights, or the adapter's?")
-        exact, ended, pool = [], [], {}
+        exact, ended, pool = [], [], NgramPool()
         for some in split(range(len(self.rows)), BATCH):
             prompts, ids = [parts(self.rows[i])[0] for i in some], [[] for _ in some]
             for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):
                 ids[k].append(token)
-            ended += [len(answer) < left for answer, left in zip(ids, room(model, prompts, self.limit))]
+            ended += [len(answer) < left for answer, left in zip(ids, tokens_left(model, prompts, self.limit))]
             exact += [self.tokenizer.decode(answer).strip() == self.examples[i]["output"].strip() for answer, i in zip(ids, some)]
             said(len(ended))
         ended = torch.tensor(ended, dtype=torch.float64)

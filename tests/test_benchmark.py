@@ -290,8 +290,8 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
     pools = []
 
     def scripted(model, prompts, new, eos, pool):
-        pools.append(dict(pool))
-        pool[len(pools),] = [5]
+        pools.append(dict(pool.followers))
+        pool.put([len(pools)], [5])
         return ((i, 5) for i in range(len(prompts)) for _ in range(new))
     monkeypatch.setattr(peers, "generate_ids", scripted)
     peers.generated({**run, "batch": 4, "prompts": 3})

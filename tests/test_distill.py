@@ -31,7 +31,7 @@ from lora import LoRAConfig, add_lora, merge_lora
 from .conftest import tiny
 from .memory import LiveBytes
 from .test_distributed import rows as metrics, torchrun
-from .test_packing import drawn
+from .test_layout import drawn
 from .test_resume import left, stopped_in
 
 

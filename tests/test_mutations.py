@@ -34,7 +34,7 @@ MUTATIONS = {                                           # trap: (file, ours, the
     "answer_cut_away": ("finetune/dataset.py", "[row for row in rows if row[1][-1] != IGNORE]", "rows"),
     "double_bos": ("finetune/dataset.py", "return tokenizer.encode(format_prompt(example), bos=True)",
                    "return [tokenizer.bos_id] + tokenizer.encode(format_prompt(example), bos=True)"),
-    "token_by_token_decoding": ("llama/sampling.py", "    seen, given = [], \"\"\n", "    yield from (tokenizer.decode([i]) for i in ids)\n    return\n"),
+    "token_by_token_decoding": ("llama/sampling.py", "    ids_so_far = []\n", "    yield from (tokenizer.decode([i]) for i in ids)\n    return\n"),
     "pad_id_of_minus_one": ("llama/tokenizer.py", "self.pad_id = self.eos_id", "self.pad_id = self.sp.pad_id()"),
     "order_without_coverage": ("finetune/batches.py", ".permutation(len(lengths))", ".integers(0, len(lengths), len(lengths))"),
     "each_epoch_in_the_same_order": ("finetune/batches.py", "default_rng((seed, epoch))", "default_rng(seed)"),
