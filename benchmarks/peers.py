@@ -21,6 +21,7 @@ from finetune.arguments import number, text
 from finetune.dataset import count_answer
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
+from llama.guesses import NgramPool
 from llama.sampling import generate as generate_ids
 from lora.prepack import prepack
 
@@ -284,7 +285,7 @@ def generated(workload: Workload, batch: int, n_batches: int, new: int) -> dict:
     peaks.end("weights")
     endless_prompts = cycle(prompts)
     no_eos = -1
-    pool = {}
+    pool = NgramPool()
     answers = []
     seconds = []
     for i in range(1 + n_batches):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama.layout import SHORT
+from llama.layout import SHORT_CONTEXT
 
 from .batches import example_indices
 from .dataset import count_answer
@@ -41,7 +41,7 @@ def micro_batch_sizes(dataset, plan) -> dict:
     """Return {micro-batch of the plan, as a tuple of indices: Size}."""
     rows = []
     for tokens, labels in dataset.rows:
-        pairs = len(tokens) ** 2 if len(tokens) <= SHORT else 0
+        pairs = len(tokens) ** 2 if len(tokens) <= SHORT_CONTEXT else 0
         rows.append(Size(len(tokens), count_answer(labels), pairs))
     sizes = {}
     for _, ranks in plan:

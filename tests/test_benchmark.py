@@ -418,8 +418,8 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
 
     def scripted(n_missing):
         def generate(model, prompts, new, eos, pool):
-            pools.append(dict(pool))
-            pool[len(pools),] = [5]
+            pools.append(dict(pool.followers))
+            pool.put([len(pools)], [5])
             for i in range(len(prompts)):
                 for _ in range(new - n_missing):
                     yield i, 5

@@ -27,7 +27,7 @@ from lora import LoRAConfig, add_lora, merge_lora
 
 from .helpers import metrics, tiny, torchrun
 from .memory import LiveBytes
-from .test_packing import drawn
+from .test_layout import drawn
 from .test_resume import left, stopped_in
 
 

@@ -128,8 +128,8 @@ MUTATIONS = {
     ),
     "token_by_token_decoding": (
         "llama/sampling.py",
-        "tokenizer.decode(seen)",
-        '"".join(tokenizer.decode([token]) for token in seen)',
+        "tokenizer.decode(ids_so_far)",
+        '"".join(tokenizer.decode([token]) for token in ids_so_far)',
     ),
     "pad_id_of_minus_one": (
         "llama/tokenizer.py",

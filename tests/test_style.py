@@ -17,26 +17,7 @@ OPTIONAL = {"safetensors", "matplotlib", "PIL"}  # packages that a function may 
 OPTIONS = ("finetune/options.py",)  # where the options are made, and so may be changed
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 # Files that do not keep every rule yet.  Whoever cleans one strikes it here.
-NOT_YET = (
-    "benchmarks/__main__.py",
-    "benchmarks/ablation.py",
-    "benchmarks/distill.py",
-    "benchmarks/measure.py",
-    "benchmarks/methods.py",
-    "benchmarks/peers.py",
-    "benchmarks/ranks.py",
-    "benchmarks/roofline.py",
-    "benchmarks/runs.py",
-    "benchmarks/scaling.py",
-    "benchmarks/search.py",
-    "benchmarks/tables.py",
-    "llama/files.py",
-    "llama/layout.py",
-    "llama/peft.py",
-    "llama/rnn.py",
-    "llama/sampling.py",
-    "lora/adapter.py",
-)
+NOT_YET = ()
 
 
 def is_written_out(node):

@@ -252,7 +252,8 @@ def test_template_at_inference(base, tokenizer, tmp_path, monkeypatch):
     """A prompt that ends otherwise than in training ("### Response:" and a newline, say) is answered worse.
     https://github.com/tloen/alpaca-lora/issues/524"""
     asked, honest = [], generate.generate
-    monkeypatch.setattr(generate, "generate", lambda model, prompts, *rest: asked.extend(prompts) or honest(model, prompts, *rest))
+    monkeypatch.setattr(generate, "generate", lambda model, prompts, *rest, **settings:
+                        asked.extend(prompts) or honest(model, prompts, *rest, **settings))
     monkeypatch.chdir(tmp_path)
     generate.main(["--checkpoint", str(base), "--adapter", "none", "--instruction", EXAMPLES[0]["instruction"], "--max-new-tokens", "1"])
     tokens, labels = encode_example({**EXAMPLES[0], "input": ""}, tokenizer, 512)
