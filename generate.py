@@ -24,8 +24,9 @@ from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
 from llama.checkpoint import PROBE, load_checkpoint
+from llama.guesses import NgramPool
 from llama.peft import adapter_at, is_peft, read_config
-from llama.sampling import beam_search, generate, room, stream
+from llama.sampling import beam_search, generate, stream, tokens_left
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
 from lora.prepack import prepack
 from lora.quantize import KINDS as QUANTIZED
@@ -57,8 +58,8 @@ def main(argv=None):
         if args.score:
             exam = Exam(examples, tokenizer, model.args.max_seq_len, args.choices,
                         args.max_new_tokens, args.data)
-        room(model, [encode_prompt(example, tokenizer) for example in examples],
-             args.max_new_tokens)
+        tokens_left(model, [encode_prompt(example, tokenizer) for example in examples],
+                    args.max_new_tokens)
         print(summary, file=sys.stderr, flush=True)
         answerer = Answerer(model, tokenizer, args)
         if args.interactive:
@@ -143,7 +144,7 @@ class Answerer:
         self.model = model
         self.tokenizer = tokenizer
         self.args = args
-        self.pool = {}
+        self.pool = NgramPool()
 
     def answer_ids(self, examples):
         """Iterate over (i, id): the next tokens of the answer to examples[i]."""
@@ -151,8 +152,8 @@ class Answerer:
         prompts = [encode_prompt(example, self.tokenizer) for example in examples]
         if args.beams == 1:
             return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.eos_id,
-                            args.temperature, args.top_k, args.top_p, args.no_repeat_ngram,
-                            args.seed, self.pool)
+                            temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                            no_repeat_ngram=args.no_repeat_ngram, seed=args.seed, pool=self.pool)
         return self.beam_ids(prompts)
 
     def beam_ids(self, prompts):

@@ -289,7 +289,10 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
 
 def train(job: Job, run: Run):
     """Train job.model by job.plan; record, evaluate and save as the options say."""
-    options, ranks, precision, model = job.options, job.ranks, job.precision, job.model
+    options = job.options
+    ranks = job.ranks
+    precision = job.precision
+    model = job.model
     # DDP must wrap the model after add_lora has frozen the base: it waits for a gradient of every
     # parameter that was trainable when it wrapped the model.
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
@@ -330,10 +333,10 @@ def train(job: Job, run: Run):
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
-               "tokens": window.n_tokens, "answer_tokens": window.n_answer}
-        row["tokens_per_second"] = window.n_tokens / (time.perf_counter() - step_began)
-        row["peak_memory_mb"] = peak_memory_mb(precision.device)
-        row |= {"loss_scale": loss_scale, **notes}
+               "tokens": window.n_tokens, "answer_tokens": window.n_answer,
+               "tokens_per_second": window.n_tokens / (time.perf_counter() - step_began),
+               "peak_memory_mb": peak_memory_mb(precision.device),
+               "loss_scale": loss_scale, **notes}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
             row |= measure()
         remark = run.record(row, is_finite, overflow)

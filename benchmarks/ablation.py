@@ -1,107 +1,255 @@
-"""Accumulation x precision x LoRA x checkpointing, and what each does to memory and computation by kind."""
+"""Accumulation x precision x LoRA x checkpointing: speed, memory by kind, and computation."""
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 
+from finetune.preflight import MIB, mib
+
 from . import runs
-from .measure import flop_a_token
-from .runs import most, run_of, taken
-from .tables import markdown, picture
+from .measure import flop_per_token
+from .runs import Setup, Workload, has_run, measure_cell, peak_of, settled
+from .tables import Table, markdown, panel
 
-REPORT = {                                                       # of the course report's Table 1, what it has arrows for
-    "gradient accumulation": {"activations": "↓"},
-    "checkpointing": {"activations": "↓", "FLOP a token": "↑"},
-    "mixed precision": {"parameters": "↓", "optimizer": "–", "activations": "↓", "FLOP a token": "↓"},
-    "LoRA": {"parameters": "↑", "gradients": "↓", "optimizer": "↓", "FLOP a token": "↓"},
+UP = "↑"
+DOWN = "↓"
+SAME = "–"
+PHASES = ("weights", "forward", "backward", "step")
+HEADER = ["trained", "precision", "micro-batches x examples", "checkpointing", "s per step",
+          "tokens/s", "peak, MiB", "estimate, MiB", "peak of weights", "forward", "backward",
+          "step"]
+TABLE_1_NOTE = (
+    "What each technique does. Bytes are those that autograd and the optimizer hold; activations "
+    "are what the largest micro-batch keeps for backward. In brackets is the arrow of the course "
+    "report, where it has one, in bold where the measured one differs; what the report calls "
+    "computation is read as FLOP:")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cell of the ablation.  precision: "fp32", "autocast" or "16 bit", also for the weights."""
+    method: str
+    precision: str
+    accumulates: bool = False
+    checkpoints: bool = False
+
+    @property
+    def line(self) -> str:
+        return f"{self.method}, {self.precision}"
+
+    @property
+    def point(self) -> str:
+        name = "accumulated" if self.accumulates else "at once"
+        return f"{name}, checkpointing" if self.checkpoints else name
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a technique changes: a variant without it and one with it.
+
+    report: its name among the arrows of the report.
+    """
+    before: Variant
+    after: Variant
+    report: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of cost as Table 1 shows it: its unit, and which relative difference is noise."""
+    unit: str
+    size: float
+    form: str
+    noise: float
+
+
+FULL = Variant("full", "fp32")
+LORA = Variant("lora", "fp32")
+CHANGES = {
+    "gradient accumulation": Change(FULL, Variant("full", "fp32", accumulates=True),
+                                    "gradient accumulation"),
+    "checkpointing": Change(FULL, Variant("full", "fp32", checkpoints=True), "checkpointing"),
+    "mixed precision (autocast)": Change(FULL, Variant("full", "autocast"), "mixed precision"),
+    "LoRA": Change(FULL, LORA, "LoRA"),
+    "mixed precision (autocast) over LoRA": Change(LORA, Variant("lora", "autocast"),
+                                                   "mixed precision"),
+    "frozen weights in 16 bit under LoRA": Change(LORA, Variant("lora", "16 bit"),
+                                                  "mixed precision"),
 }
-PLAIN, OVER_LORA = ("full", "fp32", False, False), ("lora", "fp32", False, False)
-CHANGES = {                                                      # what it is: from, to, whose arrows
-    "gradient accumulation": (PLAIN, ("full", "fp32", True, False), "gradient accumulation"),
-    "checkpointing": (PLAIN, ("full", "fp32", False, True), "checkpointing"),
-    "mixed precision (autocast)": (PLAIN, ("full", "autocast", False, False), "mixed precision"),
-    "LoRA": (PLAIN, OVER_LORA, "LoRA"),
-    "mixed precision (autocast) over LoRA": (OVER_LORA, ("lora", "autocast", False, False), "mixed precision"),
-    "frozen weights in 16 bit under LoRA": (OVER_LORA, ("lora", "16 bit", False, False), "mixed precision"),
+# The arrows in Table 1 of the course report.
+REPORT = {
+    "gradient accumulation": {"activations": DOWN},
+    "checkpointing": {"activations": DOWN, "FLOP per token": UP},
+    "mixed precision": {"parameters": DOWN, "optimizer": SAME, "activations": DOWN,
+                        "FLOP per token": DOWN},
+    "LoRA": {"parameters": UP, "gradients": DOWN, "optimizer": DOWN, "FLOP per token": DOWN},
 }
-WHY = {
-    ("mixed precision", "parameters", "↑"): ": autocast leaves fp32 weights as they are and keeps a 16-bit copy of each matrix until "
-                                            "backward; a frozen base can be held in 16 bit instead",
-    ("mixed precision", "FLOP a token", "–"): ": as many products, each faster where the hardware has 16-bit units",
+REASONS = {
+    ("mixed precision", "parameters", UP):
+        "autocast leaves fp32 weights as they are and keeps a 16-bit copy of each matrix until "
+        "backward; a frozen base can be held in 16 bit instead",
+    ("mixed precision", "FLOP per token", SAME):
+        "there are as many products, each faster where the hardware has 16-bit units",
 }
-KINDS = {kind: ("MiB", 2 ** 20, ",.1f", 0.001) for kind in ("parameters", "gradients", "optimizer", "activations")}
-KINDS |= {kind: ("MFLOP", 1e6, ",.1f", 0.001) for kind in ("forward", "FLOP a token")} | {"a step": ("s", 1, ",.2f", 0.1)}
-
-
-def kinds_of(key, result, counted):
-    """{kind: amount} for Table 1: counted as it ran, or in closed form."""
-    if counted:
-        return result["bytes"] | {"forward": result["forward"], "FLOP a token": result["flop"], "a step": result["seconds"]}
-    estimate = result["estimate"]
-    return {"parameters": estimate["weights"], "gradients": estimate["gradients"], "optimizer": estimate["optimizer"],
-            "activations": estimate["activations"] + estimate["logits"], "forward": 2 * result["P"],
-            "FLOP a token": flop_a_token(result["P"], key[0] == "full", key[3])}
-
-
-def changes(results):
-    """(rows, sentences) of Table 1 from {(method, precision, accumulation, checkpointing): result}: what each technique does
-    to each kind, and where the report's arrow is wrong.  In closed form where one of the two runs found no memory."""
-    rows, wrong = [], {}
-    for name, (before, after, report) in CHANGES.items():
-        counted = "bytes" in results[before] and "bytes" in results[after]
-        old, new = (kinds_of(key, results[key], counted) for key in (before, after))
-        row = [name + " (by estimate)" * (not counted)]
-        for kind, (unit, size, form, slack) in KINDS.items():
-            if kind not in old:
-                row.append("")
-                continue
-            arrow = "↑" if new[kind] > old[kind] * (1 + slack) else "↓" if new[kind] < old[kind] * (1 - slack) else "–"
-            said = REPORT[report].get(kind)
-            mark = "" if said is None else f" (report {said})" if said == arrow else f" **(report {said})**"
-            row.append(f"{old[kind] / size:{form}} → {new[kind] / size:{form}} {arrow}{mark}")
-            if said not in (None, arrow):
-                wrong[f"{report}, {kind}: the report says {said}, here it is {arrow}" + WHY.get((report, kind, arrow), "")] = True
-        rows.append(row)
-    return rows, list(wrong)
+KINDS = {
+    "parameters": Kind("MiB", MIB, ",.1f", 0.001),
+    "gradients": Kind("MiB", MIB, ",.1f", 0.001),
+    "optimizer": Kind("MiB", MIB, ",.1f", 0.001),
+    "activations": Kind("MiB", MIB, ",.1f", 0.001),
+    "forward": Kind("MFLOP", 1e6, ",.1f", 0.001),
+    "FLOP per token": Kind("MFLOP", 1e6, ",.1f", 0.001),
+    "time per step": Kind("s", 1, ",.2f", 0.1),
+}
 
 
 def add_flags(parser):
     runs.add_flags(parser, batch_size=4, warm=1, steps=1, repeats=3)
 
 
-def make(args):
-    runs.settle(args)
-    low, results, rows = "fp16" if args.precision == "fp16" else "bf16", {}, []
-    peaks, speeds = {}, {}
-    for key in product(("full", "lora"), ("fp32", "autocast", "16 bit"), (False, True), (False, True)):
-        method, precision, accumulation, checkpointing = key
-        if method == "full" and precision == "16 bit":               # what is trained is held in fp32
-            continue
-        sizes = (1, args.batch_size) if accumulation else (args.batch_size, 1)
-        line, point = f"{method}, {precision}", ("accumulated" if accumulation else "at once") + ", checkpointing" * checkpointing
-        result = results[key] = taken(args, f"{line}, {point}", run_of(
-            args, "--method", method, "--precision", "fp32" if precision == "fp32" else low, "--batch-size", str(sizes[0]),
-            "--accumulation-steps", str(sizes[1]), *["--checkpointing"] * checkpointing,
-            autocast=(method, precision) == ("lora", "autocast"), count=True))
-        row = [method, {"fp32": "fp32", "autocast": f"{low} by autocast", "16 bit": f"{low}, weights too"}[precision],
-               f"{sizes[1]} x {sizes[0]}", "yes" if checkpointing else "no"]
-        by_phase = [""] * 4
-        if "peaks" in result:
-            own = result["peaks"].get("start", 0.0)
-            peaks.setdefault(line, []).append((point, most(result) - own))
-            speeds.setdefault(line, []).append((point, result["tokens_per_second"]))
-            row += [f"{result['seconds']:.2f}", f"{result['tokens_per_second']:,.0f}", f"{most(result) - own:,.0f}"]
-            by_phase = [f"{most(result, phase) - own:,.0f}" if phase in result["peaks"] else ""
-                        for phase in ("weights", "forward", "backward", "step")]
-        else:
-            row += ["", "", "out of memory"]
-        rows.append([*row, runs.mib(sum(result["estimate"].values())), *by_phase])
-    picture(args, [("peak above the bare process", "", "MiB", peaks), ("speed", "", "tokens/s", speeds)])
-    bare = [result["peaks"]["start"] for result in results.values() if "start" in result.get("peaks", {})]
-    bare = f"the {statistics.median(bare):,.0f} MiB of the process before its weights are taken off; " if bare else ""
-    table_1, wrong = changes(results)
-    return [*markdown(["trained", "precision", "micro-batches x examples", "checkpointing", "s a step", "tokens/s", "peak, MiB",
-                       "estimate, MiB", "peak of weights", "forward", "backward", "step"], rows), "",
-            f"({bare}estimate: by llama/preflight.py, of tensors alone)", "",
-            "What each technique does. Bytes as autograd and the optimizer hold them, activations: what the largest micro-batch keeps "
-            "for backward. In brackets the arrow of the course report, where it has one, bold where it is another here; its "
-            "\"computation\" is read as FLOP:", "",
-            *markdown(["", *(f"{kind}, {KINDS[kind][0]}" for kind in KINDS)], table_1), "", *(f"- {line}" for line in wrong)]
+def make(args, table: Table) -> list:
+    """Measure every variant; return lines of Markdown: all of them, then Table 1."""
+    setup = settled(args, table.out)
+    low = "fp16" if setup.precision == "fp16" else "bf16"
+    results = {}
+    rows = []
+    for variant in variants():
+        workload = workload_of(setup, variant, args.batch_size, low)
+        name = f"{variant.line}, {variant.point}"
+        results[variant] = measure_cell(table, name, workload)
+        rows.append(row_of(variant, results[variant], args.batch_size, low))
+    table.draw([
+        variants_panel("Peak memory above the bare process", "MiB", results, added_peak),
+        variants_panel("Training speed", "tokens/s", results,
+                       lambda result: result["tokens_per_second"])])
+    table_1, differences = make_table_1(results)
+    header = ["", *(f"{name}, {kind.unit}" for name, kind in KINDS.items())]
+    return [*markdown(HEADER, rows), "", note(results), "", TABLE_1_NOTE, "",
+            *markdown(header, table_1), "", *(f"- {line}" for line in differences)]
+
+
+def variants() -> list:
+    """Return every Variant; what is trained is held in fp32, so full never in 16 bit."""
+    both = (False, True)
+    combinations = product(("full", "lora"), ("fp32", "autocast", "16 bit"), both, both)
+    every = [Variant(*combination) for combination in combinations]
+    return [variant for variant in every if variant.line != "full, 16 bit"]
+
+
+def workload_of(setup: Setup, variant: Variant, batch_size: int, low: str) -> Workload:
+    """Return a variant's Workload; low: the 16-bit precision."""
+    micro_batch, n_micro_batches = shape_of_step(variant, batch_size)
+    flags = {"method": variant.method,
+             "precision": "fp32" if variant.precision == "fp32" else low,
+             "batch_size": micro_batch, "accumulation_steps": n_micro_batches,
+             "checkpointing": variant.checkpoints}
+    # train.py autocasts full fine-tuning by itself.
+    autocast = variant.method == "lora" and variant.precision == "autocast"
+    return setup.workload(flags, autocast=autocast, count=True)
+
+
+def shape_of_step(variant: Variant, batch_size: int) -> tuple[int, int]:
+    """Return (examples per micro-batch, micro-batches per step)."""
+    return (1, batch_size) if variant.accumulates else (batch_size, 1)
+
+
+def row_of(variant: Variant, result: dict, batch_size: int, low: str) -> list:
+    """Return a variant's row of HEADER."""
+    precisions = {"fp32": "fp32", "autocast": f"{low} by autocast", "16 bit": f"{low}, weights too"}
+    micro_batch, n_micro_batches = shape_of_step(variant, batch_size)
+    row = [variant.method, precisions[variant.precision], f"{n_micro_batches} x {micro_batch}",
+           "yes" if variant.checkpoints else "no"]
+    estimate = mib(sum(result["estimate"].values()))
+    if not has_run(result):
+        return [*row, "", "", "out of memory", estimate, *[""] * len(PHASES)]
+    row += [f"{result['seconds']:.2f}", f"{result['tokens_per_second']:,.0f}",
+            f"{added_peak(result):,.0f}", estimate]
+    for phase in PHASES:
+        has_phase = phase in result["peaks"]
+        row.append(f"{added_peak(result, phase):,.0f}" if has_phase else "")
+    return row
+
+
+def added_peak(result: dict, phase: str = "process") -> float:
+    """Return the MiB at a phase's peak above those of the process before its weights."""
+    return peak_of(result, phase) - result["peaks"].get("start", 0.0)
+
+
+def variants_panel(title: str, y: str, results: dict, measure: Callable):
+    """Return a panel with a line per method and precision; measure(result) is what it shows."""
+    lines = {}
+    for variant, result in results.items():
+        if has_run(result):
+            points = lines.setdefault(variant.line, [])
+            points.append((variant.point, measure(result)))
+    return panel(title, "", y, lines)
+
+
+def note(results: dict) -> str:
+    text = "estimate: by finetune/preflight.py, of tensors alone"
+    completed = [result["peaks"] for result in results.values() if has_run(result)]
+    starts = [peaks["start"] for peaks in completed if "start" in peaks]
+    if starts:
+        text = (f"peaks are without the {statistics.median(starts):,.0f} MiB of the process before "
+                f"its weights; {text}")
+    return f"({text})"
+
+
+def make_table_1(results: dict) -> tuple[list, list]:
+    """Return (rows, sentences): what each technique does, and where the report's arrow differs.
+
+    results: {Variant: result}.  The figures are estimates if one of two runs was out of memory.
+    """
+    rows = []
+    differences = []
+    for name, change in CHANGES.items():
+        is_counted = has_run(results[change.before]) and has_run(results[change.after])
+        before = costs_of(change.before, results[change.before], is_counted)
+        after = costs_of(change.after, results[change.after], is_counted)
+        row = [name if is_counted else f"{name} (by estimate)"]
+        for kind, form in KINDS.items():
+            if kind not in before:
+                row.append("")
+                continue
+            arrow = arrow_of(before[kind], after[kind], form.noise)
+            expected = REPORT[change.report].get(kind)
+            row.append(f"{before[kind] / form.size:{form.form}} → "
+                       f"{after[kind] / form.size:{form.form}} {arrow}{remark(arrow, expected)}")
+            if expected not in (None, arrow):
+                differences.append(difference(change.report, kind, expected, arrow))
+        rows.append(row)
+    return rows, list(dict.fromkeys(differences))    # Several rows may differ in the same way.
+
+
+def costs_of(variant: Variant, result: dict, is_counted: bool) -> dict:
+    """Return {kind: amount} of a variant: counted as it ran, or estimated."""
+    if is_counted:
+        return result["bytes"] | {"forward": result["forward"], "FLOP per token": result["flop"],
+                                  "time per step": result["seconds"]}
+    estimate = result["estimate"]
+    flop = flop_per_token(result["P"], variant.method == "full", variant.checkpoints)
+    return {"parameters": estimate["weights"], "gradients": estimate["gradients"],
+            "optimizer": estimate["optimizer"],
+            "activations": estimate["activations"] + estimate["logits"],
+            "forward": 2 * result["P"], "FLOP per token": flop}
+
+
+def arrow_of(before: float, after: float, noise: float) -> str:
+    if after > before * (1 + noise):
+        return UP
+    if after < before * (1 - noise):
+        return DOWN
+    return SAME
+
+
+def remark(arrow: str, expected: str | None) -> str:
+    """Return the report's arrow in brackets, in bold if it is another one than here."""
+    if expected is None:
+        return ""
+    return f" (report {expected})" if expected == arrow else f" **(report {expected})**"
+
+
+def difference(technique: str, kind: str, expected: str, arrow: str) -> str:
+    """Return a sentence on where the report differs, with the reason if it is known."""
+    sentence = f"{technique}, {kind}: the report says {expected}, here it is {arrow}"
+    reason = REASONS.get((technique, kind, arrow))
+    return f"{sentence}: {reason}" if reason else sentence

@@ -57,7 +57,7 @@ def short(training):
     return name.replace("one block of the 7B", "7B block")
 
 
-def make(args):
+def make(args, table):
     run = Path(args.run)
     loss = panels_of_a_run(read_metrics(run / METRICS))[0]
     examples = read_examples(DEMO / "held_out.json")
@@ -75,5 +75,5 @@ def make(args):
     memories = [(name, memory) for name, _, memory in peers]
     beside = Panel("ours / transformers + PEFT", "", "1: as theirs",
                    {"speed": speeds, "memory": memories}, from_zero=True)
-    draw(args.picture, [loss, answers, beside], f"{args.said}; peers: docs/performance.md")
+    draw(args.picture, [loss, answers, beside], f"{table.command}; peers: docs/performance.md")
     return [f"{answers.title}; drawn: {args.picture}"]

@@ -1,4 +1,4 @@
-"""What a run takes: memory by phase, bytes and FLOP by kind, and how fast this machine multiplies at best."""
+"""Count what a run takes: memory by phase, bytes and FLOP by kind, the fastest matrix product."""
 import statistics
 import time
 import weakref
@@ -11,62 +11,84 @@ from torch.utils.flop_counter import FlopCounterMode
 from finetune.hardware import peak_memory_mb
 from finetune.loss import answer_loss
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MIB = 2 ** 20
+STATUS = Path("/proc/self/status")
+RESET_MARK = Path("/proc/self/clear_refs")
 
 
 class Peaks:
-    """The peak of memory in each phase of a run: mb {phase: MiB}.  Call it with a phase's name where that phase ends.
+    """The peak of memory in each phase of a run; call `end` where a phase ends.
 
-    Of the GPU's allocations, or of the whole process on Linux, whose high-water mark can be set back; "process" is the
-    peak of all, between the phases too, and where nobody can set it back mb holds that alone.
+    mib: {phase: MiB}, and the peak of all phases as "process".  On CUDA these are allocations.
+    Elsewhere they are the whole process, whose high-water mark Linux can reset; where it cannot,
+    "process" is the only entry.
     """
 
-    def __init__(self, device):
-        self.device, self.mb = device, {}
-        try:
-            self.by_phase = device.type == "cuda" or CLEAR.write_text("5") > 0
-        except OSError:
-            self.by_phase = False
-        self(None)
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.mib = {}
+        self.has_phases = device.type == "cuda" or reset_mark()
+        self.end(None)
 
-    def __call__(self, phase):
-        """phase None: what was since the last call belongs to none."""
+    def end(self, phase: str | None):
+        """Note the peak since the last call for this phase; for no phase if None."""
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2 ** 20
+            peak = torch.cuda.max_memory_allocated(self.device) / MIB
             torch.cuda.reset_peak_memory_stats(self.device)
-        elif self.by_phase:
-            peak = int(next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2 ** 10
-            CLEAR.write_text("5")
+        elif self.has_phases:
+            peak = high_water_mark()
+            reset_mark()
         else:
-            phase, peak = None, peak_memory_mb(self.device) or 0.0
-        for name in {phase, "process"} - {None}:
-            self.mb[name] = max(peak, self.mb.get(name, 0.0))
+            peak = peak_memory_mb(self.device) or 0.0
+            phase = None
+        names = ["process"] if phase is None else ["process", phase]
+        for name in names:
+            self.mib[name] = max(peak, self.mib.get(name, 0.0))
 
 
-class Kept(TorchDispatchMode):
-    """Within the block, what autograd keeps for the backward pass, the model's own tensors apart.
+def reset_mark() -> bool:
+    """Reset the process's high-water mark; return whether that is possible here."""
+    try:
+        RESET_MARK.write_text("5")                   # 5 stands for the mark, see man 5 proc.
+    except OSError:
+        return False
+    return True
 
-    bytes() -> (of copies of parameters in another dtype, of all else).
+
+def high_water_mark() -> float:
+    """Return the most memory that the process has had since the mark was reset, in MiB."""
+    for line in STATUS.read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 2 ** 10
+    raise ValueError(f"{STATUS} has no line VmHWM")
+
+
+class SavedForBackward(TorchDispatchMode):
+    """Within the block, collect what autograd keeps for the backward pass.
+
+    The model's own parameters do not count; copies of them in another dtype do, as copies.
     """
 
     def __init__(self, model):
         super().__init__()
-        self.own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self.casts, self.kept = {}, {}
+        self.parameters = {storage_key(parameter) for parameter in model.parameters()}
+        self.copies = {}                             # {key: weak reference to a copy's storage}
+        self.saved = {}                              # {key: (storage, whether it is a copy)}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self.own:
-            storage = out.untyped_storage()
-            self.casts[storage._cdata] = weakref.ref(storage)            # an address may come again, when this one is gone
+        if func is torch.ops.aten._to_copy.default and storage_key(args[0]) in self.parameters:
+            # Weak, because the address is used again once this storage is gone.
+            self.copies[storage_key(out)] = weakref.ref(out.untyped_storage())
         return out
 
     def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.own:
-            cast = self.casts.get(storage._cdata, lambda: None)() is not None
-            self.kept[storage._cdata] = storage, cast                    # held, so that no address comes twice
+        key = storage_key(tensor)
+        if key not in self.parameters:
+            is_copy = key in self.copies and self.copies[key]() is not None
+            # Keep the storage alive: no other may get its address within the block.
+            self.saved[key] = (tensor.untyped_storage(), is_copy)
         return tensor
 
     def __enter__(self):
@@ -77,58 +99,88 @@ class Kept(TorchDispatchMode):
         super().__exit__(*error)
         self.hooks.__exit__(*error)
 
-    def bytes(self):
-        return tuple(sum(storage.nbytes() for storage, cast in self.kept.values() if cast is kind) for kind in (True, False))
+    def n_bytes(self, copies: bool) -> int:
+        """Return the bytes of copies of parameters, or of all else."""
+        sizes = [storage.nbytes() for storage, is_copy in self.saved.values() if is_copy is copies]
+        return sum(sizes)
 
 
-def counted(model, batches, autocast):
-    """{copies, activations: bytes kept for backward, the most of a micro-batch; forward, flop: FLOP, of all micro-batches}.
+def storage_key(tensor) -> int:
+    """Return a number that tells a tensor's storage from all others that are alive."""
+    return tensor.untyped_storage()._cdata
 
-    copies: of parameters in another dtype.  flop: of forward and backward, matrix products alone, which on a CPU leaves
-    attention out where torch's own kernel does it.  Gradients are thrown away.
+
+def count_work(model, batches: list, autocast) -> dict:
+    """Return {copies, activations, forward, flop} of forward and backward over the micro-batches.
+
+    copies, activations: bytes kept for backward, the most of any micro-batch; copies are of
+    parameters in another dtype.  forward, flop: FLOP of all micro-batches, the latter with
+    backward; matrix products alone, and on a CPU without those inside torch's attention kernel.
+    Gradients are thrown away.
     """
-    copies = activations = forward = flop = 0
+    work = {"copies": 0, "activations": 0, "forward": 0, "flop": 0}
+    model.train()
     for batch in batches:
-        with FlopCounterMode(display=False) as all_of_it:
-            with FlopCounterMode(display=False) as first, Kept(model) as kept, autocast:
-                loss = answer_loss(model.train(), batch)[0]
-            held = kept.bytes()
-            kept.kept.clear()
+        both_passes = FlopCounterMode(display=False)
+        forward = FlopCounterMode(display=False)
+        saved = SavedForBackward(model)
+        with both_passes:
+            with forward, saved, autocast:
+                loss, _ = answer_loss(model, batch)
+            work["copies"] = max(work["copies"], saved.n_bytes(copies=True))
+            work["activations"] = max(work["activations"], saved.n_bytes(copies=False))
+            saved.saved.clear()
             loss.backward()
-        copies, activations = max(copies, held[0]), max(activations, held[1])
-        forward, flop = forward + first.get_total_flops(), flop + all_of_it.get_total_flops()
+        work["forward"] += forward.get_total_flops()
+        work["flop"] += both_passes.get_total_flops()
     model.zero_grad(set_to_none=True)
-    return dict(copies=copies, activations=activations, forward=forward, flop=flop)
+    return work
 
 
-def multiplied(args, answer_share):
-    """P: the weights that a token multiplies on its way, of a model of these ModelArgs.
+def multiplied_weights(args, answer_share: float) -> int:
+    """Return P: the number of weights that a token is multiplied with, by ModelArgs.
 
-    Those of the blocks, and of the output matrix the share of tokens that predict an answer's; embedding and norms
-    multiply no matrix.
+    Those are the weights of the blocks, and of the output matrix the share of tokens that predict
+    an answer token.  Embedding and norms are no matrix products.
     """
-    D, K = args.dim, args.dim // args.n_heads * args.n_kv_heads
-    return args.n_layers * (2 * D * D + 2 * D * K + 3 * D * args.hidden_dim) + round(answer_share * D * args.vocab_size)
+    D = args.dim
+    K = args.dim // args.n_heads * args.n_kv_heads
+    per_block = 2 * D * D + 2 * D * K + 3 * D * args.hidden_dim
+    return args.n_layers * per_block + round(answer_share * D * args.vocab_size)
 
 
-def flop_a_token(P, full=False, checkpointing=False):
-    """2 P forward, 2 P back to the activations, 2 P to the weights where they are trained, 2 P for the forward again.
+def flop_per_token(n_weights: int, full: bool = False, checkpointing: bool = False) -> int:
+    """Return the FLOP of forward and backward for each token, by rule of thumb.
 
-    A rule of thumb: a LoRA's own products, r wide, and attention's are left out, and with checkpointing torch stops the
-    second forward of a block before w2's product, which nothing needs, and that of the head is never made again.
+    2 P forward and 2 P back to the activations; 2 P more to the weights where they are trained
+    (full), and 2 P more for the second forward pass of checkpointing.  Left out: a LoRA's own
+    products, r wide, and attention's.  With checkpointing torch computes a little less than this:
+    it never repeats a block's w2, whose result nothing needs, nor the head.
     """
-    return (4 + 2 * full + 2 * checkpointing) * P
+    products = 2
+    if full:
+        products += 1
+    if checkpointing:
+        products += 1
+    return 2 * products * n_weights
 
 
-def matmul_peak(dtype, device, sizes=None, repeats=5):
-    """FLOP/s of the fastest of a few square products of random matrices, each the median of `repeats` after one more."""
-    best = 0.0
-    for n in sizes or ((1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384)):
-        a, b, seconds = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype), []
+def matmul_peak(dtype: torch.dtype, device: torch.device, sizes=None, repeats: int = 5) -> float:
+    """Return the FLOP/s of the fastest of a few square products of random matrices.
+
+    Each is the median of `repeats` after one to warm up.
+    """
+    if sizes is None:
+        sizes = (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384)
+    fastest = 0.0
+    for n in sizes:
+        a = torch.randn(n, n, device=device).to(dtype)
+        b = torch.randn(n, n, device=device).to(dtype)
+        seconds = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            c = a @ b
-            c[0, 0].item()                                               # waits for the GPU
+            product = a @ b
+            product[0, 0].item()                     # This waits for a GPU to finish.
             seconds.append(time.perf_counter() - began)
-        best = max(best, 2 * n ** 3 / statistics.median(seconds[1:]))
-    return best
+        fastest = max(fastest, 2 * n ** 3 / statistics.median(seconds[1:]))
+    return fastest

@@ -1,7 +1,8 @@
-"""transformers + PEFT, and litgpt, against this: training and generation, alternated, in fresh processes.
+"""transformers + PEFT, and litgpt, against this: training and generation, alternated.
 
-Both sides read one folder in Hugging Face's layout, and the same rows of ids in the same order.  The peers' side is
-tests/peers.py, run by a python that has them.
+Both sides read one folder in Hugging Face's layout, and the same rows of ids in the same order.
+The peers' side is tests/peers.py, run by a Python that has them.  Every run is a process of its
+own.
 """
 import fnmatch
 import json
@@ -11,39 +12,94 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import product
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice, product
 from pathlib import Path
-from types import SimpleNamespace
 
 from finetune.arguments import number, text
 from finetune.dataset import count_answer
-from finetune.options import parse_options
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
+from llama.guesses import NgramPool
 from llama.sampling import generate as generate_ids
 from lora.prepack import prepack
 
 from . import runs
 from .measure import Peaks
-from .runs import most, rows_of, run_of, say, shape_folder
-from .tables import ROOT, cell, listed, markdown, picture, tried
+from .request import Request
+from .runs import (
+    Setup,
+    Workload,
+    has_run,
+    measured,
+    peak_of,
+    report_speed,
+    rows_of,
+    settled,
+    shape_folder,
+)
+from .tables import ROOT, Table, listed, markdown, panel, try_fresh
 
-FILES = [ROOT / "tests/peers.py"]
-PEERS = "transformers", "litgpt"
-CELLS = {
-    "train bf16 batch 4": dict(precision="bf16", batch=4),
-    "train fp32 batch 4": dict(precision="fp32", batch=4),
-    "train bf16 batch 4 dropout 0.05": dict(precision="bf16", batch=4, dropout=0.05),
-    "train bf16 batch 32 share-prefix": dict(precision="bf16", batch=32, flags=["--share-prefix"]),
-    "train fp32 batch 4 fast-matmul": dict(precision="fp32", batch=4, flags=["--fast-matmul"]),
-    "train bf16 batch 4 one 7b layer": dict(precision="bf16", batch=4, one_layer=True),
-    "compiled train bf16 batch 4": dict(precision="bf16", batch=4, flags=["--compile"], warm=12),
-    "generate bf16 64 tokens": dict(precision="bf16", batch=1, new=64),
-    "long generate bf16 256 tokens": dict(precision="bf16", batch=1, new=256),
-    "generate fp32 64 tokens": dict(precision="fp32", batch=1, new=64),
-    "generate bf16 64 tokens batch 8": dict(precision="bf16", batch=8, new=64, caches=[True]),
-    **{f"grid {precision} batch {batch}{' checkpointing' * checkpointing}": dict(precision=precision, batch=batch, checkpointing=checkpointing)
-       for precision, checkpointing, batch in product(("fp32", "bf16"), (False, True), (1, 4, 16))},
+FILES = (ROOT / "tests/peers.py", ROOT / "benchmarks/request.py")
+PEERS = ("transformers", "litgpt")
+OURS = "ours"
+KILLED = -9
+PROMPT_TOKENS = 64                                   # per answer, where --prompts are counted
+WARM_UP_TOKENS = 64                                  # per answer that warms up, at most
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What both sides do.  batch: examples per step, or prompts at a time.
+
+    new: tokens per answer, None for training.  caches: whether transformers is also run with and
+    without its KV cache.  flags: more flags of train.py, for our side alone.  one_layer: of 7B,
+    with random weights.  warm: steps, if not --warm.
+    """
+    precision: str
+    batch: int
+    new: int | None = None
+    caches: tuple = (True, False)
+    dropout: float = 0.0
+    checkpointing: bool = False
+    flags: tuple = ()
+    one_layer: bool = False
+    warm: int | None = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One side of a comparison: the settings of its cell, and the function that measures it."""
+    settings: dict
+    measure: Callable[[], dict]
+
+
+
+
+def grid() -> dict:
+    """Return {name: Comparison} of training by precision, checkpointing and batch."""
+    comparisons = {}
+    for precision, checkpointing, batch in product(("fp32", "bf16"), (False, True), (1, 4, 16)):
+        suffix = " checkpointing" if checkpointing else ""
+        comparison = Comparison(precision, batch, checkpointing=checkpointing)
+        comparisons[f"grid {precision} batch {batch}{suffix}"] = comparison
+    return comparisons
+
+
+COMPARISONS = {
+    "train bf16 batch 4": Comparison("bf16", 4),
+    "train fp32 batch 4": Comparison("fp32", 4),
+    "train bf16 batch 4 dropout 0.05": Comparison("bf16", 4, dropout=0.05),
+    "train bf16 batch 32 share-prefix": Comparison("bf16", 32, flags=("share_prefix",)),
+    "train fp32 batch 4 fast-matmul": Comparison("fp32", 4, flags=("fast_matmul",)),
+    "train bf16 batch 4 one 7b layer": Comparison("bf16", 4, one_layer=True),
+    "compiled train bf16 batch 4": Comparison("bf16", 4, flags=("compile",), warm=12),
+    "generate bf16 64 tokens": Comparison("bf16", 1, new=64),
+    "long generate bf16 256 tokens": Comparison("bf16", 1, new=256),
+    "generate fp32 64 tokens": Comparison("fp32", 1, new=64),
+    "generate bf16 64 tokens batch 8": Comparison("bf16", 8, new=64, caches=(True,)),
+    **grid(),
 }
 USUAL = ["train*", "generate*"]                      # ten minutes on two cores
 
@@ -52,138 +108,287 @@ def add_flags(parser):
     runs.add_flags(parser, warm=1, steps=4, repeats=2)
     flag = parser.add_argument
     flag("--cells", metavar="PATTERN,...", type=listed(text), default=USUAL,
-         help=f"what is compared, * for anything, of: {', '.join(CELLS)} (default: {','.join(USUAL)})")
-    flag("--against", metavar="NAME,...", type=listed(text), default=["transformers"], help=f"of {','.join(PEERS)} (default: transformers)")
+         help=f"what is compared, * for anything, of: {', '.join(COMPARISONS)} (default: "
+              f"{','.join(USUAL)})")
+    flag("--against", metavar="NAME,...", type=listed(text), default=["transformers"],
+         help=f"of {','.join(PEERS)} (default: transformers)")
     flag("--peer-python", metavar="PATH,...", type=listed(text), default=[sys.executable],
-         help="pythons that have them, each its own packages (default: this one)")
+         help="Pythons that have them, each with its own packages (default: this one)")
     flag("--prompts", metavar="N", type=number(int, 1), default=2,
-         help="prompts of 64 tokens; longer answers and batches take fewer (default: 2)")
+         help="prompts with answers of 64 tokens; longer answers and batches take fewer (default: "
+              "2)")
 
 
-def peer_python(pythons, peer):
-    """The first of the pythons that has this peer, or None."""
+def make(args, table: Table) -> list:
+    """Measure the comparisons; return lines of Markdown."""
+    names = chosen_comparisons(args.cells)
+    check_peers(args.against)
+    setup = settled(args, table.out)
+    pythons = find_pythons(args.against, args.peer_python)
+    if not is_huggingface(Path(setup.folder)):
+        raise ValueError(f"{setup.folder} is not in Hugging Face's layout, which both sides read: "
+                         f"python -m finetune.convert {setup.folder} COPY --to hf")
+    tables = {}                                      # {header: rows}, as headers differ
+    speeds = {}                                      # {kind of comparison: {contestant: points}}
+    versions = {}
+    for name in names:
+        comparison = COMPARISONS[name]
+        contestants = contestants_of(comparison, setup, args.prompts, pythons, table.out)
+        results = measure_alternately(table, name, contestants, setup.repeats)
+        compares_text = comparison.new is not None and setup.init == "checkpoint"
+        header, row = versus(results, compares_text)
+        tables.setdefault(tuple(header), []).append([name, *row])
+        add_speeds(speeds, name, results)
+        for side in results.values():
+            for result in side:
+                versions |= result.get("versions", {})
+    table.draw([panel(speed_title(kind), "", "tokens/s", lines) for kind, lines in speeds.items()])
+    lines = []
+    for header, rows in tables.items():
+        lines += [*markdown(["", *header], rows), ""]
+    return [*lines, note(setup, versions)]
+
+
+def chosen_comparisons(patterns: list) -> list:
+    """Return the names of comparisons that match a pattern.  Raises ValueError if none does."""
+    names = []
+    for name in COMPARISONS:
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            names.append(name)
+    if not names:
+        raise ValueError(f"--cells {','.join(patterns)}: no match among {'; '.join(COMPARISONS)}")
+    return names
+
+
+def check_peers(names: list):
+    unknown = set(names) - set(PEERS)
+    if unknown:
+        raise ValueError(f"--against {', '.join(sorted(unknown))}: choose from {', '.join(PEERS)}")
+
+
+def find_pythons(peers: list, pythons: list) -> dict:
+    """Return {peer: path of a Python that has it}, without peers that no Python has."""
+    pythons_by_peer = {}
+    for peer in peers:
+        python = peer_python(pythons, peer)
+        if python:
+            pythons_by_peer[peer] = python
+    if not pythons_by_peer:
+        raise ValueError(f"no --peer-python has {' or '.join(peers)}: tests/requirements.txt and "
+                         "tests/requirements-litgpt.txt say what to install, each in an "
+                         "environment of its own")
+    return pythons_by_peer
+
+
+def peer_python(pythons: list, peer: str) -> str | None:
+    """Return the path of the first Python that has this peer, or None."""
     for python in pythons:
         try:
-            if subprocess.run([python, "-c", f"import {peer}"], capture_output=True).returncode == 0:
-                return os.path.abspath(shutil.which(python))
+            check = subprocess.run([python, "-c", f"import {peer}"], capture_output=True)
         except OSError as error:
             raise ValueError(f"--peer-python {python} does not run: {error.strerror}") from None
+        if check.returncode == 0:
+            return os.path.abspath(shutil.which(python))
+    return None
 
 
-def theirs(python, ask, rows):
-    """What tests/peers.py answers, run by the peer's own python; nothing where memory did not suffice."""
-    run = subprocess.run([python, "-m", "tests.peers"], input=json.dumps({**ask, "rows": rows}), capture_output=True, text=True, cwd=ROOT)
-    last = ["", *run.stderr.strip().splitlines()][-1]
-    if run.returncode == -9 or run.returncode and "memory" in last.lower():
+def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: dict,
+                   out: Path) -> dict:
+    """Return {name: Contestant} of a comparison, ours first.
+
+    More examples per step make fewer steps, so that each comparison reads about as many.
+    """
+    if comparison.one_layer:
+        setup = replace(setup, folder=shape_folder("7b", out), init="random", layers=1, data=None)
+    steps = max(1, round(setup.steps * 4 / comparison.batch))
+    warm = setup.warm if comparison.warm is None else comparison.warm
+    flags = {"precision": comparison.precision, "batch_size": comparison.batch,
+             "accumulation_steps": 1, "dropout": comparison.dropout,
+             "checkpointing": comparison.checkpointing}
+    flags |= dict.fromkeys(comparison.flags, True)
+    workload = setup.workload(flags, warm=warm, steps=steps, repeats=1)
+    n_batches = None
+    if comparison.new:
+        tokens = prompts * PROMPT_TOKENS
+        n_batches = max(1, round(tokens / comparison.new / comparison.batch))
+    contestants = {OURS: our_side(workload, comparison, n_batches)}
+    request = Request(
+        peer="", folder=str(Path(setup.folder).resolve()), is_random=setup.init == "random",
+        layers=setup.layers, device=setup.device, precision=comparison.precision,
+        batch=comparison.batch, steps=steps, warm=warm, dropout=comparison.dropout,
+        checkpointing=comparison.checkpointing, new=comparison.new, prompts=n_batches)
+    for peer, python in pythons.items():
+        for name, cache in caches_of(peer, comparison):
+            contestants[peer + name] = peer_side(
+                python, replace(request, peer=peer, cache=cache), workload)
+    return contestants
+
+
+def our_side(workload: Workload, comparison: Comparison, n_batches: int | None) -> Contestant:
+    if comparison.new is None:
+        return Contestant(asdict(workload), lambda: try_fresh(measured, workload))
+    batch = comparison.batch
+    new = comparison.new
+    settings = asdict(workload) | {"batch": batch, "n_batches": n_batches, "new": new}
+    return Contestant(settings, lambda: try_fresh(generated, workload, batch, n_batches, new))
+
+
+def peer_side(python: str, request: Request, workload: Workload) -> Contestant:
+    settings = asdict(request) | {"data": workload.data}
+    return Contestant(settings, lambda: ask_peer(python, request, rows_of(workload)))
+
+
+def caches_of(peer: str, comparison: Comparison) -> list:
+    """Return (suffix of the name, Request.cache) for each run of a peer; none if it cannot."""
+    if comparison.new is None:
+        return [("", None)]
+    names = {True: ", KV cache", False: ", no cache"}
+    if peer == "transformers":
+        return [(names[cache], cache) for cache in comparison.caches]
+    if comparison.batch == 1:
+        return [(names[True], True)]
+    return []                                        # litgpt answers one prompt at a time.
+
+
+def ask_peer(python: str, request: Request, rows: list) -> dict:
+    """Return what tests/peers.py measures in the peer's own Python.
+
+    Empty if memory is not enough.  Raises ValueError with its last line for any other error.
+    """
+    asked = json.dumps({"request": asdict(request), "rows": rows})
+    run = subprocess.run([python, "-m", "tests.peers"], input=asked, capture_output=True, text=True,
+                         cwd=ROOT)
+    lines = run.stderr.strip().splitlines()
+    last_line = lines[-1] if lines else ""
+    if run.returncode == KILLED or run.returncode and "memory" in last_line.lower():
         return {}
     if run.returncode:
-        raise ValueError(f"{ask['peer']}: {last}")
+        raise ValueError(f"{request.peer}: {last_line}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def generated(run):
-    """{tokens_per_second, peaks, ids}: greedy, past any eos, after the first prompts (one, or a batch) to warm up, with what was
-    said in answers to others before; from the first again when they end, but then with nothing."""
-    args = parse_options(run["flags"])
-    device, precision = pick_hardware(args.device, args.precision)
-    peaks, prompts = Peaks(device), [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(run)]
-    peaks("start")
-    model, _ = load_checkpoint(args.checkpoint, args.layers, DTYPES[precision], device, init=args.init)
+def generated(workload: Workload, batch: int, n_batches: int, new: int) -> dict:
+    """Answer prompts greedily, `batch` at a time; return {tokens_per_second, peaks, ids}.
+
+    Answers have `new` tokens and do not end at eos.  One batch warms up before the n_batches that
+    count.  Guesses come from earlier answers too; but when the prompts end and begin again, these
+    are forgotten, because they are the answers.
+    """
+    options = workload.options()
+    device, precision = pick_hardware(options.device, options.precision)
+    prompts = [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(workload)]
+    peaks = Peaks(device)
+    peaks.end("start")
+    model, _ = load_checkpoint(options.checkpoint, options.layers, DTYPES[precision], device,
+                               init=options.init)
     prepack(model.eval())
-    peaks("weights")
-    batch, answers, seconds, pool = run["batch"], [], [], {}
-    for start in range(0, batch * run["prompts"] + batch, batch):
-        asked = [prompts[i % len(prompts)] for i in range(start, start + batch)]
-        if start + batch > len(prompts):
-            pool.clear()                             # their answers would be known
-        some, began = [[] for _ in asked], time.perf_counter()
-        for i, token in generate_ids(model, asked, run["new"] if start else min(run["new"], 64), -1, pool=pool):
-            some[i].append(token)
+    peaks.end("weights")
+    endless_prompts = cycle(prompts)
+    no_eos = -1
+    pool = NgramPool()
+    answers = []
+    seconds = []
+    for i in range(1 + n_batches):
+        if batch * (i + 1) > len(prompts):
+            pool.clear()
+        asked = list(islice(endless_prompts, batch))
+        ids = [[] for _ in asked]
+        n_new = new if i else min(new, WARM_UP_TOKENS)
+        began = time.perf_counter()
+        for k, token in generate_ids(model, asked, n_new, no_eos, pool=pool):
+            ids[k].append(token)
         seconds.append(time.perf_counter() - began)
-        answers += some
-    peaks("generate")
-    if any(len(answer) < run["new"] for answer in answers[batch:]):
-        raise ValueError(f"{args.checkpoint} takes {model.args.max_seq_len} tokens: too few for these prompts and {run['new']} new ones")
-    return dict(tokens_per_second=batch * run["prompts"] * run["new"] / sum(seconds[1:]), peaks=peaks.mb, ids=answers[batch:])
+        answers += ids
+    peaks.end("generate")
+    answers = answers[batch:]
+    if any(len(answer) < new for answer in answers):
+        raise ValueError(f"{options.checkpoint} takes {model.args.max_seq_len} tokens: too few for "
+                         f"these prompts and {new} new ones")
+    return {"tokens_per_second": batch * n_batches * new / sum(seconds[1:]), "peaks": peaks.mib,
+            "ids": answers}
 
 
-def contestants(args, name, pythons):
-    """{who: (settings, what is measured with them)} of a cell.  More examples a step make fewer steps, so that each cell
-    reads about as many."""
-    wanted = {"dropout": 0.0, "checkpointing": False, "flags": [], "caches": [True, False], "one_layer": False, "warm": args.warm, **CELLS[name]}
-    base = SimpleNamespace(**vars(args))
-    if wanted["one_layer"]:
-        base.folder, base.checkpoint, base.layers, base.data = shape_folder("7b", args.out), None, 1, None
-    steps, generates = max(1, round(args.steps * 4 / wanted["batch"])), "new" in wanted
-    asked = {key: wanted[key] for key in ("precision", "batch", "dropout", "checkpointing", "new") if key in wanted}
-    if generates:
-        asked["prompts"] = max(1, round(args.prompts * 64 / wanted["new"] / wanted["batch"]))
-    run = run_of(base, "--precision", wanted["precision"], "--batch-size", str(wanted["batch"]), "--accumulation-steps", "1",
-                 "--dropout", str(wanted["dropout"]), *["--checkpointing"] * wanted["checkpointing"], *wanted["flags"],
-                 warm=wanted["warm"], steps=steps, repeats=1) | asked
-    sides = {"ours": (run, lambda: tried(generated if generates else runs.measured, run))}
-    for who, python in pythons.items():
-        for cache in (wanted["caches"] if who == "transformers" else [True] * (wanted["batch"] == 1)) if generates else [None]:
-            ask = {**asked, "peer": who, "cache": cache, "folder": str(Path(base.folder).resolve()), "random": not base.checkpoint,
-                   "layers": base.layers, "device": args.device, "steps": steps, "warm": wanted["warm"], "data": base.data}
-            said = {None: "", True: ", KV cache", False: ", no cache"}[cache]
-            sides[who + said] = ask, lambda python=python, ask=ask: theirs(python, ask, rows_of(run))
-    return sides
+def measure_alternately(table: Table, name: str, contestants: dict, repeats: int) -> dict:
+    """Return {contestant: its results}.
+
+    The order is reversed every second time, so that none always comes first.
+    """
+    results = {who: [] for who in contestants}
+    for i in range(repeats):
+        order = list(contestants)
+        if i % 2:
+            order.reverse()
+        for who in order:
+            contestant = contestants[who]
+            settings = contestant.settings | {"who": who, "round": i, "cell": name}
+            result = table.cell(settings, contestant.measure)
+            report_speed(f"{name}, {who}, {i + 1}/{repeats}", result)
+            results[who].append(result)
+    return results
 
 
-def make(args):
-    names = [name for name in CELLS if any(fnmatch.fnmatch(name, pattern) for pattern in args.cells)]
-    if not names:
-        raise ValueError(f"--cells {','.join(args.cells)} is none of: {'; '.join(CELLS)}")
-    if unknown := set(args.against) - set(PEERS):
-        raise ValueError(f"--against {', '.join(sorted(unknown))} is none of {', '.join(PEERS)}")
-    runs.settle(args)
-    pythons = {peer: python for peer in args.against if (python := peer_python(args.peer_python, peer))}
-    if not pythons:
-        raise ValueError(f"no --peer-python has {' or '.join(args.against)}: tests/requirements.txt and tests/requirements-litgpt.txt "
-                         "say what to install, each in an environment of its own")
-    if not is_huggingface(Path(args.folder)):
-        raise ValueError(f"{args.folder} is not in Hugging Face's layout, which both sides read: "
-                         f"python -m finetune.convert {args.folder} COPY --to hf")
-    tables, panels, versions = {}, {}, {}
-    for name in names:
-        sides = contestants(args, name, pythons)
-        results = {who: [] for who in sides}
-        for i in range(args.repeats):
-            for who in list(sides)[::-1 if i % 2 else 1]:               # A B B A: nobody always comes first
-                settings, measure = sides[who]
-                result = cell(args, settings | {"who": who, "round": i, "cell": name}, measure)
-                say(f"{name}, {who}, {i + 1}/{args.repeats}", result)
-                results[who].append(result)
-                versions |= result.get("versions", {})
-        header, row = versus(results, "new" in CELLS[name] and args.checkpoint)
-        tables.setdefault(tuple(header), []).append([name, *row])
-        for who, some in results.items():
-            if all("peaks" in result for result in some):
-                panels.setdefault(name.partition(" ")[0], {}).setdefault(who, []).append(
-                    (name, statistics.median(result["tokens_per_second"] for result in some)))
-    picture(args, [(kind, "", "tokens/s", lines) for kind, lines in panels.items()])
-    return [*(line for header, rows in tables.items() for line in [*markdown(["", *header], rows), ""]),
-            f"(medians of {args.repeats} runs each, alternated, every run a process of its own, {args.warm} steps or a first prompt to warm "
-            f"up; tokens are real, never padding; MiB: the peak of the whole process, or of the GPU's allocations; "
-            f"{', '.join(f'{name} {version}' for name, version in versions.items())}, not compiled)"]
+def versus(results: dict, compares_text: bool) -> tuple[list, list]:
+    """Return (header, row) of {contestant: results}: speed and peak, and ours divided by theirs.
 
-
-def versus(results, texts):
-    """(header, row) of {who: results}: each one's speed and peak, and ours by theirs.  texts: whether they are the same too."""
-    header, row = [], []
-    done = {who: some for who, some in results.items() if all("peaks" in result for result in some)}
-    middle = {who: (statistics.median(result["tokens_per_second"] for result in some), statistics.median(map(most, some)))
-              for who, some in done.items()}
-    for who, some in results.items():
+    compares_text: also whether the answers are the same.
+    """
+    speeds = {}
+    peaks = {}
+    for who, side in results.items():
+        if all(map(has_run, side)):
+            speeds[who] = median_speed(side)
+            peaks[who] = statistics.median(map(peak_of, side))
+    header = []
+    row = []
+    for who, side in results.items():
         header += [f"{who}, tokens/s", "MiB"]
-        row += [f"{middle[who][0]:,.1f}", f"{middle[who][1]:,.0f}"] if who in middle else ["out of memory", ""]
-        if who != "ours":
-            header += ["speed, ours / theirs", "memory"]
-            both = zip(middle["ours"], middle[who]) if {"ours", who} <= middle.keys() else ()
-            row += [f"{ours / their:.2f}" for ours, their in both] or ["", ""]
-        if texts and who.startswith("transformers"):
+        if who in speeds:
+            row += [f"{speeds[who]:,.1f}", f"{peaks[who]:,.0f}"]
+        else:
+            row += ["out of memory", ""]
+        if who == OURS:
+            continue
+        header += ["speed, ours / theirs", "memory, ours / theirs"]
+        if who in speeds and OURS in speeds:
+            row += [f"{speeds[OURS] / speeds[who]:.2f}", f"{peaks[OURS] / peaks[who]:.2f}"]
+        else:
+            row += ["", ""]
+        if compares_text and who.startswith("transformers"):
             header.append("same text")
-            ids = [one[0].get("ids") for one in (results["ours"], some)]
-            row.append("" if None in ids else "yes" if ids[0] == ids[1] else "no")
+            row.append(same_text(results[OURS][0], side[0]))
     return header, row
+
+
+def same_text(our_result: dict, peer_result: dict) -> str:
+    """Return "yes", "no", or nothing if one of them was out of memory."""
+    if not has_run(our_result) or not has_run(peer_result):
+        return ""
+    return "yes" if our_result["ids"] == peer_result["ids"] else "no"
+
+
+def median_speed(side: list) -> float:
+    return statistics.median(result["tokens_per_second"] for result in side)
+
+
+def add_speeds(speeds: dict, name: str, results: dict):
+    """Add a comparison's speeds to the lines of its kind, the first word of its name."""
+    kind = name.partition(" ")[0]
+    for who, side in results.items():
+        if all(map(has_run, side)):
+            points = speeds.setdefault(kind, {}).setdefault(who, [])
+            points.append((name, median_speed(side)))
+
+
+def speed_title(kind: str) -> str:
+    titles = {"train": "Training speed", "generate": "Generating speed",
+              "compiled": "Training speed, compiled", "long": "Generating speed, long answers",
+              "grid": "Training speed by precision, batch and checkpointing"}
+    return titles[kind]
+
+
+def note(setup: Setup, versions: dict) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (f"(medians of {setup.repeats} runs each, alternated, every run a process of its own, "
+            f"after {setup.warm} steps or one prompt to warm up; tokens are real, never padding; "
+            f"MiB: the peak of the whole process, or of the GPU's allocations; {packages}, not "
+            "compiled)")

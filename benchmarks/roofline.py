@@ -1,47 +1,91 @@
-"""The machine's best matrix products, and what share of that training reaches."""
+"""The machine's fastest matrix products, and the share of that speed which training reaches."""
+from dataclasses import dataclass
+
 import torch
 
 from finetune.hardware import DTYPES, pick_hardware
 
 from . import runs
-from .measure import flop_a_token, matmul_peak
-from .runs import run_of, taken
-from .tables import cell, fresh, markdown, picture
+from .measure import flop_per_token, matmul_peak
+from .runs import Setup, has_run, measure_cell, settled
+from .tables import Table, markdown, panel, run_fresh
+
+HEADER = ["precision", "fastest product, GFLOP/s", "checkpointing", "P, million", "MFLOP per token",
+          "MFLOP counted", "tokens/s", "reached, GFLOP/s", "share"]
+NOTE = ("(P: the weights that a token is multiplied with: those of the blocks and, for the share "
+        "of tokens that predict an answer token, of the output matrix. A LoRA takes 2 P forward "
+        "and 2 P back to the activations, and with checkpointing 2 P again, of which torch leaves "
+        "out what nothing needs. Counted: by torch, as the operations ran, with adapters and "
+        "attention)")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A precision, and whether fp32 products may round their factors."""
+    precision: str
+    fast_matmul: bool = False
+
+    def __str__(self):
+        return f"{self.precision} --fast-matmul" if self.fast_matmul else self.precision
+
+
+MODES = (Mode("fp32"), Mode("fp32", fast_matmul=True), Mode("bf16"))
 
 
 def add_flags(parser):
     runs.add_flags(parser, batch_size=8, warm=1, steps=1, repeats=3)
 
 
-def peak_cell(dtype, fast, device):
-    pick_hardware(device, None, 0, fast)
-    return dict(flop_per_second=matmul_peak(DTYPES[dtype], torch.device(device)))
-
-
-def make(args):
-    runs.settle(args)
-    rows, lines = [], {}
-    for precision, fast in [("fp32", False), ("fp32", True), ("bf16", False)]:
-        name = precision + " --fast-matmul" * fast
-        best = cell(args, {"peak": precision, "fast": fast, "device": args.device},
-                    lambda: fresh(peak_cell, precision, fast, args.device))["flop_per_second"]
+def make(args, table: Table) -> list:
+    """Measure products and training in each mode; return lines of Markdown."""
+    setup = settled(args, table.out)
+    rows = []
+    lines = {"training": [], "training with checkpointing": [], "the fastest product": []}
+    for mode in MODES:
+        peak = product_speed(table, mode, setup.device)
         for checkpointing in (False, True):
-            result = taken(args, f"{name}{', checkpointing' * checkpointing}", run_of(
-                args, "--precision", precision, "--batch-size", str(args.batch_size), "--accumulation-steps", "1",
-                *["--fast-matmul"] * fast, *["--checkpointing"] * checkpointing, count=True))
-            row = [name, f"{best / 1e9:,.0f}", "yes" if checkpointing else "no", f"{result['P'] / 1e6:,.1f}"]
-            if "bytes" not in result:
-                rows.append([*row, "", "out of memory", "", "", ""])
-                continue
-            flop = flop_a_token(result["P"], False, checkpointing)
-            reached = result["tokens_per_second"] * flop
-            rows.append([*row, f"{4 + 2 * checkpointing} P = {flop / 1e6:,.0f}", f"{result['flop'] / 1e6:,.0f}",
-                         f"{result['tokens_per_second']:,.0f}", f"{reached / 1e9:,.0f}", f"{reached / best:.0%}"])
-            lines.setdefault("with checkpointing" if checkpointing else "without checkpointing", []).append((name, reached / 1e9))
-        lines.setdefault("the machine's best product", []).append((name, best / 1e9))
-    picture(args, [("matrix products reached", "", "GFLOP/s", lines)])
-    return [*markdown(["precision", "best product, GFLOP/s", "checkpointing", "P, million", "MFLOP a token", "counted",
-                       "tokens/s", "reached, GFLOP/s", "share"], rows), "",
-            "(P: the weights that a token multiplies, those of the blocks and, for the share of tokens that predict an answer's, "
-            "of the output matrix. A LoRA takes 2 P forward and 2 P back to the activations, and 2 P again with checkpointing, of "
-            "which torch leaves out what nothing needs. Counted: by torch, as the operations ran, with adapters and attention)"]
+            result = measure_training(table, setup, args.batch_size, mode, checkpointing)
+            rows.append(row_of(mode, peak, checkpointing, result))
+            if has_run(result):
+                name = "training with checkpointing" if checkpointing else "training"
+                lines[name].append((str(mode), flop_per_second(result, checkpointing) / 1e9))
+        lines["the fastest product"].append((str(mode), peak / 1e9))
+    lines = {name: points for name, points in lines.items() if points}
+    table.draw([panel("Speed of matrix products, alone and in training", "", "GFLOP/s", lines)])
+    return [*markdown(HEADER, rows), "", NOTE]
+
+
+def product_speed(table: Table, mode: Mode, device: str) -> float:
+    """Return the FLOP/s of the machine's fastest product, as a cell of the table."""
+    settings = {"product": str(mode), "device": device}
+    cell = table.cell(settings, lambda: run_fresh(measure_product, mode, device))
+    return cell["flop_per_second"]
+
+
+def measure_product(mode: Mode, device: str) -> dict:
+    pick_hardware(device, None, fast_matmul=mode.fast_matmul)
+    return {"flop_per_second": matmul_peak(DTYPES[mode.precision], torch.device(device))}
+
+
+def measure_training(table: Table, setup: Setup, batch_size: int, mode: Mode, checkpointing: bool):
+    flags = {"precision": mode.precision, "fast_matmul": mode.fast_matmul,
+             "batch_size": batch_size, "accumulation_steps": 1, "checkpointing": checkpointing}
+    name = f"{mode}, checkpointing" if checkpointing else mode
+    return measure_cell(table, name, setup.workload(flags, count=True))
+
+
+def flop_per_second(result: dict, checkpointing: bool) -> float:
+    """Return the FLOP/s that training reached, by the rule of thumb for FLOP per token."""
+    return result["tokens_per_second"] * flop_per_token(result["P"], False, checkpointing)
+
+
+def row_of(mode: Mode, peak: float, checkpointing: bool, result: dict) -> list:
+    """Return the row of HEADER for a mode; peak: FLOP/s of the fastest product."""
+    row = [str(mode), f"{peak / 1e9:,.0f}", "yes" if checkpointing else "no",
+           f"{result['P'] / 1e6:,.1f}"]
+    if not has_run(result):
+        return [*row, "", "out of memory", "", "", ""]
+    flop = flop_per_token(result["P"], False, checkpointing)
+    reached = flop_per_second(result, checkpointing)
+    return [*row, f"{flop // result['P']} P = {flop / 1e6:,.0f}", f"{result['flop'] / 1e6:,.0f}",
+            f"{result['tokens_per_second']:,.0f}", f"{reached / 1e9:,.0f}", f"{reached / peak:.0%}"]

@@ -1,50 +1,105 @@
-"""Speed and memory against tokens a micro-batch, length, layers, rank of the adapter, and ranks."""
+"""Speed and memory by tokens per micro-batch, length, layers, rank of the adapter, and ranks."""
+from dataclasses import dataclass, field
+
 import torch
 
+from finetune.preflight import MIB, mib
 from llama.checkpoint import read_params
 
 from . import runs
-from .runs import most, run_of, taken
-from .tables import markdown, picture
+from .launch import measured_on_ranks
+from .runs import Setup, has_run, measure_cell, measured, peak_of, settled
+from .tables import Table, markdown, panel
+
+HEADER = ["along", "", "tokens per step", "tokens/s", "s per step", "peak, MiB", "estimate, MiB"]
+NOTE = ("(one micro-batch of 4 examples per step unless the line says otherwise; along tokens per "
+        "example, 1,024 tokens per micro-batch; peak: of rank 0's whole process, or of the GPU's "
+        "allocations; estimate: by finetune/preflight.py, of tensors alone)")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point on an axis: its value, and the flags and fields of a Workload that it changes."""
+    value: int
+    flags: dict
+    changes: dict = field(default_factory=dict)
 
 
 def add_flags(parser):
     runs.add_flags(parser, warm=1, steps=1, repeats=3)
 
 
-def make(args):
-    runs.settle(args)
-    model_args, _ = read_params(args.folder)
-    layers = args.layers or model_args.n_layers
-    lengths = [n for n in (64, 128, 256, 512) if n <= model_args.max_seq_len]
-    width = model_args.dim // model_args.n_heads * model_args.n_kv_heads
-    kind = args.device.partition(":")[0]
-    devices = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(kind, 1)
-    axes = {
-        "examples a micro-batch": [(n, ["--batch-size", str(n)], {}) for n in (1, 2, 4, 8, 16)],
-        "tokens an example": [(n, ["--batch-size", str(max(1, 1024 // n)), "--max-seq-len", str(n)], {"length": n, "data": None})
-                              for n in lengths],
-        "layers": [(n, ["--layers", str(n)], {}) for n in sorted({max(1, layers * share // 4) for share in (1, 2, 3, 4)})],
-        "r": [(n, ["--r", str(n)], {}) for n in (1, 4, 16, 64, 256) if n <= width],
-        "ranks": [(n, ["--device", kind], {"ranks": n}) for n in (1, 2) if n <= devices],                # a GPU each
+def make(args, table: Table) -> list:
+    """Measure along each axis; return lines of Markdown."""
+    setup = settled(args, table.out)
+    rows = []
+    panels = []                                      # For each axis speed and peak, side by side.
+    for axis, points in axes_of(setup).items():
+        results = {}
+        for point in points:
+            result = measure_point(table, setup, axis, point)
+            rows.append([axis, str(point.value), *columns_of(result)])
+            results[point.value] = result
+        completed = {value: result for value, result in results.items() if has_run(result)}
+        if completed:
+            panels += [speed_panel(axis, completed), peak_panel(axis, completed)]
+    table.draw(panels)
+    return [*markdown(HEADER, rows), "", NOTE]
+
+
+def axes_of(setup: Setup) -> dict:
+    """Return {axis: Points on it}."""
+    model_args, _ = read_params(setup.folder)
+    n_layers = setup.layers or model_args.n_layers
+    key_width = model_args.dim // model_args.n_heads * model_args.n_kv_heads
+    kind = setup.device.partition(":")[0]
+    n_devices = {"cpu": 2, "cuda": torch.cuda.device_count()}.get(kind, 1)
+    by_length = []
+    for length in (64, 128, 256, 512):
+        if length <= model_args.max_seq_len:
+            flags = {"batch_size": max(1, 1024 // length)}
+            by_length.append(Point(length, flags, {"length": length, "data": None}))
+    depths = sorted({max(1, n_layers * quarters // 4) for quarters in (1, 2, 3, 4)})
+    by_ranks = []
+    for n in (1, 2):
+        if n <= n_devices:
+            # "cuda" without a number gives each rank a GPU of its own.
+            by_ranks.append(Point(n, {"device": kind}, {"ranks": n}))
+    return {
+        "examples per micro-batch": [Point(n, {"batch_size": n}) for n in (1, 2, 4, 8, 16)],
+        "tokens per example": by_length,
+        "layers": [Point(n, {"layers": n}) for n in depths],
+        "r": [Point(n, {"r": n}) for n in (1, 4, 16, 64, 256) if n <= key_width],
+        "ranks": by_ranks,
     }
-    rows, panels = [], {"tokens/s": [], "peak, MiB": []}
-    for axis, points in axes.items():
-        one = "--batch-size", "4", "--accumulation-steps", "1"
-        results = {n: taken(args, f"{axis} {n}", run_of(args, *one, *flags, **settings)) for n, flags, settings in points}
-        for n, result in results.items():
-            figures = [f"{result['tokens_per_second']:,.0f}", f"{result['seconds']:.2f}", f"{most(result):,.0f}"] \
-                if "peaks" in result else ["", "", "out of memory"]
-            tokens = f"{result['tokens_per_second'] * result['seconds']:,.0f}" if "peaks" in result else ""
-            rows.append([axis, str(n), tokens, *figures, runs.mib(sum(result["estimate"].values()))])
-        done = {n: result for n, result in results.items() if "peaks" in result}
-        if done:
-            panels["tokens/s"].append((f"tokens/s by {axis}", axis, "tokens/s", {
-                "all ranks": [(n, result["tokens_per_second"]) for n, result in done.items()]}))
-            panels["peak, MiB"].append((f"peak by {axis}", axis, "MiB", {
-                "process": [(n, most(result)) for n, result in done.items()],
-                "estimate of its tensors": [(n, sum(result["estimate"].values()) / 2 ** 20) for n, result in done.items()]}))
-    picture(args, [*panels["tokens/s"], *panels["peak, MiB"]])
-    return [*markdown(["along", "", "tokens a step", "tokens/s", "s a step", "peak, MiB", "estimate, MiB"], rows), "",
-            "(one micro-batch of 4 examples a step but where the line says otherwise; along tokens an example, 1,024 tokens a "
-            "micro-batch; peak: of rank 0's process with all it takes, or of the GPU's allocations)"]
+
+
+def measure_point(table: Table, setup: Setup, axis: str, point: Point) -> dict:
+    flags = {"batch_size": 4, "accumulation_steps": 1} | point.flags
+    workload = setup.workload(flags, **point.changes)
+    measure = measured if workload.ranks == 1 else measured_on_ranks
+    return measure_cell(table, f"{axis} {point.value}", workload, measure)
+
+
+def columns_of(result: dict) -> list:
+    """Return a result as the columns of HEADER after the first two."""
+    estimate = mib(sum(result["estimate"].values()))
+    if not has_run(result):
+        return ["", "", "", "out of memory", estimate]
+    n_tokens = result["tokens_per_second"] * result["seconds"]
+    return [f"{n_tokens:,.0f}", f"{result['tokens_per_second']:,.0f}", f"{result['seconds']:.2f}",
+            f"{peak_of(result):,.0f}", estimate]
+
+
+def speed_panel(axis: str, results: dict):
+    points = [(value, result["tokens_per_second"]) for value, result in results.items()]
+    return panel(f"Training speed by {axis}", axis, "tokens/s", {"all ranks": points})
+
+
+def peak_panel(axis: str, results: dict):
+    peaks = [(value, peak_of(result)) for value, result in results.items()]
+    estimates = []
+    for value, result in results.items():
+        estimates.append((value, sum(result["estimate"].values()) / MIB))
+    lines = {"process": peaks, "estimate of its tensors": estimates}
+    return panel(f"Peak memory by {axis}", axis, "MiB", lines)

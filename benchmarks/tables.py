@@ -1,5 +1,4 @@
-"""How measured tables come about: cells in fresh processes, kept as soon as they are measured; Markdown and pictures."""
-import contextlib
+"""How a table is measured: each cell in a fresh process, and saved as soon as it is measured."""
 import hashlib
 import json
 import multiprocessing
@@ -8,8 +7,11 @@ import platform
 import statistics
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,111 +22,184 @@ from finetune.pictures import Panel, draw
 from llama.files import read_object, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
+# Every figure depends on these files, and on the table's own page and examples.
+CODE = ("train.py", "generate.py", "llama/**/*.py", "lora/**/*.py", "finetune/**/*.py",
+        "finetune/demo/*.json", "benchmarks/measure.py", "benchmarks/runs.py",
+        "benchmarks/launch.py", "benchmarks/training.py")
 
 
 class OutOfMemory(ValueError):
-    """Memory did not suffice, or something else killed the process."""
+    """Memory was not enough, or something else killed the process."""
 
 
-def first_to_go():
-    """If memory ends, Linux is to end this process and not the one that waits for it."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+@dataclass(frozen=True)
+class Table:
+    """A table that is being measured.
 
+    out: its folder, which gets NAME.json, NAME.md and NAME.png.  conditions: machine and code;
+    under other conditions each cell is measured again.  command: the command line and the
+    conditions, which are printed above the table.
+    """
+    name: str
+    out: Path
+    conditions: str
+    command: str
 
-def begin_cell():
-    """In a process for a cell: it ends with the one that waits for it, however that ends."""
-    first_to_go()
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    def cell(self, settings: dict, compute: Callable[[], dict]) -> dict:
+        """Return the result of compute(), or the saved one of the same settings and conditions.
 
+        The result, of whatever type JSON knows, is saved at once.
+        Raises ValueError if NAME.json does not hold cells.
+        """
+        path = self.out / f"{self.name}.json"
+        # Through JSON, because a tuple comes back from the file as a list.
+        key = json.loads(json.dumps(settings | {"conditions": self.conditions}))
+        for cell in read_cells(path):
+            if cell["settings"] == key:
+                return cell["result"]
+        result = compute()
+        cell = {"command": self.command, "settings": key, "result": result}
+        write_json(path, {"cells": [*read_cells(path), cell]})
+        return result
 
-def within_memory(function, *args):
-    """function(*args); OutOfMemory where torch, CUDA or Python cannot allocate."""
-    try:
-        return function(*args)
-    except (RuntimeError, MemoryError) as error:                     # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("memory", "bad_alloc")):
-            raise OutOfMemory(f"{function.__name__} ran out of memory") from None
-        raise
+    def draw(self, panels: list):
+        """Draw the panels as NAME.png where matplotlib is installed.
 
-
-def fresh(function, *args):
-    """function(*args) in a process of its own, which starts without what the last one left in memory or caches."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_cell) as pool:
+        If that fails, print why: the table must not get lost with its picture.
+        """
+        if not find_spec("matplotlib"):
+            return
         try:
-            return pool.submit(within_memory, function, *args).result()
+            draw(self.out / f"{self.name}.png", panels, self.command)
+        except Exception as error:                   # Packages of unlike versions raise anything.
+            report(f"picture skipped: {in_one_line(error)}")
+
+
+def read_cells(path: Path) -> list:
+    """Return the cells in a table's file, none if there is no file.  Raises ValueError."""
+    cells = read_object(path).get("cells") if path.exists() else []
+    if not isinstance(cells, list) or not all(map(is_cell, cells)):
+        raise ValueError(f"{path} does not hold finished cells; delete it, or name another --out")
+    return cells
+
+
+def is_cell(value) -> bool:
+    return isinstance(value, dict) and {"settings", "result"} <= value.keys()
+
+
+def run_fresh(function: Callable, *args):
+    """Return function(*args), computed in a new process.
+
+    Nothing of an earlier cell is left there in memory or caches.  Raises OutOfMemory.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=begin_process) as pool:
+        try:
+            return pool.submit(run_within_memory, function, *args).result()
         except BrokenProcessPool:
             raise OutOfMemory(f"{function.__name__} was killed: out of memory?") from None
 
 
-def tried(function, *args):
-    """fresh(function, *args), a dict; an empty one where memory did not suffice."""
+def try_fresh(function: Callable, *args) -> dict:
+    """Return run_fresh(function, *args), or an empty dict if memory is not enough."""
     try:
-        return fresh(function, *args)
+        return run_fresh(function, *args)
     except OutOfMemory:
         return {}
 
 
-def machine():
-    """One line about what the figures were measured on."""
+def run_within_memory(function: Callable, *args):
+    """Return function(*args).  Raises OutOfMemory if torch, CUDA or Python cannot allocate."""
+    try:
+        return function(*args)
+    except (RuntimeError, MemoryError) as error:     # torch.OutOfMemoryError is a RuntimeError.
+        text = str(error).lower()
+        if isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text:
+            raise OutOfMemory(f"{function.__name__} ran out of memory") from None
+        raise
+
+
+def begin_process():
+    """Prepare the process of a cell: it is killed first, and ends with the one that waits."""
+    be_killed_first()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def be_killed_first():
+    """Ask Linux to end this process if memory ends, and not the one that waits for it."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def machine() -> str:
+    """Return one line about the hardware and software that figures depend on."""
+    n_threads = torch.get_num_threads()
+    parts = [processor(), f"{os.cpu_count()} cores",
+             "1 thread" if n_threads == 1 else f"{n_threads} threads"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    parts += [platform.system(), f"Python {platform.python_version()}"]
+    parts.append(f"torch {torch.__version__}")
+    return ", ".join(parts)
+
+
+def processor() -> str:
+    """Return the CPU's name on Linux, elsewhere its kind."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
-        if cpuinfo.exists() else []
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{gpu}, "
-            f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
-def cell(args, settings, compute):
-    """What compute() returns, a dict, or what args.out has of these settings already, on args.on: this machine, this code."""
-    settings, path = json.loads(json.dumps(settings | {"on": args.on})), args.out / f"{args.table}.json"
-
-    def known():
-        kept = read_object(path).get("cells") if path.exists() else []
-        if not isinstance(kept, list) or not all(isinstance(one, dict) and {"settings", "result"} <= one.keys() for one in kept):
-            raise ValueError(f"{path} holds something else than finished cells; delete it, or name another --out")
-        return kept
-    for one in known():
-        if one["settings"] == settings:
-            return one["result"]
-    result = compute()
-    write_json(path, {"cells": [*known(), {"command": args.said, "settings": settings, "result": result}]})
-    return result
-
-
-def code(*files):
-    """Eight digits that change with what is measured: train.py and what it imports, how it is measured, and these files,
-    the table's own page and the examples."""
+def code_digest(*files) -> str:
+    """Return 8 hex digits that change with the measured code and with these files."""
+    paths = []
+    for pattern in CODE:
+        paths += sorted(ROOT.glob(pattern))
     digest = hashlib.sha256()
-    for path in [*sorted(path for pattern in ("train.py", "generate.py", "llama/*.py", "lora/*.py") for path in ROOT.glob(pattern)),
-                 ROOT / "benchmarks/measure.py", ROOT / "benchmarks/runs.py", *files]:
+    for path in (*paths, *files):
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:8]
 
 
-def listed(kind):
-    """A type for argparse: a list of `kind`, with commas between."""
+def report(line: str):
+    """Print a line on stderr: stdout is for the table."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def listed(kind: Callable) -> Callable:
+    """Return a type for argparse: values of this kind, separated by commas."""
     def parse(value):
         return [kind(part.strip()) for part in value.split(",")]
-    parse.__name__ = "list"
+
+    parse.__name__ = "list"                          # argparse names the type in its messages.
     return parse
 
 
-def markdown(header, rows):
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)]
+def markdown(header: list, rows: list) -> list:
+    """Return the lines of a Markdown table; all cells are text."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return lines
 
 
-def spread(values, form):
-    """Mean, and behind it how far the furthest lies from it."""
+def spread(values: Iterable, form: str) -> str:
+    """Return the mean and the largest distance from it, each as format(value, form)."""
     values = list(values)
     mean = statistics.mean(values)
-    return form.format(mean) + (f" ± {form.format(max(abs(value - mean) for value in values))}" if len(values) > 1 else "")
+    if len(values) == 1:
+        return format(mean, form)
+    distance = max(abs(value - mean) for value in values)
+    return f"{format(mean, form)} ± {format(distance, form)}"
 
 
-def picture(args, panels):
-    """out/TABLE.png of llama/pictures.py's panels, where matplotlib is installed; no table is lost for a picture."""
-    if find_spec("matplotlib"):
-        try:
-            draw(args.out / f"{args.table}.png", [Panel(*panel, from_zero=True) for panel in panels], args.said)
-        except Exception as error:                               # a package that does not fit its others raises anything
-            print(f"no picture: {in_one_line(error)}", file=sys.stderr)
+def panel(title: str, x: str, y: str, lines: dict) -> Panel:
+    """Return a Panel whose y axis begins at 0, so that amounts can be compared."""
+    return Panel(title, x, y, lines, from_zero=True)

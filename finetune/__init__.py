@@ -1,1 +1,1 @@
-"""From examples to an adapter: options, data, batches, loss, evaluation, and what keeps a run alive."""
+"""From examples to an adapter: options, data, batches, loss, evaluation, and the life of a run."""

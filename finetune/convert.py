@@ -80,8 +80,8 @@ def convert(args: Namespace, folder: Path) -> str | None:
     suffix = ".bin" if args.bin else SAFETENSORS
     if args.to in ("hf", "peft"):
         if isinstance(sizes, RNNArgs):
-            raise ValueError(f"{args.source} is not a transformer: --to {args.to} has no form for "
-                             "it")
+            raise ValueError(f"{args.source} is not a transformer: it cannot be written with --to "
+                             f"{args.to}")
         if suffix == SAFETENSORS:
             safetensors(args.target)                 # Fail before any weights are loaded.
     content = None

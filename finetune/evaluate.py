@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from llama.layout import LEAST, Layout
-from llama.sampling import generate, room
+from llama.guesses import NgramPool
+from llama.layout import MIN_SHARED, Layout
+from llama.sampling import generate, tokens_left
 from llama.tokenizer import Tokenizer
 
 from .batches import split
@@ -97,7 +98,7 @@ def lay_out(questions: Sequence[Question]) -> tuple:
     tokens = []
     segments = []
     beginning = ()                                   # the segments before each prompt's own part
-    if len(shared) >= LEAST:
+    if len(shared) >= MIN_SHARED:
         tokens = [*shared]
         segments = [(len(shared), ())]
         beginning = (0,)
@@ -308,13 +309,13 @@ class Exam:
                              "adapter's?")
         exact = []
         ended = []
-        pool = {}                                    # Earlier answers help to guess later ones.
+        pool = NgramPool()                           # Earlier answers help to guess later ones.
         for indices in split(range(len(self.rows)), BATCH):
             prompts = [self.prompts[i] for i in indices]
             answers = [[] for _ in indices]
             for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):
                 answers[k].append(token)
-            limits = room(model, prompts, self.limit)
+            limits = tokens_left(model, prompts, self.limit)
             for i, answer, limit in zip(indices, answers, limits, strict=True):
                 text = self.tokenizer.decode(answer)
                 exact.append(text.strip() == self.examples[i]["output"].strip())

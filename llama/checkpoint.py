@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 PARAMS = "params.json"
 WEIGHTS = "consolidated.00.pth"
 TOKENIZER = "tokenizer.model"
-CONTEXT = 4096                     # tokens of LLaMA 2's context, which params.json does not say
+CONTEXT = 4096                     # tokens that LLaMA 2 can look back; params.json does not say it
 PROBE = "Below is an instruction that describes a task."      # a text to try a merged model on
 SHARD = 5 * 10 ** 9                # bytes per file in Hugging Face's layout
 
@@ -59,7 +59,8 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     if not stored:
         draw_weights(model, folder, dtype, device)
     # This lists paths, because a list of the layers would keep the converted ones in memory.
-    for path in [path for path, _ in model.named_modules()]:
+    paths = [path for path, _ in model.named_modules()]
+    for path in paths:
         layer = model.get_submodule(path)
         is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
         if stored:
@@ -148,7 +149,7 @@ def check_request(folder: Path, args: ModelArgs | RNNArgs, layers: int | None, i
         raise ValueError(f"{folder} has {args.n_layers} layers, so layers must be 1 to "
                          f"{args.n_layers}, not {layers}")
     if convert and isinstance(args, RNNArgs):
-        raise ValueError(f"{folder} is not a transformer: its blocks have no form in "
+        raise ValueError(f"{folder} is not a transformer: its blocks cannot be quantised to "
                          f"{convert.kind}")
 
 
@@ -224,7 +225,7 @@ class StoredWeights:
             return huggingface.as_pairs(tensor, huggingface.heads(name, self.args))
         return tensor
 
-    def whole(self, name: str, shape: torch.Size) -> torch.Tensor:
+    def as_stored(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Return one tensor as it is in the files; if it is one piece, without a copy."""
         pieces = self.pieces[self.file_name(name)]
         return pieces[0] if len(pieces) == 1 else join(pieces, shape, None, "cpu")
@@ -265,8 +266,8 @@ def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
         are_parts = all(differs_only_in(piece_shape, shape, dim) for piece_shape in shapes)
         if are_parts and sum(piece_shape[dim] for piece_shape in shapes) == shape[dim]:
             return dim
-    given = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
-    raise ValueError(f"{given} for {tuple(shape)}")
+    listed_shapes = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
+    raise ValueError(f"{listed_shapes} for {tuple(shape)}")
 
 
 def differs_only_in(piece_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
@@ -328,8 +329,8 @@ def base_fingerprint(model: nn.Module, stored: StoredWeights | None) -> str | No
     norm = model.norm.weight
     embeddings = model.tok_embeddings.weight
     if stored:
-        norm = stored.whole("norm.weight", norm.shape)
-        embeddings = stored.whole("tok_embeddings.weight", embeddings.shape)
+        norm = stored.as_stored("norm.weight", norm.shape)
+        embeddings = stored.as_stored("tok_embeddings.weight", embeddings.shape)
     return None if norm.is_meta else fingerprint(model.args, norm, embeddings)
 
 
@@ -340,9 +341,11 @@ def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch
     Weights that were first stored in bf16, as LLaMA's were, give the same digits in every dtype.
     Weights first stored in fp32 may not: after fp16 they are rounded a second time, to bf16.
     """
+    # As floats, because one file has a theta of 10000 and another one of 10000.0.
+    norm_eps = float(args.norm_eps)
+    rope_theta = float(args.rope_theta)
     sizes = (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size,
-             args.hidden_dim,
-             float(args.norm_eps), float(args.rope_theta))       # One file has 10000, one 10000.0.
+             args.hidden_dim, norm_eps, rope_theta)
     digest = hashlib.sha256(repr(sizes).encode())
     for tensor in (norm, embeddings):
         digest.update(sample_bytes(tensor))

@@ -1,7 +1,7 @@
-"""Packed rows: several examples in one row without padding, each attending to itself alone.
+"""Packed rows: several examples in one row without padding, and each attends to itself alone.
 
-A third of a padded batch of Alpaca examples is padding, and a quarter of the rest is the same preamble again.  Training,
-scoring and generation all lay out their rows here.
+A third of a padded batch of Alpaca examples is padding, and a quarter of the rest is the same
+preamble again.  Training, scoring and generation lay out their rows here.
 """
 import copy
 from os.path import commonprefix
@@ -10,65 +10,109 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-LEAST = 8                                            # tokens: sharing fewer costs more in attention than it saves
-SHORT = 256                                          # tokens: up to here plain products beat torch's CPU kernel (bf16)
+MIN_SHARED = 8           # tokens: sharing fewer costs more in attention than it saves
+SHORT_CONTEXT = 256      # tokens: up to here plain products are faster than torch's CPU kernel
 
 
 class Layout:
-    """Where the examples of a row (1, N) stand.
+    """Where the examples of a packed row (1, N) stand.
 
-    segments: [(length, context)] from left to right; context lists the earlier segments that this one continues, in
-    order: none for the beginning of an example.  Positions count from each example's own beginning.
-    trees: {segment: (L, L) bool}, for one whose L tokens are no line but a tree: row t holds those that t sees, which are
-    those it follows and itself.
-    ends: for each example, the segment that it ends with.
+    segments: (length, context) from left to right.  context lists, in order, the earlier segments
+    that this one continues; it is empty at the beginning of an example.
+    trees: {segment: (L, L) bool} for a segment whose L tokens are a tree, not a line.  Row t is
+    True for the tokens that t sees: those that it follows, and itself.
+    ends: for each example the segment that it ends with.
+    positions (N,) count from the beginning of each token's own example.
     """
 
-    def __init__(self, segments, trees=None, ends=()):
-        self.segments, self.trees, self.ends = segments, trees or {}, ends
-        begins = [sum(segments[i][0] for i in context) for _, context in segments]
-        self.positions = torch.cat([begin + (self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length))
-                                    for i, (begin, (length, _)) in enumerate(zip(begins, segments))])
-        self.longest = self.positions.max().item() + 1                         # of the examples
-        self.masks = {}                                                        # what `mask` has made
+    def __init__(self, segments: list[tuple[int, tuple]], trees: dict | None = None, ends=()):
+        self.segments = segments
+        self.trees = trees or {}
+        self.ends = ends
+        self.masks = {}                              # what `mask` has made
+        positions = []
+        for i, (length, context) in enumerate(segments):
+            begin = sum(segments[j][0] for j in context)
+            depth = self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length)
+            positions.append(begin + depth)
+        self.positions = torch.cat(positions)
+        self.longest = self.positions.max().item() + 1       # tokens of the longest example
 
-    def to(self, device):
-        there = copy.copy(self)
-        there.positions, there.masks = self.positions.to(device, non_blocking=True), {}
-        there.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
-        return there
+    def to(self, device) -> "Layout":
+        """Return a copy on the device; a transfer to a GPU is asynchronous."""
+        moved = copy.copy(self)
+        moved.positions = self.positions.to(device, non_blocking=True)
+        moved.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
+        moved.masks = {}
+        return moved
 
-    @torch.compiler.disable                                      # its many shapes would compile a block again and again
-    def attend(self, q, k, v):
-        """q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd): each token sees its own example up to itself."""
-        groups, lengths, read = q.shape[2] // k.shape[2], [length for length, _ in self.segments], []
-        q, k, v = (z.split(lengths, dim=1) for z in (q, k, v))
+    @torch.compiler.disable          # It has many shapes, and a block would be compiled for each.
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return the attention of each token to its own example up to itself.
+
+        q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd).
+        """
+        n_groups = q.shape[2] // k.shape[2]
+        lengths = [length for length, _ in self.segments]
+        queries = q.split(lengths, dim=1)
+        keys = k.split(lengths, dim=1)
+        values = v.split(lengths, dim=1)
+        outputs = []
         for i, (_, context) in enumerate(self.segments):
-            keys, values = (torch.cat([z[j] for j in (*context, i)], dim=1) if context else z[i] for z in (k, v))
-            read.append(after_context(q[i], keys, values, self.mask(i, keys, groups)))
-        return torch.cat(read, dim=1)
+            keys_read = joined(keys, context, i)
+            values_read = joined(values, context, i)
+            mask = self.mask(i, keys_read, n_groups)
+            outputs.append(after_context(queries[i], keys_read, values_read, mask))
+        return torch.cat(outputs, dim=1)
 
-    def mask(self, i, keys, groups):
-        """What `after_context` is told that segment i's L tokens see of the S keys: (groups L, S) to add to the scores,
-        (L, S) bool, or None for the usual triangle.  Made once for all blocks."""
-        L, S, made = self.segments[i][0], keys.shape[1], (i, groups, keys.dtype)
-        if made not in self.masks:
-            seen = F.pad(self.trees[i] if i in self.trees else keys.new_ones(L, L, dtype=torch.bool).tril(), (S - L, 0), value=True)
-            if keys.is_cpu and S <= SHORT:
-                self.masks[made] = keys.new_zeros(L, S).masked_fill(~seen, -torch.inf).repeat(groups, 1)
-            else:
-                self.masks[made] = seen if i in self.trees or L < S else None
-        return self.masks[made]
+    def mask(self, i: int, keys: torch.Tensor, n_groups: int) -> torch.Tensor | None:
+        """Return what segment i's L tokens see of the S keys, in the form for `after_context`.
+
+        On a CPU with short contexts (n_groups L, S), to add to the scores; else (L, S) bool, or
+        None for the usual triangle.  Made once for all blocks.
+        """
+        length = self.segments[i][0]
+        n_keys = keys.shape[1]
+        variant = (i, n_groups, keys.dtype)
+        if variant in self.masks:
+            return self.masks[variant]
+        tree = self.trees.get(i)
+        seen = keys.new_ones(length, length, dtype=torch.bool).tril() if tree is None else tree
+        seen = F.pad(seen, (n_keys - length, 0), value=True)         # The whole context is seen.
+        if keys.is_cpu and n_keys <= SHORT_CONTEXT:
+            scores = keys.new_zeros(length, n_keys).masked_fill(~seen, -torch.inf)
+            mask = scores.repeat(n_groups, 1)
+        elif tree is None and length == n_keys:
+            mask = None
+        else:
+            mask = seen
+        self.masks[variant] = mask
+        return mask
 
 
-def after_context(q, k, v, mask):
-    """q (1, L, H, hd), k and v (1, S, K, hd), S >= L, and Layout's mask -> (1, L, H, hd)."""
-    (L, H, hd), K = q.shape[1:], k.shape[2]
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))                                               # (1, H|K, L|S, hd)
+def joined(parts, context: tuple, i: int) -> torch.Tensor:
+    """Return part i behind the parts of its context, along the tokens: (1, S, K, hd)."""
+    if not context:
+        return parts[i]
+    return torch.cat([parts[j] for j in (*context, i)], dim=1)
+
+
+def after_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                  mask: torch.Tensor | None) -> torch.Tensor:
+    """Return softmax(q k^T / sqrt(hd) + mask) v for L tokens that stand behind their context.
+
+    q (1, L, H, hd), k and v (1, S, K, hd) with S >= L -> (1, L, H, hd).  mask: as Layout.mask.
+    """
+    _, L, H, hd = q.shape
+    K = k.shape[2]
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))             # (1, H|K, L|S, hd)
     if mask is not None and mask.dtype != torch.bool:
-        scores = torch.baddbmm(mask, q.reshape(K, -1, hd), k[0].transpose(1, 2), alpha=hd ** -0.5)
-        return (scores.softmax(-1) @ v[0]).reshape(1, H, L, hd).transpose(1, 2)                    # fp32 inside softmax
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H > K).transpose(1, 2)
+        q = q.reshape(K, -1, hd)                                 # (K, H / K L, hd)
+        scores = torch.baddbmm(mask, q, k[0].transpose(1, 2), alpha=hd ** -0.5)
+        y = scores.softmax(-1) @ v[0]                            # softmax computes in fp32
+        return y.reshape(1, H, L, hd).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H > K)
+    return y.transpose(1, 2)
 
 
 class Piece(NamedTuple):
@@ -76,25 +120,28 @@ class Piece(NamedTuple):
     example: int
     start: int
     stop: int
-    context: tuple
+    context: tuple[int, ...]
 
 
-def arrange(rows, shareable):
-    """Return (pieces, ends): how examples stand one behind another, with equal beginnings only once.
+def arrange(rows: list[list[int]], shareable: list[int]) -> tuple[list[Piece], list[int]]:
+    """Return (pieces, ends): how examples stand one behind another, equal beginnings only once.
 
-    rows: lists of ids.  shareable: for each row, how many of its first tokens may be shared; 0 shares nothing.
+    rows: lists of ids.  shareable: for each row, how many of its first tokens may be shared; 0
+    shares nothing.  Beginnings may branch, as Alpaca's two preambles do.
     pieces: a list of Piece from left to right.  ends: for each row, the index of its last piece.
-    Beginnings may branch, as Alpaca's two preambles do.
     """
     pieces = []
     ends = [None] * len(rows)
 
     def place(members, start, context):
-        """Lay out the rows in `members`, which agree in their first `start` tokens; `context` holds those."""
+        """Lay out the rows in `members`, which agree in their first `start` tokens.
+
+        context: the pieces that hold those tokens.
+        """
         branches = {}
         for i in members:
-            beginning = tuple(rows[i][start:min(start + LEAST, shareable[i])])
-            key = beginning if len(beginning) == LEAST else i
+            beginning = tuple(rows[i][start:min(start + MIN_SHARED, shareable[i])])
+            key = beginning if len(beginning) == MIN_SHARED else i
             branches.setdefault(key, []).append(i)
         for branch in branches.values():
             first = branch[0]

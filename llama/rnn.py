@@ -1,8 +1,9 @@
-"""A student that is no transformer: a small recurrent language model behind Transformer's interface.  Needs torch alone.
+"""A small recurrent language model (GRU or LSTM) with Transformer's interface, to distil into.
 
-A folder whose params.json reads {"rnn": "gru", "dim": 128, "n_layers": 2}, and that has a tokenizer.model, is one:
-`--init random` draws its weights, and from then on it is loaded, trained, saved and asked like any other checkpoint.
-Deleting this page, and its lines in checkpoint.py and preflight.py, leaves LLaMA alone.
+A folder is one if it has a tokenizer.model and a params.json like {"rnn": "gru", "dim": 128,
+"n_layers": 2}.  `--init random` draws its weights; from then on it is loaded, trained, saved and
+asked like any other checkpoint.  Needs torch alone.
+Deleting this file, and its lines in checkpoint.py and preflight.py, leaves LLaMA alone.
 """
 from dataclasses import dataclass
 
@@ -10,56 +11,71 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+from .layout import Layout
 from .model import RMSNorm
 
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM}
+VALUES_KEPT = {"gru": 10, "lstm": 20}                # by a block, per token and unit of its width
+MAX_SIZES = {"dim": 2 ** 20, "n_layers": 2 ** 9, "vocab_size": 2 ** 24, "max_seq_len": 2 ** 30}
 
 
 @dataclass
 class RNNArgs:
-    """What params.json says of it.  Raises ValueError for sizes that are out of range."""
-    rnn: str                                   # gru or lstm
+    """The params.json of a recurrent model.  Raises ValueError for sizes that are out of range."""
+    rnn: str                                         # "gru" or "lstm"
     dim: int
     n_layers: int
     vocab_size: int = 32000
     norm_eps: float = 1e-5
-    max_seq_len: int = 512                     # tokens that whoever generates may ask for; the state itself has no end
+    max_seq_len: int = 512                           # tokens of a text; the state has no limit
     tie_embeddings: bool = False
 
-    n_heads = n_kv_heads = hidden_dim = rope_theta = 0     # a transformer's, for what reads either's sizes; no fields
+    # A transformer's sizes, for code that reads either's.  Without annotations they are not fields.
+    n_heads = 0
+    n_kv_heads = 0
+    hidden_dim = 0
+    rope_theta = 0
 
     def __post_init__(self):
         if self.rnn not in KINDS:
             raise ValueError(f"rnn is {self.rnn!r}, must be {' or '.join(KINDS)}")
-        for name, high in dict(dim=2 ** 20, n_layers=2 ** 9, vocab_size=2 ** 24, max_seq_len=2 ** 30).items():
-            if not 1 <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be 1 to {high}")
+        for name, largest in MAX_SIZES.items():
+            value = getattr(self, name)
+            if not 1 <= value <= largest:
+                raise ValueError(f"{name} is {value}, must be 1 to {largest}")
         if not 0 < self.norm_eps <= 1:
             raise ValueError(f"norm_eps is {self.norm_eps}, must be above 0 and at most 1")
 
 
 class RecurrentBlock(nn.Module):
-    """x + rnn(norm(x)): GRU (Cho et al. 2014) or LSTM (Hochreiter & Schmidhuber 1997) from a state of zeros.  (B, T, D)."""
+    """x + rnn(norm(x)) from a state of zeros, (B, T, D) -> (B, T, D).
 
-    def __init__(self, args):
+    The rnn is a GRU (Cho et al. 2014) or an LSTM (Hochreiter & Schmidhuber 1997).
+    """
+
+    def __init__(self, args: RNNArgs):
         super().__init__()
         self.norm = RMSNorm(args.dim, args.norm_eps)
         self.rnn = KINDS[args.rnn](args.dim, args.dim, batch_first=True)
 
-    def train(self, mode=True):
-        """The rnn trains always, which changes nothing of it: in eval mode cuDNN refuses the backward pass tried before step 1."""
+    def train(self, mode: bool = True):
+        """Set the mode of all but the rnn, which always trains; that changes none of its results.
+
+        In eval mode cuDNN refuses the backward pass that is tried before step 1.
+        """
         super().train(mode)
         self.rnn.train()
         return self
 
-    def forward(self, x):
-        return x + self.rnn(self.norm(x))[0]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs, _ = self.rnn(self.norm(x))
+        return x + outputs
 
 
 class RNN(nn.Module):
-    """Embedding, blocks, norm, output, named as Transformer's are."""
+    """Embedding, blocks, norm and output, named as in Transformer."""
 
-    def __init__(self, args):
+    def __init__(self, args: RNNArgs):
         super().__init__()
         self.args = args
         self.checkpointing = False
@@ -71,56 +87,84 @@ class RNN(nn.Module):
             self.output.weight = self.tok_embeddings.weight
 
     def init_weights(self):
-        """N(0, 0.02) where tokens go in and out, U(-1, 1) / sqrt(D) between, which is torch's own, biases 0."""
+        """Draw N(0, 0.02) for embedding and output, U(-1, 1) / sqrt(D) for the blocks.
+
+        The blocks' distribution is torch's own.  Biases are 0, norms 1.
+        """
+        bound = self.args.dim ** -0.5
         for name, weight in self.named_parameters():
             if weight.dim() == 1:
-                nn.init.constant_(weight, float("bias" not in name))
+                nn.init.constant_(weight, 0.0 if "bias" in name else 1.0)
             elif name.startswith("layers."):
-                nn.init.uniform_(weight, -self.args.dim ** -0.5, self.args.dim ** -0.5)
+                nn.init.uniform_(weight, -bound, bound)
             else:
                 nn.init.normal_(weight, std=0.02)
 
-    def forward(self, tokens, rows=None, layout=None):
-        """tokens (B, T) int64 -> logits (B, T, V); with rows, (B, T) bool or (R,) indices into B T, theirs alone: (R, V).
+    def forward(self, tokens: torch.Tensor, rows: torch.Tensor | None = None,
+                layout: Layout | None = None) -> torch.Tensor:
+        """Return the logits (B, T, V) of tokens (B, T) int64, or (R, V) of `rows` alone.
 
-        Padding on the right comes after every real token.  Of a packed row (1, N) each of the layout's segments becomes a
-        row of its own, behind what it continues: the state crosses from no example into the next, and what several share
-        is computed for each.
+        rows: (B, T) bool, or (R,) indices into B T.  Padding on the right comes after every real
+        token.  With a layout, each segment of the packed row (1, N) becomes a row of its own behind
+        what it continues.  So no state passes from one example to the next, and what several
+        examples share is computed for each.
         """
         shape = tokens.shape
         if layout:
-            there, back = (places.to(tokens.device, non_blocking=True) for places in unpacked(layout))
-            tokens = tokens[0, there]                                          # (S, L)
+            places, indices = unpacked(layout)
+            places = places.to(tokens.device, non_blocking=True)
+            indices = indices.to(tokens.device, non_blocking=True)
+            tokens = tokens[0, places]                                         # (S, L)
         h = self.tok_embeddings(tokens)                                        # (B, T, D)
         for layer in self.layers:
-            h = checkpoint(layer, h, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else layer(h)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(layer, h, use_reentrant=False)
+            else:
+                h = layer(h)
         h = h.flatten(0, 1)
         if layout:
-            h = h[back]
+            h = h[indices]
         if rows is not None:
             h = h[rows.flatten()]
         h = self.output(self.norm(h))
         return h if rows is not None else h.unflatten(0, shape)
 
-    def block_bytes(self, width):
-        """Bytes a token that one block keeps for its backward pass: norm's input, gates, states and what torch's CPU kernels
-        make of them, as counted."""
-        return self.args.dim * width * {"gru": 10, "lstm": 20}[self.args.rnn]
+    def block_bytes(self, width: int) -> int:
+        """Return the bytes per token that one block keeps for its backward pass, as counted.
+
+        width: bytes per value.  Kept are norm's input, gates, states and copies that torch's CPU
+        kernels make.
+        """
+        return self.args.dim * width * VALUES_KEPT[self.args.rnn]
 
 
-def unpacked(layout):
-    """A packed row of N tokens as S rows, one a segment (of a tree one a leaf): (S, L) where in the row their tokens stand,
-    each behind those it continues, filled up with 0; and (N,) where in the S L each token of the row stands itself."""
+def unpacked(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (places, indices) that turn a packed row of N tokens into rows and back.
+
+    places (S, L): a row per segment, or per leaf of a tree: where in the packed row the tokens
+    stand that the segment continues, and then its own; filled up with 0.
+    indices (N,): for each token of the packed row its index among the S L.
+    """
     lengths = [length for length, _ in layout.segments]
     spans = torch.arange(sum(lengths)).split(lengths)
-    rows, which, places = [], [], []
+    rows = []
+    row_of_token = []
+    column_of_token = []
     for i, (length, context) in enumerate(layout.segments):
-        lines, depth = torch.ones(1, length, dtype=torch.bool), torch.arange(length)
         if i in layout.trees:
             tree = layout.trees[i].cpu()
-            lines, depth = tree[tree.sum(0) == 1], tree.sum(1) - 1             # of those that no other token sees
-        which.append(lines.int().argmax(0) + len(rows))
-        places.append(depth + sum(lengths[j] for j in context))
-        rows += [torch.cat([*(spans[j] for j in context), spans[i][line]]) for line in lines]
-    there = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return there, torch.cat(which) * there.shape[1] + torch.cat(places)
+            is_leaf = tree.sum(0) == 1               # Only the leaf itself sees it.
+            lines = tree[is_leaf]                    # (leaves, length): the tokens up to each leaf
+            depth = tree.sum(1) - 1
+        else:
+            lines = torch.ones(1, length, dtype=torch.bool)
+            depth = torch.arange(length)
+        first_line = lines.int().argmax(0)           # of those that a token is in
+        row_of_token.append(len(rows) + first_line)
+        column_of_token.append(depth + sum(lengths[j] for j in context))
+        before = [spans[j] for j in context]
+        for line in lines:
+            rows.append(torch.cat([*before, spans[i][line]]))
+    places = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    n_columns = places.shape[1]
+    return places, torch.cat(row_of_token) * n_columns + torch.cat(column_of_token)

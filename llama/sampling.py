@@ -1,238 +1,223 @@
-"""Logits to text.  Without a KV cache each forward computes the whole row again: simple, and right.  To check guesses of
-what comes next costs little more then, so a forward gives several tokens; a batch computes what its rows share once.
+"""Logits to text: the likeliest token, a drawn one, or a search with beams.
+
+Without a KV cache each forward computes the whole row again: simple, and right.  The rows of a
+batch are packed, and a beginning that several of them share is computed once.
 """
+from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import accumulate
 
 import torch
+import torch.nn as nn
 
+from .guesses import Guesses, NgramPool
 from .layout import Layout, arrange
-
-BLOCK = 16                                           # tokens: a forward of one row is filled up to a multiple with guesses
-GUESSES, FEWER = 24, 12                              # tokens: for a row alone, at least; for each of several, where they cost more
-NGRAM, LINE = 4, 4                                   # the longest match looked for; tokens guessed from one of 1, twice as many from 2
-KNOWN, RIVALS, FURTHER = 3, 8, 2                     # what is remembered of each place; and how far a line goes
-POOL = 2 ** 17                                       # places remembered from answer to answer, some 40 MB; then it begins anew
+from .tokenizer import Tokenizer
 
 
-def next_logits(model, rows, trees=None):
-    """rows: lists of ids, of any lengths -> list of fp32 logits on the CPU, (1 + g, V) for each row: of what follows it,
-    and of what follows each of the g tokens of its tree, as `guess` makes one.
+def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, eos_id: int, *,
+             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+             no_repeat_ngram: int = 0, seed: int = 0,
+             pool: NgramPool | None = None) -> Iterator[tuple[int, int]]:
+    """Return an iterator over (i, id): the next token of the answer to prompts[i], a list of ids.
 
-    The rows stand one behind another, each with its tree, with what several begin with only once; a token of a tree sees
-    its row and those it follows, so each gets what it would get alone.
-    Raises ValueError where weights have gone wrong and a logit is no finite number.
+    An answer ends before eos, which is not given, or at max_seq_len.  Temperature 0 takes the
+    likeliest token.  Above 0 one is drawn from `filtered`, for each prompt by a generator of its
+    own from the same seed.  With no_repeat_ngram n above 0 no answer repeats n tokens in a row.
+    A prompt gets the same text alone, in any batch and with any pool; in 16 bits up to rounding.
+    pool: what earlier calls with this model learnt, which makes greedy text faster (guesses.py).
+    Raises ValueError, at once, for a prompt that leaves no space for an answer.
     """
-    trees = trees or [{}] * len(rows)
-    whole = [[*row, *(token for _, token in tree)] for row, tree in zip(rows, trees)]
-    pieces, ends = arrange(whole, [len(row) - 1 for row in rows])
-    tokens = torch.tensor([[token for piece in pieces for token in whole[piece.example][piece.start:piece.stop]]])
-    segments = [(piece.stop - piece.start, piece.context) for piece in pieces]
-    stops, seen, places = list(accumulate(length for length, _ in segments)), {}, []
-    for tree, end in zip(trees, ends):
-        places.append(range(stops[end] - len(tree) - 1, stops[end]))         # the row's last token and the tree's
-        if tree:
-            length, _ = segments[end]
-            seen[end] = torch.ones(length, length, dtype=torch.bool).tril()
-            for i, (parent, _) in enumerate(tree, length - len(tree)):
-                seen[end][i] = seen[end][length - len(tree) + parent]
-                seen[end][i, i] = True
-    device = next(model.parameters()).device
-    logits = model(tokens.to(device), rows=torch.tensor([place for some in places for place in some], device=device),
-                   layout=Layout(segments, seen).to(device)).float().cpu()
-    if not logits.max() < torch.inf:                                 # nan is neither
-        raise ValueError("the model's logits are no finite numbers: are its weights, or the adapter's?")
-    return logits.split([len(some) for some in places])
+    limits = tokens_left(model, prompts, max_new_tokens)
+
+    def logits_after(rows):
+        """Return {i: logits (V,)} of what follows each of the rows {i: ids}."""
+        logits_of_rows = next_logits(model, list(rows.values()))
+        return {i: logits[0] for i, logits in zip(rows, logits_of_rows, strict=True)}
+
+    if temperature == 0:
+        # The same logits in fewer forwards; rows that it does not answer wait for the next turn.
+        ends = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        guesses = Guesses(partial(next_logits, model), ends, model.args.max_seq_len, pool)
+        logits_after = guesses.logits_after
+
+    @torch.inference_mode()
+    def answer_tokens():
+        answers = [[] for _ in prompts]
+        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
+        unfinished = [i for i, limit in enumerate(limits) if limit > 0]
+        while unfinished:
+            rows = {i: prompts[i] + answers[i] for i in unfinished}
+            for i, logits in logits_after(rows).items():
+                logits[repeats(answers[i], no_repeat_ngram)] = -torch.inf
+                token = eos_id
+                if not logits.isneginf().all():
+                    token = choose(logits, temperature, top_k, top_p, generators[i])
+                if token != eos_id:
+                    answers[i].append(token)
+                    yield i, token
+                if token == eos_id or len(answers[i]) == limits[i]:
+                    unfinished.remove(i)
+
+    return answer_tokens()
 
 
-def lookup(row):
-    """What followed when the last few tokens of `row` were there before (prompt lookup, Saxena 2023), twice as much of it
-    for each more that matches; [] where none does."""
-    for n in range(min(NGRAM, len(row) - 1), 0, -1):
-        for i in range(len(row) - n - 1, -1, -1):                    # the last time first
-            if row[i:i + n] == row[-n:]:
-                said = row[:]
-                while len(said) < len(row) + LINE * 2 ** (n - 1):
-                    said.append(said[i + n - len(row)])              # past the end of the row it copies what it has said
-                return said[len(row):]
-    return []
+def tokens_left(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
+    """Return how many tokens may follow each prompt.
 
-
-def guess(row, most, pool, rivals):
-    """A tree of up to `most` tokens that may follow `row`: {(parent, token): number}, parents first, -1 being the row's end.
-
-    pool: {(token,) or (one before, token): the likeliest after these where the model read them last}, in this text or another,
-    right or wrong a guess as they were (Fu et al. 2024).  rivals: tokens that might have stood where the row's last one does;
-    what was said after them fits here often, and they themselves may be still to come.
+    Raises ValueError for a prompt that leaves no space for an answer.
     """
-    def after(*line):
-        return pool.get(line[-2:]) or pool.get(line[-1:], [])
-
-    likely, lines, tree = [after(*row[-2:-1], rival) for rival in rivals], [lookup(row)], {}
-    for token in [*after(*row[-2:]), *(token for rank in zip(*filter(None, likely)) for token in rank), *rivals]:
-        line = [row[-1], token]
-        while len(line) < 2 + FURTHER and after(*line):
-            line.append(after(*line)[0])
-        lines.append(line[1:])
-    for line in lines:
-        parent = -1
-        for token in line:
-            if (parent, token) not in tree:
-                if len(tree) >= most:
-                    return tree
-                tree[parent, token] = len(tree)
-            parent = tree[parent, token]
-    return tree
-
-
-def filtered(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """Probabilities (V,) from logits (V,): softmax(logits / temperature) over what the filters leave.
-
-    top_k keeps the k likeliest tokens (0: all); top_p then the fewest likeliest whose probabilities reach p
-    together (nucleus sampling, Holtzman et al. 2020), never none.
-    """
-    logits = (logits - logits.max()) / temperature                   # the largest is 0: no overflow
-    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
-    if top_k:
-        probabilities[top_k:] = 0.0
-        probabilities /= probabilities.sum()
-    before = probabilities.cumsum(-1) - probabilities                # what is likelier than each, together
-    before[0] = -1.0
-    kept = torch.where(before < top_p, probabilities, 0.0)
-    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
-
-
-def repeats(ids, n):
-    """The tokens that would end an n-gram which `ids` (the answer so far) holds already."""
-    if n == 0 or len(ids) < n - 1:
-        return []
-    start = ids[len(ids) - n + 1:]
-    return [ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i:i + n - 1] == start]
-
-
-def room(model, prompts, max_new_tokens):
-    """How many tokens may follow each prompt.  Raises ValueError for a prompt that leaves no room."""
     limit = model.args.max_seq_len
-    if longest := max((len(prompt) for prompt in prompts if len(prompt) >= limit), default=0):
+    longest = max(map(len, prompts), default=0)
+    if longest >= limit:
         raise ValueError(f"the prompt has {longest} tokens and the model takes {limit}")
     return [min(max_new_tokens, limit - len(prompt)) for prompt in prompts]
 
 
-def generate(model, prompts, max_new_tokens, eos_id, temperature=0.0, top_k=0, top_p=1.0, no_repeat_ngram=0, seed=0,
-             pool=None):
-    """Iterate over (i, id): what comes next for prompts[i] (lists of ids), a round at a time, until eos (not given).
+def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[torch.Tensor]:
+    """Return the logits of what follows each row: fp32, on the CPU, (1 + g, V) per row.
 
-    temperature 0 takes the likeliest token; a round gives those that were guessed right and the one after them, the
-    text being what a token a round would give.  Above 0 one is drawn from `filtered` with a generator for each prompt,
-    seeded alike.  Either way a prompt gets the same text alone, in any batch and with any pool, but for what 16 bits round
-    otherwise at another length.  no_repeat_ngram n never lets the answer repeat n tokens in a row.  Ends at max_seq_len as well.
-    pool: a dict, empty at first, that calls with one model share: what it said in earlier answers makes guesses better.
-    Raises ValueError, at once, when a prompt leaves no room for an answer.
+    rows: lists of ids, of any lengths.  trees: for each row g tokens that may follow it, as a
+    guesses.Tree, or None.  The first logits are those after the row, the others those after each
+    token of its tree.
+    All rows stand in one packed row, each with its tree behind it, and what several begin with
+    stands there once.  A token of a tree sees its row and the tokens that it follows, so each row
+    gets the logits that it would get alone.
+    Raises ValueError if a logit is not a finite number, as weights that are broken give it.
     """
-    left, pool = room(model, prompts, max_new_tokens), {} if pool is None else pool
+    trees = trees or [None] * len(rows)
+    guessed = [tree.tokens if tree else [] for tree in trees]
+    examples = [row + tokens for row, tokens in zip(rows, guessed, strict=True)]
+    pieces, ends = arrange(examples, [len(row) - 1 for row in rows])
+    packed_tokens = []
+    for piece in pieces:
+        packed_tokens += examples[piece.example][piece.start:piece.stop]
+    segments = [(piece.stop - piece.start, piece.context) for piece in pieces]
+    stops = list(accumulate(length for length, _ in segments))
+    tree_masks = {}
+    places = []                              # in the packed row: each row's last token and its tree
+    counts = [1 + len(tokens) for tokens in guessed]
+    for tree, end, count in zip(trees, ends, counts, strict=True):
+        places += range(stops[end] - count, stops[end])
+        if tree:
+            length, _ = segments[end]
+            tree_masks[end] = tree.mask(length - len(tree))
+    device = next(model.parameters()).device
+    tokens = torch.tensor([packed_tokens], device=device)
+    places = torch.tensor(places, device=device)
+    layout = Layout(segments, tree_masks).to(device)
+    logits = model(tokens, rows=places, layout=layout).float().cpu()
+    if not logits.max() < torch.inf:                 # The maximum is nan if one of them is.
+        raise ValueError("the model's logits are no finite numbers: are its weights, or the "
+                         "adapter's?")
+    return logits.split(counts)
 
-    @torch.inference_mode()
-    def choose(logits, answer, generator):
-        logits[repeats(answer, no_repeat_ngram)] = -torch.inf
-        if logits.isneginf().all():
-            return eos_id                                            # nothing may follow
-        if temperature == 0:
-            return logits.argmax().item()
-        return torch.multinomial(filtered(logits, temperature, top_k, top_p), 1, generator=generator).item()
 
-    def places_for(row, wanted, alone):
-        """Guesses for what follows it: none where the next token is drawn, or the last."""
-        if temperature > 0 or wanted == 1:
-            return 0
-        stop = -(-(len(row) + GUESSES) // BLOCK) * BLOCK if alone else len(row) + FEWER
-        return min(stop, model.args.max_seq_len) - len(row)
+def choose(logits: torch.Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+           generator: torch.Generator | None = None) -> int:
+    """Return the token with the largest logit or, above temperature 0, one that is drawn."""
+    if temperature == 0:
+        return logits.argmax().item()
+    probabilities = filtered(logits, temperature, top_k, top_p)
+    return torch.multinomial(probabilities, 1, generator=generator).item()
 
-    def likeliest(logits, n):
-        return logits.topk(min(n, logits.shape[-1])).indices.tolist()
 
-    def rounds():
-        answers, rivals = [[] for _ in prompts], [[] for _ in prompts]
-        generators = [torch.Generator().manual_seed(seed) for _ in prompts]
-        going = range(len(prompts))
-        if len(pool) > POOL:
-            pool.clear()
-        while going:
-            rows = [prompts[i] + answers[i] for i in going]
-            trees = [guess(row, places_for(row, left[i] - len(answers[i]), len(rows) == 1), pool, rivals[i])
-                     for i, row in zip(going, rows)]
-            with torch.inference_mode():
-                found = next_logits(model, rows, trees)
-            still = []
-            for i, row, tree, logits in zip(going, rows, trees, found):
-                read = [row[-1], *(token for _, token in tree)]
-                pairs = [tuple(row[-2:]), *((read[1 + parent], token) for parent, token in tree)]
-                for pair, best in zip(pairs, likeliest(logits, KNOWN) if temperature == 0 else ()):
-                    pool[pair] = pool[pair[-1:]] = best
-                node = -1                                            # where in the tree the text stands
-                while len(answers[i]) < left[i]:
-                    token = choose(logits[1 + node], answers[i], generators[i])
-                    if token == eos_id:
-                        break
-                    answers[i].append(token)
-                    yield i, token
-                    if (node, token) not in tree:
-                        wrong = [other for parent, other in tree if parent == node]
-                        rivals[i] = [*wrong, *likeliest(logits[1 + node], 1 + RIVALS)[1:]]
-                        still += [i] * (len(answers[i]) < left[i])
-                        break
-                    node = tree[node, token]
-            going = still
-    return rounds()
+def filtered(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
+             top_p: float = 1.0) -> torch.Tensor:
+    """Return softmax(logits / temperature) of the tokens that the filters keep, logits (V,).
+
+    top_k keeps the k likeliest tokens (0: all).  top_p then keeps the fewest likeliest ones whose
+    probabilities together reach p, and always one (nucleus sampling, Holtzman et al. 2020).
+    """
+    logits = (logits - logits.max()) / temperature   # The largest is 0, so exp cannot overflow.
+    probabilities, order = logits.softmax(-1).sort(descending=True, stable=True)
+    if top_k:
+        probabilities[top_k:] = 0.0
+        probabilities /= probabilities.sum()
+    likelier = probabilities.cumsum(-1) - probabilities      # what the likelier tokens add up to
+    likelier[0] = -1.0
+    kept = torch.where(likelier < top_p, probabilities, 0.0)
+    return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
+
+
+def repeats(answer: list[int], n: int) -> list[int]:
+    """Return the tokens that would end an n-gram which the answer has already; n 0: none."""
+    if n == 0 or len(answer) < n - 1:
+        return []
+    begin = answer[len(answer) - n + 1:]             # the n - 1 tokens that the next one follows
+    tokens = []
+    for i in range(len(answer) - n + 1):
+        if answer[i:i + n - 1] == begin:
+            tokens.append(answer[i + n - 1])
+    return tokens
 
 
 @torch.inference_mode()
-def beam_search(model, prompt, max_new_tokens, eos_id, beams, no_repeat_ngram=0):
-    """The best answer found (list of ids, no eos): highest mean log p of its tokens, eos counted where it ends it.
+def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int, eos_id: int, beams: int,
+                no_repeat_ngram: int = 0) -> list[int]:
+    """Return the best answer found: the one with the highest mean log p of its tokens.
 
-    `beams` unfinished answers are kept, those with the highest log p; a step extends each by every token.  It ends
-    when as many are finished and none unfinished has a better mean so far than the best of them.
+    eos counts as a token where it ends the answer, and is not returned.  `beams` unfinished answers
+    are kept, those with the highest log p, and a step extends each by every token.  The search ends
+    when as many are finished and no unfinished one has a better mean so far than the best of them.
+    Raises ValueError for a prompt that leaves no space for an answer.
     """
-    left, = room(model, [prompt], max_new_tokens)
-    alive, done = [(0.0, [])], []
-    while alive:
-        logits = torch.cat(next_logits(model, [prompt + answer for _, answer in alive]))
-        for row, (_, answer) in zip(logits, alive):
+    limit = tokens_left(model, [prompt], max_new_tokens)[0]
+    unfinished = [(0.0, [])]                         # (log p, answer), the highest log p first
+    finished = []                                    # (mean log p, answer)
+    while unfinished:
+        logits = torch.cat(next_logits(model, [prompt + answer for _, answer in unfinished]))
+        for row, (_, answer) in zip(logits, unfinished, strict=True):
             row[repeats(answer, no_repeat_ngram)] = -torch.inf
-        scores = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf) + torch.tensor([[score] for score, _ in alive])
-        best, flat = scores.flatten().topk(min(2 * beams, scores.numel()))       # twice: half may be eos
+        log_p = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+        scores = log_p + torch.tensor([[score] for score, _ in unfinished])
+        # Twice as many as there are beams: half of them may end with eos.
+        best, places = scores.flatten().topk(min(2 * beams, scores.numel()))
         extended = []
-        for score, index in zip(best.tolist(), flat.tolist()):
+        for score, place in zip(best.tolist(), places.tolist(), strict=True):
             if score == -torch.inf:
-                break                                                # nothing may follow
-            answer, token = alive[index // logits.shape[1]][1], index % logits.shape[1]
+                break                                # Every other token is banned.
+            beam, token = divmod(place, logits.shape[1])
+            _, answer = unfinished[beam]
             if token == eos_id:
-                done.append((score / (len(answer) + 1), answer))
+                finished.append((score / (len(answer) + 1), answer))
             else:
                 extended.append((score, [*answer, token]))
-        if not extended and not done:
-            return alive[0][1]
-        alive = extended[:beams]
-        if alive and len(alive[0][1]) == left:
-            done += [(score / left, answer) for score, answer in alive]
+        if not extended and not finished:
+            return unfinished[0][1]
+        unfinished = extended[:beams]
+        if not unfinished:
             break
-        if len(done) >= beams and max(done)[0] >= max((score / len(answer) for score, answer in alive), default=0):
+        means = [(score / len(answer), answer) for score, answer in unfinished]
+        if len(unfinished[0][1]) == limit:
+            finished += means
             break
-    return max(done, key=lambda pair: pair[0])[1]
+        if len(finished) >= beams and highest(finished)[0] >= highest(means)[0]:
+            break
+    return highest(finished)[1]
 
 
-def stream(tokenizer, ids):
-    """Yield text as the ids come: joined, exactly tokenizer.decode(all of them).
+def highest(scored):
+    """Return the first (score, answer) with the highest score."""
+    return max(scored, key=lambda pair: pair[0])
 
-    Each time all ids are decoded and what is new is given out: alone, a piece loses its leading space.  A
-    character of several byte pieces decodes to U+FFFD until it is whole, so a tail of those waits.
+
+def stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of ids as they come; joined it is tokenizer.decode of all of them.
+
+    Each time all ids so far are decoded, and the new text is given out: decoded alone, a piece
+    loses its leading space.  A character of several byte pieces decodes to U+FFFD until it is
+    complete, so a tail of those waits.
     """
-    seen, given = [], ""
+    ids_so_far = []
+    n_given = 0
     for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        whole = text.rstrip("\ufffd")
-        if len(whole) > len(given):
-            yield whole[len(given):]
-            given = whole
-    text = tokenizer.decode(seen)
-    if len(text) > len(given):
-        yield text[len(given):]
+        ids_so_far.append(token)
+        text = tokenizer.decode(ids_so_far)
+        complete = text.rstrip("\ufffd")
+        if len(complete) > n_given:
+            yield complete[n_given:]
+            n_given = len(complete)
+    text = tokenizer.decode(ids_so_far)
+    if len(text) > n_given:
+        yield text[n_given:]

@@ -1,7 +1,8 @@
-"""The peers' side of `benchmark.py peers`: transformers with PEFT, or litgpt, in a plain loop.
+"""The peers' side of `python -m benchmarks peers`: transformers with PEFT, or litgpt, in a loop.
 
-Run by a python that has them, from the repository's root: `python -m tests.peers`.  Reads one JSON object from stdin, what
-is asked and the rows of ids, and prints one: tokens_per_second, peaks, versions, and the loss or the generated ids.
+Run from the repository's root by a Python that has them: `python -m tests.peers`.  Reads one JSON
+object from stdin, {request: a benchmarks.request.Request, rows: of ids}, and prints one:
+{tokens_per_second, peaks, versions, and loss or ids}.
 """
 import functools
 import importlib.metadata
@@ -10,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -17,157 +19,231 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import Peaks
-from benchmarks.tables import first_to_go
+from benchmarks.request import Request
+from benchmarks.tables import be_killed_first
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PACKAGES = {"transformers": ("transformers", "peft", "torch"), "litgpt": ("litgpt", "torch")}
+IGNORE = -100
+PAD = 2
+WARM_UP_TOKENS = 64                                  # at most, per answer that warms up
 
 
-def transformers_model(ask, dtype):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    sizes = {"num_hidden_layers": ask["layers"]} if ask["layers"] else {}
-    config = LlamaConfig.from_pretrained(ask["folder"], attn_implementation="sdpa", **sizes)
-    if not ask["random"]:
-        return LlamaForCausalLM.from_pretrained(ask["folder"], config=config, dtype=dtype).to(ask["device"])
-    torch.set_default_dtype(dtype)
-    with torch.device(ask["device"]):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model
+def main():
+    """Answer the request on stdin, and end early if the process that waits for it ends."""
+    be_killed_first()
+    threading.Thread(target=exit_without, args=(os.getppid(),), daemon=True).start()
+    asked = json.load(sys.stdin)
+    request = Request(**asked["request"])
+    torch.manual_seed(0)
+    peaks = Peaks(torch.device(request.device))
+    peaks.end("start")
+    function = train if request.new is None else generate
+    result = function(request, asked["rows"], peaks)
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES[request.peer]}
+    print(json.dumps({**result, "peaks": peaks.mib, "versions": versions}))
 
 
-def transformers_training(ask, dtype):
-    """(model, rows -> loss)."""
-    from peft import LoraConfig, get_peft_model
-    model = transformers_model(ask, dtype)
-    model.config.use_cache = False
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, lora_dropout=ask["dropout"], task_type="CAUSAL_LM",
-                                             target_modules=["q_proj", "v_proj"]))
-    if ask["checkpointing"]:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-    def loss(rows):
-        tokens, labels, mask = padded(rows, ask["device"])
-        return model(input_ids=tokens, attention_mask=mask, labels=labels).loss
-    return model, loss
-
-
-def litgpt_config(ask, **lora):
-    from litgpt.lora import Config
-    sizes = json.loads((Path(ask["folder"]) / "config.json").read_text())
-    return Config(
-        name="Llama", block_size=4096, n_layer=ask["layers"] or sizes["num_hidden_layers"], n_embd=sizes["hidden_size"],
-        n_head=sizes["num_attention_heads"], n_query_groups=sizes["num_key_value_heads"], vocab_size=sizes["vocab_size"],
-        padded_vocab_size=sizes["vocab_size"], intermediate_size=sizes["intermediate_size"], rope_base=int(sizes.get("rope_theta", 10000)),
-        norm_eps=sizes["rms_norm_eps"], norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", rotary_percentage=1.0,
-        parallel_residual=False, bias=False, **lora)
-
-
-def litgpt_training(ask, dtype):
-    """Its own modules, chunked head and loss; the weights are random, which changes no speed."""
-    from litgpt.lora import GPT, mark_only_lora_as_trainable
-    from litgpt.utils import chunked_cross_entropy
-    with torch.device(ask["device"]):
-        model = GPT(litgpt_config(ask, lora_r=16, lora_alpha=32, lora_dropout=ask["dropout"], lora_query=True, lora_value=True))
-    model.to(dtype)
-    mark_only_lora_as_trainable(model)
-    if ask["checkpointing"]:
-        for block in model.transformer.h:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-    def loss(rows):
-        tokens, labels, _ = padded(rows, ask["device"])
-        logits = model(tokens, lm_head_chunk_size=128)
-        logits[-1] = logits[-1][..., :-1, :]
-        return chunked_cross_entropy(logits, labels[..., 1:])
-    return model, loss
-
-
-def padded(rows, device, left=False):
-    """(tokens, labels, mask), each (B, T)."""
-    T = max(len(tokens) for tokens, _ in rows)
-    sides = [([2] * n + tokens, [-100] * n + labels, [0] * n + [1] * len(tokens)) if left else
-             (tokens + [2] * n, labels + [-100] * n, [1] * len(tokens) + [0] * n)
-             for tokens, labels in rows for n in [T - len(tokens)]]
-    return (torch.tensor(side, device=device) for side in zip(*sides))
-
-
-def train(ask, peaks):
-    prepare = transformers_training if ask["peer"] == "transformers" else litgpt_training
-    model, loss_of = prepare(ask, DTYPES[ask["precision"]])
-    peaks("weights")
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, rows, batch = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0), ask["rows"], ask["batch"]
-    model.train()
-    tokens = seconds = 0
-    for step in range(ask["warm"] + ask["steps"]):
-        some, began = [rows[(step * batch + i) % len(rows)] for i in range(batch)], time.perf_counter()
-        loss = loss_of(some)
-        peaks("forward")
-        loss.backward()
-        peaks("backward")
-        clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        peaks("step")
-        if step >= ask["warm"]:
-            tokens, seconds = tokens + sum(len(row[0]) for row in some), seconds + time.perf_counter() - began
-    return dict(tokens_per_second=tokens / seconds, loss=value)
-
-
-@torch.inference_mode()
-def generate(ask, peaks):
-    """Greedy, past any eos; the first prompts (one, or a batch) warm up; from the first again when they end."""
-    batch, new, dtype = ask["batch"], ask["new"], DTYPES[ask["precision"]]
-    prompts = [(tokens[:len(tokens) - sum(label != -100 for label in labels)], []) for tokens, labels in ask["rows"]]
-    if ask["peer"] == "litgpt":
-        from litgpt.generate.base import generate
-        from litgpt.model import GPT
-        with torch.device(ask["device"]):
-            model = GPT(litgpt_config(ask)).to(dtype).eval()
-        model.max_seq_length = max(len(tokens) for tokens, _ in prompts) + new
-        model.set_kv_cache(1, device=ask["device"], dtype=dtype)
-
-        def answer(rows, new):
-            prompt = torch.tensor(rows[0][0], device=ask["device"])
-            return [generate(model, prompt, len(prompt) + new, temperature=0.0, top_p=0.0, include_prompt=False).tolist()]
-    else:
-        model = transformers_model(ask, dtype).eval()
-        model.generation_config.eos_token_id = None
-
-        def answer(rows, new):
-            tokens, _, mask = padded([(tokens, [-100] * len(tokens)) for tokens, _ in rows], ask["device"], left=True)
-            return model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=new, use_cache=ask["cache"],
-                                  pad_token_id=2)[:, tokens.shape[1]:].tolist()
-    peaks("weights")
-    answers, seconds = [], []
-    for start in range(0, batch * ask["prompts"] + batch, batch):
-        began = time.perf_counter()
-        answers += answer([prompts[i % len(prompts)] for i in range(start, start + batch)], new if start else min(new, 64))
-        seconds.append(time.perf_counter() - began)
-    peaks("generate")
-    assert all(len(answer) == new for answer in answers[batch:])
-    return dict(tokens_per_second=batch * ask["prompts"] * new / sum(seconds[1:]), ids=answers[batch:])
-
-
-def leave_with(parent):
-    """End when the process that waits for the figures has ended, so that nothing runs beside those of the next."""
+def exit_without(parent: int):
+    """End this process once its parent has ended, so that nothing runs beside the next figures."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
-def main():
-    first_to_go()
-    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
-    ask = json.load(sys.stdin)
-    torch.manual_seed(0)
-    peaks = Peaks(torch.device(ask["device"]))
-    peaks("start")
-    result = (generate if "new" in ask else train)(ask, peaks)
-    packages = {"transformers": ("transformers", "peft"), "litgpt": ("litgpt",)}[ask["peer"]] + ("torch",)
-    print(json.dumps({**result, "peaks": peaks.mb, "versions": {name: importlib.metadata.version(name) for name in packages}}))
+def train(request: Request, rows: list, peaks: Peaks) -> dict:
+    """Train on the rows in their order; return {tokens_per_second, loss: the last}."""
+    load = transformers_training if request.peer == "transformers" else litgpt_training
+    model, loss_of = load(request)
+    peaks.end("weights")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0)
+    model.train()
+    endless_rows = cycle(rows)
+    n_tokens = 0
+    seconds = 0.0
+    for step in range(request.warm + request.steps):
+        batch = list(islice(endless_rows, request.batch))
+        began = time.perf_counter()
+        loss = loss_of(batch)
+        peaks.end("forward")
+        loss.backward()
+        peaks.end("backward")
+        clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        peaks.end("step")
+        if step >= request.warm:
+            n_tokens += sum(len(tokens) for tokens, _ in batch)
+            seconds += time.perf_counter() - began
+    return {"tokens_per_second": n_tokens / seconds, "loss": value}
+
+
+@torch.inference_mode()
+def generate(request: Request, rows: list, peaks: Peaks) -> dict:
+    """Answer prompts greedily, a batch at a time; return {tokens_per_second, ids}.
+
+    Answers do not end at eos.  One batch warms up.  When the prompts end they begin again.
+    """
+    prompts = [prompt_of(tokens, labels) for tokens, labels in rows]
+    load = transformers_answering if request.peer == "transformers" else litgpt_answering
+    answer = load(request, max(map(len, prompts)))
+    peaks.end("weights")
+    endless_prompts = cycle(prompts)
+    answers = []
+    seconds = []
+    for i in range(1 + request.prompts):
+        n_new = request.new if i else min(request.new, WARM_UP_TOKENS)
+        began = time.perf_counter()
+        answers += answer(list(islice(endless_prompts, request.batch)), n_new)
+        seconds.append(time.perf_counter() - began)
+    peaks.end("generate")
+    answers = answers[request.batch:]
+    assert all(len(ids) == request.new for ids in answers)
+    n_tokens = request.batch * request.prompts * request.new
+    return {"tokens_per_second": n_tokens / sum(seconds[1:]), "ids": answers}
+
+
+def prompt_of(tokens: list, labels: list) -> list:
+    n_answer = sum(label != IGNORE for label in labels)
+    return tokens[:len(tokens) - n_answer]
+
+
+def transformers_model(request: Request):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": request.layers} if request.layers else {}
+    config = LlamaConfig.from_pretrained(request.folder, attn_implementation="sdpa", **sizes)
+    dtype = DTYPES[request.precision]
+    if not request.is_random:
+        model = LlamaForCausalLM.from_pretrained(request.folder, config=config, dtype=dtype)
+        return model.to(request.device)
+    torch.set_default_dtype(dtype)
+    with torch.device(request.device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def transformers_training(request: Request):
+    """Return (model with PEFT's LoRA, rows -> loss)."""
+    from peft import LoraConfig, get_peft_model
+
+    model = transformers_model(request)
+    model.config.use_cache = False
+    model = get_peft_model(model, LoraConfig(
+        r=16, lora_alpha=32, lora_dropout=request.dropout, task_type="CAUSAL_LM",
+        target_modules=["q_proj", "v_proj"]))
+    if request.checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def loss_of(rows):
+        tokens, labels, mask = pad(rows, request.device)
+        return model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+
+    return model, loss_of
+
+
+def transformers_answering(request: Request, longest_prompt: int):
+    """Return a function (prompts, new tokens) -> ids of the answers."""
+    model = transformers_model(request).eval()
+    model.generation_config.eos_token_id = None
+
+    def answer(prompts, n_new):
+        rows = [(prompt, [IGNORE] * len(prompt)) for prompt in prompts]
+        tokens, _, mask = pad(rows, request.device, on_left=True)
+        ids = model.generate(tokens, attention_mask=mask, do_sample=False, max_new_tokens=n_new,
+                             use_cache=request.cache, pad_token_id=PAD)
+        return ids[:, tokens.shape[1]:].tolist()
+
+    return answer
+
+
+def litgpt_config(request: Request, **lora):
+    from litgpt.lora import Config
+
+    sizes = json.loads((Path(request.folder) / "config.json").read_text())
+    return Config(
+        name="Llama",
+        block_size=4096,
+        n_layer=request.layers or sizes["num_hidden_layers"],
+        n_embd=sizes["hidden_size"],
+        n_head=sizes["num_attention_heads"],
+        n_query_groups=sizes["num_key_value_heads"],
+        vocab_size=sizes["vocab_size"],
+        padded_vocab_size=sizes["vocab_size"],
+        intermediate_size=sizes["intermediate_size"],
+        rope_base=int(sizes.get("rope_theta", 10000)),
+        norm_eps=sizes["rms_norm_eps"],
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        **lora)
+
+
+def litgpt_training(request: Request):
+    """Return (model with litgpt's LoRA, rows -> loss by its chunked head and loss).
+
+    The weights are random, which changes no speed.
+    """
+    from litgpt.lora import GPT, mark_only_lora_as_trainable
+    from litgpt.utils import chunked_cross_entropy
+
+    config = litgpt_config(request, lora_r=16, lora_alpha=32, lora_dropout=request.dropout,
+                           lora_query=True, lora_value=True)
+    with torch.device(request.device):
+        model = GPT(config)
+    model.to(DTYPES[request.precision])
+    mark_only_lora_as_trainable(model)
+    if request.checkpointing:
+        for block in model.transformer.h:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def loss_of(rows):
+        tokens, labels, _ = pad(rows, request.device)
+        logits = model(tokens, lm_head_chunk_size=128)
+        logits[-1] = logits[-1][..., :-1, :]         # The last token predicts nothing.
+        return chunked_cross_entropy(logits, labels[..., 1:])
+
+    return model, loss_of
+
+
+def litgpt_answering(request: Request, longest_prompt: int):
+    """Return a function (prompts, of which it takes one, new tokens) -> ids of the answers."""
+    from litgpt.generate.base import generate as litgpt_generate
+    from litgpt.model import GPT
+
+    dtype = DTYPES[request.precision]
+    with torch.device(request.device):
+        model = GPT(litgpt_config(request)).to(dtype).eval()
+    model.max_seq_length = longest_prompt + request.new
+    model.set_kv_cache(1, device=request.device, dtype=dtype)
+
+    def answer(prompts, n_new):
+        prompt = torch.tensor(prompts[0], device=request.device)
+        ids = litgpt_generate(model, prompt, len(prompt) + n_new, temperature=0.0, top_p=0.0,
+                              include_prompt=False)
+        return [ids.tolist()]
+
+    return answer
+
+
+def pad(rows: list, device: str, on_left: bool = False) -> list:
+    """Return tokens, labels and attention mask of rows, each (B, T) int64."""
+    T = max(len(tokens) for tokens, _ in rows)
+    columns = ([], [], [])
+    for tokens, labels in rows:
+        n_pad = T - len(tokens)
+        pads = ([PAD] * n_pad, [IGNORE] * n_pad, [0] * n_pad)
+        values = (tokens, labels, [1] * len(tokens))
+        for column, padding, value in zip(columns, pads, values, strict=True):
+            column.append(padding + value if on_left else value + padding)
+    return [torch.tensor(column, device=device) for column in columns]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""benchmark.py and benchmarks/: cells that are kept, tables, what is counted, and Table 1's arithmetic.
+"""benchmarks/: what the published figures rest on: what is measured, saved, continued, compared.
 
-    pytest tests/test_benchmark.py; pytest -m slow tests/test_benchmark.py makes each table at a tiny size.
+pytest -m slow tests/test_benchmark.py makes each table at a tiny size.
 """
 import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,487 +21,541 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-import train
-from finetune.options import parse_options
-from benchmarks import ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling, search, tables
+from benchmarks import (
+    ablation,
+    distill,
+    measure,
+    methods,
+    peers,
+    ranks,
+    roofline,
+    runs,
+    scaling,
+    search,
+    tables,
+)
+from benchmarks.request import Request
 from finetune import convert
-from llama import ModelArgs
-from finetune.dataset import count_answer
 from finetune.batches import pack
+from finetune.dataset import count_answer
+from finetune.options import parse_options
+from llama import ModelArgs
 from lora import LoRAConfig, add_lora
 
-from . import peers as their_side
-from .conftest import ROOT, tiny
+from . import peers as peers_side
+from .helpers import ONE_THREAD, ROOT, tiny
+
+MIB = 2 ** 20
+NO_AUTOCAST = contextlib.nullcontext()
 
 
 @pytest.fixture
-def args(tmp_path):
-    return SimpleNamespace(out=tmp_path, table="tried", on="here", said="`this`")
+def table(tmp_path):
+    return tables.Table("tried", tmp_path, "here", "`this`")
 
 
-def test_a_finished_cell_is_kept_and_a_changed_setting_is_another(args):
-    made = []
-
-    def compute(result):
-        return lambda: made.append(result) or {"value": result}
-    assert tables.cell(args, {"n": 1, "flags": ("a",)}, compute(1)) == {"value": 1}
-    assert tables.cell(args, {"n": 1, "flags": ["a"]}, compute(2)) == {"value": 1}             # JSON knows no tuples
-    assert tables.cell(args, {"n": 2, "flags": ["a"]}, compute(3)) == {"value": 3}
-    args.on = "elsewhere"
-    assert tables.cell(args, {"n": 1, "flags": ["a"]}, compute(4)) == {"value": 4}
-    assert made == [1, 3, 4]
-    kept = json.loads((args.out / "tried.json").read_text())["cells"]
-    assert [cell["result"]["value"] for cell in kept] == made and kept[0]["command"] == "`this`"
+def make(name, out, *flags):
+    """Return the lines of a table of these flags, measured under conditions that stay the same."""
+    args = benchmark.parse_args([name, "--out", str(out), *flags])
+    return benchmark.PAGES[name].make(args, tables.Table(name, out, "here", "`this`"))
 
 
-def test_what_holds_no_cells_is_no_table(args):
-    for content in {"cells": 1}, {"cells": [1]}, {"cells": [{"settings": {}}]}, {}:
-        (args.out / "tried.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match="tried.json holds something else than finished cells"):
-            tables.cell(args, {}, dict)
+
+def rows_in(lines, first):
+    """Return the cells of a table's rows whose first column is `first`."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return [row for row in rows if row and row[0] == first]
+
+# Cells: saved, continued, and measured again where they would differ
+
+def test_a_cell_is_measured_once_for_its_settings_and_conditions(table):
+    measured = []
+
+    def cell(table, settings, value):
+        def compute():
+            measured.append(value)
+            return {"value": value}
+
+        return table.cell(settings, compute)["value"]
+
+    assert cell(table, {"n": 1, "flags": ("a",)}, 1) == 1
+    assert cell(table, {"n": 1, "flags": ["a"]}, 2) == 1         # JSON does not know tuples.
+    assert cell(table, {"n": 2, "flags": ["a"]}, 3) == 3
+    assert cell(replace(table, conditions="elsewhere"), {"n": 1, "flags": ["a"]}, 4) == 4
+    cells = json.loads((table.out / "tried.json").read_text())["cells"]
+    assert [cell["result"]["value"] for cell in cells] == measured == [1, 3, 4]
+    assert cells[0]["command"] == "`this`"
 
 
-def test_what_ends_in_the_middle_goes_on(args):
+def test_an_interrupted_table_continues(table):
     done = []
 
-    def run(until):
+    def run(until=None):
         def compute(i):
             if i == until:
                 raise KeyboardInterrupt
             done.append(i)
             return {"i": i}
-        return [tables.cell(args, {"i": i}, lambda: compute(i))["i"] for i in range(4)]
+
+        return [table.cell({"i": i}, lambda i=i: compute(i))["i"] for i in range(4)]
+
     with pytest.raises(KeyboardInterrupt):
         run(until=2)
-    assert len(json.loads((args.out / "tried.json").read_text())["cells"]) == 2
-    assert run(until=None) == [0, 1, 2, 3] and done == [0, 1, 2, 3]
+    assert len(json.loads((table.out / "tried.json").read_text())["cells"]) == 2
+    assert run() == done == [0, 1, 2, 3]
 
 
-def test_the_code_and_the_files_are_part_of_a_figure(tmp_path):
-    (tmp_path / "a").write_text("1")
-    before = tables.code(tmp_path / "a")
-    assert before == tables.code(tmp_path / "a") != tables.code()
-    (tmp_path / "a").write_text("2")
-    assert before != tables.code(tmp_path / "a")
+
+def test_figures_depend_on_all_code_that_runs_and_on_the_page(tmp_path):
+    hashed = set()
+    for pattern in tables.CODE:
+        hashed |= set(ROOT.glob(pattern))
+    for name, module in sys.modules.items():
+        if name.partition(".")[0] in ("train", "generate", "llama", "lora", "finetune"):
+            assert Path(module.__file__) in hashed
+    page = tmp_path / "page.py"
+    digests = set()
+    for content in ("first", "second", "first"):
+        page.write_text(content)
+        digests.add(tables.code_digest(page))
+    assert len(digests) == 2
 
 
-def test_markdown():
-    assert tables.markdown(["a", "b"], [["1", "2"], ["", "x"]]) == ["| a | b |", "|---|---|", "| 1 | 2 |", "|  | x |"]
+def test_figures_depend_on_the_examples(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(methods, "make", lambda args, table: [table.conditions])
+    printed = []
+    for content in ("first", "second", "first"):
+        (tmp_path / "examples.json").write_text(content)
+        benchmark.main(["methods", "--data", str(tmp_path / "examples.json"), "--out",
+                        str(tmp_path / "out")])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[2] != printed[1]
 
 
-def test_memory_that_ends_is_told_from_an_error():
-    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(tables.OutOfMemory):
-            tables.within_memory(exec, "raise error", {"error": error})
-    with pytest.raises(RuntimeError, match="shapes") as raised:
-        tables.within_memory(exec, "raise error", {"error": RuntimeError("shapes do not fit")})
-    assert not isinstance(raised.value, ValueError)
-    assert tables.within_memory(max, 1, 2) == 2
+def test_a_table_does_not_get_lost_with_its_picture(table, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "find_spec", lambda name: True)
+    monkeypatch.setattr(tables, "draw", lambda *_: 1 / 0)
+    table.draw([])
+    assert capsys.readouterr().err == "picture skipped: division by zero\n"
 
 
-@pytest.mark.skipif(not measure.CLEAR.exists(), reason="no high-water mark to set back")
+# Memory
+
+@pytest.mark.parametrize("error, expected", [
+    (MemoryError(), tables.OutOfMemory),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), tables.OutOfMemory),
+    (torch.OutOfMemoryError("CUDA out of memory"), tables.OutOfMemory),
+    (RuntimeError("shapes do not fit"), RuntimeError)])
+def test_out_of_memory_is_an_error_of_its_own(error, expected):
+    with pytest.raises(expected) as raised:
+        tables.run_within_memory(exec, "raise error", {"error": error})
+    assert raised.type is expected
+
+
+
+@pytest.mark.skipif(not measure.RESET_MARK.exists(), reason="there is no high-water mark to reset")
 def test_peaks_belong_to_their_phase():
     peaks = measure.Peaks(torch.device("cpu"))
-    peaks("before")
-    torch.ones(2 ** 25).sum()                                    # 128 MiB
-    peaks("large")
-    peaks("after")
-    peaks(None)
-    assert set(peaks.mb) == {"before", "large", "after", "process"}
-    assert peaks.mb["large"] - peaks.mb["before"] > 100 and peaks.mb["large"] - peaks.mb["after"] > 100
+    peaks.end("before")
+    torch.ones(2 ** 25).sum()                        # 128 MiB
+    peaks.end("large")
+    peaks.end("after")
+    assert set(peaks.mib) == {"before", "large", "after", "process"}
+    assert peaks.mib["large"] - peaks.mib["before"] > 100
+    assert peaks.mib["large"] - peaks.mib["after"] > 100
     torch.ones(2 ** 26).sum()
-    peaks(None)                                                  # of no phase, but of the process
-    assert peaks.mb["process"] > peaks.mb["large"] + 100 and max(peaks.mb.values()) == peaks.mb["process"]
+    peaks.end(None)                                  # It belongs to no phase, but to the process.
+    assert peaks.mib["process"] > peaks.mib["large"] + 100
 
 
-def test_without_a_mark_to_set_back_the_peak_is_the_process_s(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "CLEAR", tmp_path / "no" / "such")
+def test_without_a_mark_to_reset_the_peak_is_the_whole_process_s(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "RESET_MARK", tmp_path / "no" / "such")
     peaks = measure.Peaks(torch.device("cpu"))
-    peaks("forward")
-    assert list(peaks.mb) == ["process"] and peaks.mb["process"] > 10
+    peaks.end("forward")
+    assert list(peaks.mib) == ["process"]
+    assert peaks.mib["process"] > 10
 
+
+# Bytes and FLOP
 
 ROWS = [([1, 5, 6, 7, 8, 9, 2], [-100] * 4 + [8, 9, 2]), ([1, 4, 2], [-100, -100, 2])]
 
 
-def products(model, rows):
-    """FLOP of the model's products in one forward pass, by hand: 2 for each weight and token, and attention's two."""
-    args, n = model.args, sum(len(tokens) for tokens, _ in rows)
-    answers = sum(count_answer(labels) for _, labels in rows)
-    attention = sum(2 * 2 * len(tokens) ** 2 * args.dim for tokens, _ in rows) * args.n_layers
-    return 2 * n * measure.multiplied(args, answers / n) + attention
+def flop_by_hand(model):
+    """Return a forward pass's FLOP: 2 per weight and token, and attention's two products."""
+    args = model.args
+    n = sum(len(tokens) for tokens, _ in ROWS)
+    answers = sum(count_answer(labels) for _, labels in ROWS)
+    squares = sum(len(tokens) ** 2 for tokens, _ in ROWS)
+    attention = args.n_layers * 2 * 2 * squares * args.dim
+    return 2 * n * measure.multiplied_weights(args, answers / n) + attention
 
 
-def test_flop_counted_is_flop_by_hand():
-    """Training everything: backward makes two products for each of forward's, but none for what no gradient goes to."""
+def test_flop_counted_are_flop_by_hand():
+    """Backward makes two products for each of forward's where everything is trained."""
     model = tiny(n_kv_heads=2)
-    found = measure.counted(model, [pack(ROWS)], contextlib.nullcontext())
-    forward = products(model, ROWS)
-    assert found["forward"] == forward and found["flop"] == 3 * forward
-    model.checkpointing = True                                   # the blocks' forward again, up to before w2's product, whose
-    a = model.args                                               # result nothing keeps; not the head's
-    spared = 2 * 4 * a.dim * a.vocab_size + a.n_layers * 2 * 10 * a.dim * a.hidden_dim
-    assert measure.counted(model, [pack(ROWS)], contextlib.nullcontext())["flop"] == 4 * forward - spared
-    model.checkpointing = False
-    assert measure.counted(model, [pack(ROWS)] * 2, contextlib.nullcontext())["forward"] == 2 * forward
+    forward = flop_by_hand(model)
+    work = measure.count_work(model, [pack(ROWS)], NO_AUTOCAST)
+    assert work["forward"] == forward
+    assert work["flop"] == 3 * forward
+    two = measure.count_work(model, [pack(ROWS)] * 2, NO_AUTOCAST)
+    assert two["forward"] == 2 * forward
+    # Checkpointing repeats the blocks without w2, whose result nothing needs, and not the head.
+    model.checkpointing = True
+    args = model.args
+    head = 2 * 4 * args.dim * args.vocab_size
+    last_products = args.n_layers * 2 * 10 * args.dim * args.hidden_dim
+    work = measure.count_work(model, [pack(ROWS)], NO_AUTOCAST)
+    assert work["flop"] == 4 * forward - head - last_products
 
 
 def test_multiplied_weights_of_the_7b():
-    """32 x (4 x 4096^2 + 3 x 4096 x 11008), and the output matrix for those tokens that need it."""
-    args, blocks = ModelArgs(), 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
-    assert measure.multiplied(args, 0) == blocks == 6_476_005_376 and measure.multiplied(args, 1) == blocks + 4096 * 32000
-    assert [measure.flop_a_token(10), measure.flop_a_token(10, checkpointing=True), measure.flop_a_token(10, full=True)] == [40, 60, 60]
+    """32 x (4 x 4096^2 + 3 x 4096 x 11008), and the output matrix for tokens that need it."""
+    blocks = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
+    assert measure.multiplied_weights(ModelArgs(), 0) == blocks == 6_476_005_376
+    assert measure.multiplied_weights(ModelArgs(), 1) == blocks + 4096 * 32000
+    assert measure.flop_per_token(10) == 40
+    assert measure.flop_per_token(10, checkpointing=True) == 60
+    assert measure.flop_per_token(10, full=True) == 60
 
 
 def test_copies_under_autocast_are_counted_as_such():
-    """2 bytes a weight of each matrix that a gradient passes: not of those that read the embedding, which needs none."""
+    """2 bytes per weight of each matrix that a gradient passes: not what reads the embedding."""
     model = tiny()
     add_lora(model, LoRAConfig(r=2, dropout=0.0))
-    assert measure.counted(model, [pack(ROWS)], contextlib.nullcontext())["copies"] == 0
-    found = measure.counted(model, [pack(ROWS)], torch.autocast("cpu", torch.bfloat16))
-    spared = [f"layers.0.attention.{name}" for name in ("wq.base.weight", "wq.lora_A", "wk.weight", "wv.base.weight", "wv.lora_A")]
-    assert found["copies"] == 2 * sum(p.numel() for name, p in model.named_parameters()
-                                      if p.dim() == 2 and name not in (*spared, "tok_embeddings.weight"))
+    assert measure.count_work(model, [pack(ROWS)], NO_AUTOCAST)["copies"] == 0
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    work = measure.count_work(model, [pack(ROWS)], autocast)
+    spared = {"tok_embeddings.weight"}
+    for name in ("wq.base.weight", "wq.lora_A", "wk.weight", "wv.base.weight", "wv.lora_A"):
+        spared.add(f"layers.0.attention.{name}")
+    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
+    assert work["copies"] == 2 * sum(p.numel() for name, p in matrices if name not in spared)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_rows_as_long_as_alpaca_s():
-    """Alpaca's first 200 have 121 tokens on average with LLaMA's tokenizer, 56 of them the answer's."""
-    rows = runs.drawn_rows(32000)
-    assert rows == runs.drawn_rows(32000) and len(rows) == 200
-    answers = [count_answer(labels) for _, labels in rows]
-    assert 105 < sum(len(tokens) for tokens, _ in rows) / 200 < 135 and 45 < sum(answers) / 200 < 65
+
+# Rows and steps
+
+def test_random_rows_are_as_long_as_alpaca_s():
+    """Alpaca's first 200 have 121 tokens on average with LLaMA's tokenizer, of which 56 answer."""
+    rows = runs.random_rows(32000)
+    assert rows == runs.random_rows(32000)
+    assert len(rows) == 200
+    assert 105 < sum(len(tokens) for tokens, _ in rows) / 200 < 135
+    assert 45 < sum(count_answer(labels) for _, labels in rows) / 200 < 65
     for tokens, labels in rows:
-        prompt = labels.count(-100)
-        assert tokens[0] == 1 and tokens[-1] == 2 and labels == [-100] * prompt + tokens[prompt:] and len(tokens) <= 512
-    assert len({tuple(tokens[:29]) for tokens, _ in rows}) == 2                               # its two preambles
-    assert {(len(tokens), count_answer(labels)) for tokens, labels in runs.drawn_rows(50, 64)} == {(64, 32)}
+        n_prompt = labels.count(-100)
+        assert tokens[0] == 1
+        assert tokens[-1] == 2
+        assert labels == [-100] * n_prompt + tokens[n_prompt:]
+        assert len(tokens) <= 512
+    assert len({tuple(tokens[:29]) for tokens, _ in rows}) == 2  # the two preambles
+    of_one_length = runs.random_rows(50, 64)
+    assert {(len(row[0]), count_answer(row[1])) for row in of_one_length} == {(64, 32)}
 
 
 def test_steps_take_the_rows_in_order_and_repeat_what_is_measured():
-    run = dict(warm=1, steps=2, repeats=2)
-    steps = [micro for _, micro in runs.in_file_order(range(5), run, SimpleNamespace(batch_size=1, accumulation_steps=2))]
-    assert steps == [[[[0], [1]]], [[[2], [3]]], [[[4], [0]]], [[[2], [3]]], [[[4], [0]]]]
-    assert runs.in_file_order(range(9), run, SimpleNamespace(batch_size=2, accumulation_steps=1), 2)[0][1] == [[[0, 1]], [[2, 3]]]
-
-
-def result(parameters=8, gradients=8, optimizer=16, activations=40, forward=2e6, flop=6e6, seconds=1.0):
-    return dict(bytes={"parameters": parameters * 2 ** 20, "gradients": gradients * 2 ** 20, "optimizer": optimizer * 2 ** 20,
-                       "activations": activations * 2 ** 20}, forward=forward, flop=flop, seconds=seconds, tokens_per_second=10.0,
-                peaks={"start": 100.0, "weights": 110.0, "forward": 150.0, "backward": 160.0, "step": 130.0, "process": 160.0}, P=1_000_000,
-                estimate={kind: n * 2 ** 20 for kind, n in dict(weights=8, gradients=8, optimizer=16, activations=30, logits=1).items()})
-
-
-def grid():
-    """What the runs of one ablation might have given."""
-    found = {key: result() for key in [ablation.PLAIN, *(after for _, after, _ in ablation.CHANGES.values())]}
-    found["full", "fp32", True, False] = result(activations=5)
-    found["full", "fp32", False, True] = result(activations=4, flop=8e6, seconds=1.05)
-    found["full", "autocast", False, False] = result(parameters=12, activations=22, seconds=0.5)
-    found["lora", "fp32", False, False] = result(parameters=8.1, gradients=0.1, optimizer=0.2, forward=2.1e6, flop=4.1e6)
-    return found
-
-
-def test_table_1_says_what_changes_and_where_the_report_is_wrong():
-    rows, wrong = ablation.changes(grid())
-    accumulation, checkpointing, mixed, lora = rows[:4]
-    assert accumulation == ["gradient accumulation", "8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –", "40.0 → 5.0 ↓ (report ↓)",
-                            "2.0 → 2.0 –", "6.0 → 6.0 –", "1.00 → 1.00 –"]
-    assert checkpointing[4] == "40.0 → 4.0 ↓ (report ↓)" and checkpointing[6] == "6.0 → 8.0 ↑ (report ↑)"
-    assert checkpointing[7] == "1.00 → 1.05 –"                   # seconds are no counts: a tenth is noise
-    assert mixed[1] == "8.0 → 12.0 ↑ **(report ↓)**" and mixed[3] == "16.0 → 16.0 – (report –)" and mixed[7] == "1.00 → 0.50 ↓"
-    assert lora[1:7] == ["8.0 → 8.1 ↑ (report ↑)", "8.0 → 0.1 ↓ (report ↓)", "16.0 → 0.2 ↓ (report ↓)", "40.0 → 40.0 –",
-                         "2.0 → 2.1 ↑", "6.0 → 4.1 ↓ (report ↓)"]
-    assert wrong[0].startswith("mixed precision, parameters: the report says ↓, here it is ↑: autocast leaves")
-
-
-def test_table_1_falls_back_on_closed_form_where_memory_ended():
-    found = grid()
-    for key in ("bytes", "peaks"):
-        del found[ablation.PLAIN][key]
-    row = ablation.changes(found)[0][1]
-    assert row[:5] == ["checkpointing (by estimate)", "8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –", "31.0 → 31.0 – **(report ↓)**"]
-    assert row[6:] == ["6.0 → 8.0 ↑ (report ↑)", ""]
-
-
-def test_out_of_memory_is_a_row(args, monkeypatch):
-    """In the grid, among the peers, along an axis."""
-    def killed(function, *_):
-        raise tables.OutOfMemory("killed")
-    monkeypatch.setattr(tables, "fresh", killed)
-    args = benchmark.parse_args(["ablation", "--shape", "135m", "--layers", "1", "--device", "cpu", "--out", str(args.out)])
-    args.said = args.on = "this"
-    lines = ablation.make(args)
-    rows = [line for line in lines if line.startswith(("| full |", "| lora |"))]
-    assert len(rows) == 20 and all("out of memory" in row for row in rows)
-    assert all(re.search(r"out of memory \| [\d,]{3,} \|", row) for row in rows)              # the estimate stands beside it
-    header, row = peers.versus({"ours": [result()], "transformers": [{}]}, False)
-    assert row == ["10.0", "160", "out of memory", "", "", ""] and len(header) == len(row)
-
-
-def test_versus_takes_medians_and_ratios():
-    def run(speed, peak, ids):
-        return dict(tokens_per_second=speed, peaks={"a": 1.0, "process": peak}, ids=ids)
-    header, row = peers.versus({"ours": [run(30, 100, [1]), run(10, 120, [1]), run(20, 110, [1])],
-                                    "transformers, KV cache": [run(10, 220, [1]), run(40, 200, [1]), run(5, 230, [1])]}, True)
-    assert header == ["ours, tokens/s", "MiB", "transformers, KV cache, tokens/s", "MiB", "speed, ours / theirs", "memory", "same text"]
-    assert row == ["20.0", "110", "10.0", "220", "2.00", "0.50", "yes"]
-
-
-def test_where_both_ran_out_of_memory_no_text_is_the_same():
-    header, row = peers.versus({"ours": [{}], "transformers, no cache": [{}]}, True)
-    assert dict(zip(header, row))["same text"] == ""
-
-
-@pytest.mark.parametrize("said, code, expected", [
-    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "exit 1", {}), ("", "kill -9 $$", {}),
-    ("KeyError: 'rope_theta'", "exit 1", "transformers: KeyError: 'rope_theta'")])
-def test_a_peer_that_ends_says_why(tmp_path, said, code, expected):
-    """Out of memory is a row; anything else ends the table in its own last words."""
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\necho 'Traceback' >&2\necho \"{said}\" >&2\n{code}\n")
-    python.chmod(0o755)
-    with contextlib.nullcontext() if expected == {} else pytest.raises(ValueError, match=re.escape(expected) + "$"):
-        assert peers.theirs(str(python), {"peer": "transformers"}, []) == expected
-    assert json.loads((tmp_path / "asked").read_text()) == {"peer": "transformers", "rows": []}
-
-
-def test_a_peer_s_python_is_found_as_the_shell_finds_it(tmp_path):
-    assert peers.peer_python(["true"], "transformers") == shutil.which("true")
-    (tmp_path / "python").write_text("#!/bin/sh\n")
-    (tmp_path / "python").chmod(0o755)
-    assert peers.peer_python(["false", os.path.relpath(tmp_path / "python")], "transformers") == str(tmp_path / "python")
-
-
-def test_a_peer_ends_with_the_one_that_waits(monkeypatch):
-    parents, left = iter([7, 7, 1]), []
-    monkeypatch.setattr(their_side, "os", SimpleNamespace(getppid=lambda: next(parents), _exit=left.append))
-    monkeypatch.setattr(their_side, "time", SimpleNamespace(sleep=lambda _: None))
-    their_side.leave_with(7)
-    assert left == [1] and not list(parents)
-
-
-def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
-    """Twelve prompts, of which two batches of eight and one to warm up take 24; and a model that ends early."""
-    run = dict(flags=["--checkpoint", str(base), "--data", str(data), "--device", "cpu", "--precision", "fp32"], data=str(data), length=None,
-               batch=8, prompts=2, new=4)
-    ids = peers.generated(run)["ids"]
-    assert len(ids) == 16 and all(len(answer) == 4 for answer in ids)
-    pools = []
-
-    def scripted(model, prompts, new, eos, pool):
-        pools.append(dict(pool))
-        pool[len(pools),] = [5]
-        return ((i, 5) for i in range(len(prompts)) for _ in range(new))
-    monkeypatch.setattr(peers, "generate_ids", scripted)
-    peers.generated({**run, "batch": 4, "prompts": 3})
-    assert pools == [{}, {(1,): [5]}, {(1,): [5], (2,): [5]}, {}]             # a prompt that comes again finds nothing of its answer
-    monkeypatch.setattr(peers, "generate_ids", lambda model, prompts, new, eos, pool: ((i, 5) for i in range(len(prompts)) for _ in range(new - 1)))
-    with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
-        peers.generated(run)
+    workload = runs.Workload([], None, warm=1, steps=2, repeats=2)
+    options = parse_options(["--batch-size", "1", "--accumulation-steps", "2"])
+    plan = runs.plan_in_file_order(5, workload, options)
+    measured = [[[[2], [3]]], [[[4], [0]]]]
+    assert [batches for _, batches in plan] == [[[[0], [1]]], *measured, *measured]
+    options = parse_options(["--batch-size", "2", "--accumulation-steps", "1"])
+    _, batches = runs.plan_in_file_order(9, workload, options, n_ranks=2)[0]
+    assert batches == [[[0, 1]], [[2, 3]]]
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_ranks_take_a_gpu_each(gpus, monkeypatch, tmp_path):
-    """settle() names one GPU; ranks that were told so would both take it, which NCCL refuses."""
-    def settle(args):
-        args.device, args.precision, args.folder = "cuda:0", "bf16", runs.shape_folder("135m", tmp_path)
-    asked = []
-    monkeypatch.setattr(runs, "settle", settle)
+def test_ranks_take_a_gpu_each(gpus, monkeypatch, base):
+    """A setup names one GPU; ranks told so would all take that one, which NCCL refuses."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(scaling, "taken", lambda args, name, run: asked.append(run) or result())
-    monkeypatch.setattr(scaling, "picture", lambda *_: None)
-    scaling.make(benchmark.parse_args(["scaling", "--out", str(tmp_path)]))
-    ranks = [(run["ranks"], parse_options(run["flags"]).device) for run in asked if run["flags"][-2] == "--device"]
-    assert ranks == [(n + 1, "cuda") for n in range(gpus)] and {run["ranks"] for run in asked[:-gpus]} == {1}
+    setup = runs.Setup(str(base), "checkpoint", None, None, "cuda:0", "bf16", 1, 1, 1)
+    assert setup.workload({}).options().device == "cuda:0"
+    workloads = []
+    for point in scaling.axes_of(setup)["ranks"]:
+        workloads.append(setup.workload(point.flags, **point.changes))
+    assert [workload.ranks for workload in workloads] == list(range(1, gpus + 1))
+    assert {workload.options().device for workload in workloads} == {"cuda"}
 
 
-def test_a_teacher_is_that_of_its_data(base, data, tmp_path, monkeypatch):
-    """Students on one file, then on another, then the first again, whose last cell is missing: each by its own teacher."""
-    def fresh(function, argv, examples):
-        if "--method" not in argv:
-            Path(argv[argv.index("--out") + 1]).mkdir(exist_ok=True)
-            (Path(argv[argv.index("--out") + 1]) / "adapter.pt").write_text(argv[argv.index("--data") + 1])
-        elif "--teacher" in argv:
-            taught.append((argv[argv.index("--data") + 1], Path(argv[argv.index("--teacher-adapter") + 1]).read_text()))
-        return dict(parameters=1, loss=1.0, exact_match=0.5)
-    taught, other = [], tmp_path / "other.json"
-    other.write_bytes(data.read_bytes())
-    monkeypatch.setattr(distill, "fresh", fresh)
-    for path, seeds in (data, [0]), (other, [0]), (data, [0, 1]):
-        distill.make(SimpleNamespace(checkpoint=str(base), adapter=None, data=str(path), val_data=str(data), epochs=1, precision=None,
-                                     seeds=seeds, lrs=[1e-2], out=tmp_path, table="distill", on="here", said="this"))
-    assert len(taught) == 9 and all(read == taught_by for read, taught_by in taught)
+# What is made of results
+
+def result(activations=40, flop=6e6, seconds=1.0, parameters=8):
+    """Return what a run may have measured."""
+    n_bytes = {"parameters": parameters, "gradients": 8, "optimizer": 16,
+               "activations": activations}
+    estimate = {"weights": 8, "gradients": 8, "optimizer": 16, "activations": 30, "logits": 1}
+    return {"bytes": {kind: size * MIB for kind, size in n_bytes.items()},
+            "estimate": {kind: size * MIB for kind, size in estimate.items()},
+            "forward": 2e6, "flop": flop, "seconds": seconds, "tokens_per_second": 10.0,
+            "P": 1_000_000, "peaks": {"start": 100.0, "weights": 110.0, "process": 160.0}}
 
 
-def test_figures_of_other_data_are_others(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(methods, "make", lambda args: [args.on])
-    said = []
-    for content in "first", "second", "first":
-        (tmp_path / "some.json").write_text(content)
-        benchmark.main(["methods", "--data", str(tmp_path / "some.json"), "--out", str(tmp_path / "out")])
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[2] != said[1]
+def results_of_an_ablation():
+    results = {ablation.FULL: result()}
+    for change in ablation.CHANGES.values():
+        results[change.after] = result()
+    results[ablation.CHANGES["gradient accumulation"].after] = result(activations=5)
+    results[ablation.CHANGES["checkpointing"].after] = result(4, flop=8e6, seconds=1.05)
+    results[ablation.CHANGES["mixed precision (autocast)"].after] = result(22, parameters=12)
+    return results
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["peers", "--peer-python", "false", "--out", ""], "--out: is empty"),
-    (["ablation", "--shape", "7b", "--checkpoint", "x"], "both name a model"), (["ablation", "--data", "x"], "needs the tokenizer"),
-    (["methods", "--data", "x"], "go together"), (["peers", "--repeats", "0"], "at least 1"), (["nothing"], "invalid choice"), ([], "required"),
-])
-def test_bad_flags_end_in_one_line(flags, said, capsys):
-    with pytest.raises(SystemExit) as left:
-        benchmark.main(flags)
-    assert left.value.code == 2 and re.fullmatch(rf"benchmarks: .*{said}.*\n", capsys.readouterr().err)
+def test_table_1_tells_what_changes_and_where_the_report_is_wrong():
+    results = results_of_an_ablation()
+    rows, differences = ablation.make_table_1(results)
+    accumulation, checkpointing, autocast = rows[:3]
+    assert accumulation[1:5] == ["8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –",
+                                 "40.0 → 5.0 ↓ (report ↓)"]
+    assert checkpointing[6:] == ["6.0 → 8.0 ↑ (report ↑)", "1.00 → 1.05 –"]    # A tenth is noise.
+    assert autocast[1] == "8.0 → 12.0 ↑ **(report ↓)**"
+    assert differences[0].startswith("mixed precision, parameters: the report says ↓, here it is ↑")
+    # Where a run was out of memory, both sides are estimates.
+    del results[ablation.FULL]["bytes"]
+    del results[ablation.FULL]["peaks"]
+    checkpointing = ablation.make_table_1(results)[0][1]
+    assert checkpointing[0] == "checkpointing (by estimate)"
+    assert checkpointing[4].startswith("31.0 → 31.0 –")
 
 
-def test_what_is_no_transformer_ends_in_one_line(tmp_path, tokenizer, capsys):
-    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-    (tmp_path / "params.json").write_text('{"rnn": "gru", "dim": 8, "n_layers": 1}')
-    for name in "ablation", "scaling", "roofline", "peers":
-        with pytest.raises(SystemExit, match="2"):
-            benchmark.main([name, "--checkpoint", str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out")])
-        assert capsys.readouterr().err == f"benchmarks: {tmp_path} is no transformer: what is counted here is a transformer's work\n"
+
+def test_out_of_memory_is_a_row(tmp_path, monkeypatch):
+    def killed(function, *_):
+        raise tables.OutOfMemory("killed")
+
+    monkeypatch.setattr(tables, "run_fresh", killed)
+    lines = make("ablation", tmp_path, "--shape", "135m", "--layers", "1", "--device", "cpu")
+    rows = [line for line in lines if line.startswith(("| full |", "| lora |"))]
+    assert len(rows) == 20
+    assert all(re.search(r"out of memory \| [\d,]{3,} \|", row) for row in rows)   # the estimate
 
 
-def test_cells_and_peers_that_are_not_there(tmp_path, capsys):
-    for flags, said in ((["--cells", "nothing"], "is none of: train bf16 batch 4;"), (["--against", "nothing"], "is none of transformers"),
-                        (["--peer-python", "false"], "no --peer-python has")):
-        with pytest.raises(SystemExit) as left:
-            benchmark.main(["peers", "--device", "cpu", "--out", str(tmp_path), *flags])
-        assert left.value.code == 2 and said in capsys.readouterr().err
+def test_sides_are_compared_by_medians_and_ratios():
+    def side(speeds, peaks, ids):
+        return [{"tokens_per_second": speed, "peaks": {"process": peak}, "ids": ids}
+                for speed, peak in zip(speeds, peaks, strict=True)]
+
+    ours = side([30, 10, 20], [100, 120, 110], [1])
+    theirs = side([10, 40, 5], [220, 200, 230], [1])
+    header, row = peers.versus({"ours": ours, "transformers": theirs}, compares_text=True)
+    assert header[3:] == ["MiB", "speed, ours / theirs", "memory, ours / theirs", "same text"]
+    assert row == ["20.0", "110", "10.0", "220", "2.00", "0.50", "yes"]
+    other_text = side([10], [200], [2])
+    assert peers.versus({"ours": ours, "transformers": other_text}, True)[1][-1] == "no"
+    out_of_memory = peers.versus({"ours": ours, "transformers": [{}]}, True)[1]
+    assert out_of_memory == ["20.0", "110", "out of memory", "", "", "", ""]
 
 
-def test_the_best_product_is_a_speed():
-    assert 1e6 < measure.matmul_peak(torch.float32, torch.device("cpu"), sizes=(64, 128), repeats=2) < 1e15
+
+# The peers
+
+REQUEST = Request("transformers", "folder", False, None, "cpu", "fp32", 4, 1, 1)
 
 
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
-def test_a_picture_of_numbers_and_of_words(args):
-    lines = {name: [(1, 2.0), (16, 3.0)] for name in "abcdefghi"}
-    words = {"a": [("one", 1.0), ("two", 2.0)]}
-    tables.picture(args, [("numbers", "x", "y", lines), ("words", "", "y", words), ("nothing", "", "", {})])
-    assert (args.out / "tried.png").read_bytes().startswith(b"\x89PNG")
+@pytest.mark.parametrize("last_line, ending, expected", [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "exit 1", {}),
+    ("", "kill -9 $$", {}),
+    ("KeyError: 'rope_theta'", "exit 1", "transformers: KeyError: 'rope_theta'")])
+def test_a_peer_that_fails_is_out_of_memory_or_says_why(tmp_path, last_line, ending, expected):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\necho Traceback >&2\n"
+                      f"echo \"{last_line}\" >&2\n{ending}\n")
+    python.chmod(0o755)
+    if expected == {}:
+        assert peers.ask_peer(str(python), REQUEST, []) == {}
+    else:
+        with pytest.raises(ValueError, match=re.escape(expected) + "$"):
+            peers.ask_peer(str(python), REQUEST, [])
+    asked = json.loads((tmp_path / "asked").read_text())
+    assert Request(**asked["request"]) == REQUEST
+    assert asked["rows"] == []
 
+
+
+def test_a_peer_ends_with_the_process_that_waits(monkeypatch):
+    parents = iter([7, 7, 1])
+    codes = []
+    stand_in = SimpleNamespace(getppid=lambda: next(parents), _exit=codes.append)
+    monkeypatch.setattr(peers_side, "os", stand_in)
+    monkeypatch.setattr(peers_side, "time", SimpleNamespace(sleep=lambda _: None))
+    peers_side.exit_without(7)
+    assert codes == [1]
+
+
+def test_both_sides_do_the_same(base):
+    """Layers, dropout and the number of tokens of a request are those of our own workload."""
+    setup = runs.Setup(str(base), "checkpoint", 1, None, "cpu", "fp32", warm=2, steps=4, repeats=1)
+    asked = []
+
+    def ask(python, request, rows):
+        asked.append((request, rows))
+
+    pythons = {"transformers": "python"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "ask_peer", ask)
+        patch.setattr(peers, "try_fresh", lambda function, *arguments: arguments)
+        comparison = peers.Comparison("bf16", 2, dropout=0.05, checkpointing=True)
+        sides = peers.contestants_of(comparison, setup, 2, pythons, Path("out"))
+        workload, = sides["ours"].measure()
+        sides["transformers"].measure()
+    request, rows = asked[0]
+    options = workload.options()
+    assert rows == runs.rows_of(workload)
+    assert (request.layers, request.dropout, request.precision, request.checkpointing) == (
+        options.layers, options.dropout, options.precision, options.checkpointing)
+    assert (request.batch, options.accumulation_steps) == (options.batch_size, 1)
+    assert (request.warm, request.steps) == (workload.warm, workload.steps) == (2, 8)
+
+
+def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
+    """Twelve prompts, of which two batches of eight, and one to warm up, take 24."""
+    flags = ["--checkpoint", str(base), "--data", str(data), "--device", "cpu", "--precision",
+             "fp32"]
+    workload = runs.Workload(flags, str(data), warm=0, steps=1, repeats=1)
+    ids = peers.generated(workload, batch=8, n_batches=2, new=4)["ids"]
+    assert [len(answer) for answer in ids] == [4] * 16
+
+    def scripted(n_missing):
+        def generate(model, prompts, new, eos, pool):
+            pools.append(dict(pool.followers))
+            pool.put([len(pools)], [5])
+            for i in range(len(prompts)):
+                for _ in range(new - n_missing):
+                    yield i, 5
+
+        return generate
+
+    pools = []
+    monkeypatch.setattr(peers, "generate_ids", scripted(0))
+    peers.generated(workload, batch=4, n_batches=3, new=4)
+    # When the prompts come again, nothing of their answers is known.
+    assert pools == [{}, {(1,): [5]}, {(1,): [5], (2,): [5]}, {}]
+    monkeypatch.setattr(peers, "generate_ids", scripted(1))
+    with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
+        peers.generated(workload, batch=8, n_batches=2, new=4)
+
+
+# Search, methods, students
 
 def test_search_finds_a_planted_optimum():
-    """The loss is how far settings lie from lr 0.02, r 8 and DoRA, and what is left of it after so many steps misleads at first."""
+    """The loss is the distance from lr 0.02, r 8 and DoRA, with noise that fades with the steps."""
+    candidates = search.draw_candidates(243, 0, ["lora", "dora", "vera"], [1e-4, 1.0])
+    spent = []
+
     def loss_after(i, steps):
-        one = settings[i]
         spent.append(steps)
-        return abs(math.log10(one["lr"] / 0.02)) + abs(math.log2(one["r"] / 8)) + (one["method"] != "dora") + random.Random(i).random() / steps
-    spent, settings = [], search.drawn(243, 0, ["lora", "dora", "vera"], [1e-4, 1.0])
-    found = search.halved(settings, 7290, loss_after)
-    assert [len(ranking) for ranking in found] == [243, 81, 27, 9, 3, 1] and sum(spent) == 7290
-    (_, best), = found[-1]
-    assert settings[best]["method"] == "dora" and settings[best]["r"] == 8 and 0.5 < settings[best]["lr"] / 0.02 < 2
-    assert found == search.halved(settings, 7290, loss_after)
+        candidate = candidates[i]
+        distance = abs(math.log10(candidate.lr / 0.02)) + abs(math.log2(candidate.r / 8))
+        return distance + (candidate.method != "dora") + random.Random(i).random() / steps
+
+    rankings = search.successive_halving(243, 7290, loss_after)
+    assert [len(ranking) for ranking in rankings] == [243, 81, 27, 9, 3, 1]
+    assert sum(spent) == 7290
+    best = candidates[rankings[-1][0][1]]
+    assert (best.method, best.r) == ("dora", 8)
+    assert 0.5 < best.lr / 0.02 < 2
 
 
-def test_what_is_drawn_depends_on_the_seed_alone():
-    few, many = (search.drawn(n, 3, ["lora", "dora"], [1e-3, 1e-2]) for n in (5, 9))
-    assert few == many[:5] != search.drawn(5, 4, ["lora", "dora"], [1e-3, 1e-2])
-    assert all(1e-3 <= one["lr"] <= 1e-2 and one["alpha"] % one["r"] == 0 for one in many)
+def test_candidates_depend_on_the_seed_alone():
+    few = search.draw_candidates(5, 3, ["lora", "dora"], [1e-3, 1e-2])
+    many = search.draw_candidates(9, 3, ["lora", "dora"], [1e-3, 1e-2])
+    assert few == many[:5] != search.draw_candidates(5, 4, ["lora", "dora"], [1e-3, 1e-2])
+    assert all(1e-3 <= candidate.lr <= 1e-2 for candidate in many)
 
 
-@pytest.mark.parametrize("candidates, budget, plan", [
-    (27, 1080, [(27, 10), (9, 30), (3, 90), (1, 270)]), (10, 300, [(10, 10), (3, 33), (1, 100)]), (1, 7, [(1, 7)])])
-def test_each_round_of_a_search_takes_an_equal_part_of_the_budget(candidates, budget, plan):
-    assert search.rounds(candidates, budget) == plan
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--methods", "lora,nothing"], "--methods nothing is none of lora, "), (["--lrs", "1e-2,1e-3"], "the lower one first"),
-    (["--budget", "100"], "--budget 100 leaves 27 candidates no step each; 108 would one"), (["--data", "some.json"], "--data and --val-data go together")])
-def test_a_search_that_cannot_be_is_refused(flags, said, tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
-        benchmark.main(["search", "--out", str(tmp_path), *flags])
-    assert left.value.code == 2 and said in capsys.readouterr().err
+
+def test_a_method_diverges_with_any_of_its_seeds(tmp_path, monkeypatch):
+    """Then it is a row, and its adapters are not asked: they are not there."""
+    def run_fresh(function, flags, *_):
+        if function is methods.measure_answering:
+            return {"right": 0.5, "adapter_per_second": 1.0, "merged_per_second": 1.0}
+        values = dict(zip(flags, flags[1:], strict=False))
+        Path(values["--out"]).mkdir(parents=True)
+        (Path(values["--out"]) / "adapter.pt").touch()
+        diverges = values["--method"] == "dora" or (values["--method"], values["--seed"]) == (
+            "vera", "1")
+        return {"held_out_loss": None if diverges else 1.5, "parameters": 7, "kept_mib": 1.0,
+                "examples_per_second": 1.0}
+
+    monkeypatch.setattr(methods, "run_fresh", run_fresh)
+    lines = make("methods", tmp_path, "--lrs", "1e-2,1e-1")
+    assert rows_in(lines, "dora")[0][3] == "diverged, 1 of 1 seeds"
+    assert rows_in(lines, "vera")[0][3] == "diverged, 1 of 2 seeds"
+    assert rows_in(lines, "rslora")[0][3] == "1.500 ± 0.000"
 
 
-def test_a_search_in_which_runs_diverge(args, monkeypatch):
-    """They come last, drawn as crosses; where none is left nothing is recommended."""
-    drawn = []
-    monkeypatch.setattr(search, "picture", lambda args, panels: drawn.extend(panels))
-    args = benchmark.parse_args(["search", "--candidates", "3", "--budget", "6", "--methods", "lora", "--out", str(args.out)])
-    args.said = args.on = "this"
-    first = search.drawn(3, 0, ["lora"], args.lrs)[1]
-    monkeypatch.setattr(search, "fresh", lambda function, flags: {"held_out_loss": 1.5 if str(first["lr"]) in flags else None})
-    lines = search.make(args)
-    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["1.5000 |", "diverged |", "diverged |"]
-    assert lines[-1].endswith(f"python train.py --method lora --targets {first['targets']} --r {first['r']} --alpha {first['alpha']} --lr {first['lr']})")
-    assert sorted(loss is None for _, loss in drawn[0][3]["lora"]) == [False, True, True] and drawn[1][3] == {"best": [(1, 1.5), (3, 1.5)], "median": [(1, None), (3, 1.5)]}
-    args.on = "elsewhere"
-    monkeypatch.setattr(search, "fresh", lambda function, flags: {"held_out_loss": None})
-    assert search.make(args)[-1].endswith("All diverged: try lower --lrs)")
 
-
-def test_a_method_that_diverges_is_a_row(args, monkeypatch):
-    """At every learning rate, or with one seed of several; of a run that diverged nothing is asked, there is no adapter."""
-    def fresh(function, flags, *asked):
-        if asked:
-            return dict(right=0.5, adapter_per_second=1.0, merged_per_second=1.0)
-        method, seed = flags[flags.index("--method") + 1], flags[flags.index("--seed") + 1]
-        out = Path(flags[flags.index("--out") + 1])
-        lost = method == "dora" or method == "vera" and seed == "1"
-        if not lost:
-            out.mkdir(parents=True)
-            (out / "adapter.pt").touch()
-        return dict(held_out_loss=None if lost else 1.5, parameters=7, kept_mb=1.0, examples_per_second=1.0)
-    monkeypatch.setattr(methods, "fresh", fresh)
-    monkeypatch.setattr(methods, "picture", lambda *_: None)
-    args = benchmark.parse_args(["methods", "--lrs", "1e-2,1e-1", "--out", str(args.out)])
-    args.said = args.on = "this"
-    rows = {line.split(" | ")[0]: line for line in methods.make(args)}
-    assert rows["| dora"] == "| dora | 0.01 | 7 | diverged, 1 of 1 seeds |  |  |  |  |  |"
-    assert rows["| vera"] == "| vera | 0.01 | 7 | diverged, 1 of 2 seeds |  |  |  |  |  |"
-    assert rows["| rslora"] == "| rslora | 0.01 | 7 | 1.500 ± 0.000 | 50.0% ± 0.0% | 1 | 1 | 1 | 1.00 |"
-
-
-def test_a_run_that_leaves_no_adapter_diverged(base, data, tmp_path, monkeypatch):
+def test_a_run_that_leaves_no_adapter_has_diverged(base, data, tmp_path, monkeypatch):
     """Its last row may have a held-out loss all the same: of weights that no step has moved."""
-    row = dict(val_loss=1.5, epoch=1.0, tokens=8, tokens_per_second=4.0, peak_memory_mb=1.0)
-    args = parse_options(["--checkpoint", str(base), "--data", str(data), "--out", str(tmp_path)])
-    monkeypatch.setattr(methods, "finished", lambda argv: (args, [row]))
-    assert methods.trained([])["held_out_loss"] is None
+    row = {"val_loss": 1.5, "epoch": 1.0, "tokens": 8, "tokens_per_second": 4.0,
+           "peak_memory_mb": 1.0}
+    options = parse_options(["--checkpoint", str(base), "--data", str(data), "--out",
+                             str(tmp_path)])
+    monkeypatch.setattr(methods, "finish_run", lambda argv: (options, [row]))
+    assert methods.measure_training([])["held_out_loss"] is None
     (tmp_path / "adapter.pt").touch()
-    assert methods.trained([])["held_out_loss"] == 1.5
+    assert methods.measure_training([])["held_out_loss"] == 1.5
 
 
-def test_no_table_is_lost_for_a_picture(args, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "find_spec", lambda name: True)
-    monkeypatch.setattr(tables, "draw", lambda *_: 1 / 0)
-    tables.picture(args, [])
-    assert capsys.readouterr().err == "no picture: division by zero\n"
+def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, monkeypatch):
+    """On one file, on another, then on the first with a cell missing: each by its own teacher."""
+    taught = []
+
+    def run_fresh(function, argv, questions):
+        flags = dict(zip(argv, argv[1:], strict=False))
+        if function is distill.train_and_examine:
+            Path(flags["--out"]).mkdir(exist_ok=True)
+            (Path(flags["--out"]) / "adapter.pt").write_text(flags["--data"])
+        elif "--teacher" in argv:
+            taught.append((flags["--data"], Path(flags["--teacher-adapter"]).read_text()))
+        return {"parameters": 1, "loss": 1.0, "exact_match": 0.5}
+
+    monkeypatch.setattr(distill, "run_fresh", run_fresh)
+    other = tmp_path / "other.json"
+    other.write_bytes(data.read_bytes())
+    for path, seeds in ((data, "0"), (other, "0"), (data, "0,1")):
+        make("distill", tmp_path, "--checkpoint", str(base), "--data", str(path), "--val-data",
+             str(data), "--seeds", seeds, "--lrs", "1e-2")
+    assert len(taught) == 9
+    assert all(data_file == teacher_s for data_file, teacher_s in taught)
 
 
-# The whole, at a tiny size
+
+
+# Every table, at a tiny size
 
 @pytest.fixture
-def table(monkeypatch, tmp_path, capsys):
-    """(table, flags) -> its lines; cells are measured in this process, which takes no time to start."""
-    for page in (tables, roofline, methods, search):
-        monkeypatch.setattr(page, "fresh", tables.within_memory)
+def tabulate(monkeypatch, tmp_path, capsys):
+    """Return a function (table, flags) -> its lines; cells are measured in this process."""
+    for page in (tables, roofline, methods, search, ranks, distill):
+        monkeypatch.setattr(page, "run_fresh", tables.run_within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
 
-    def made(name, *flags):
+    def lines_of(name, *flags):
         capsys.readouterr()
         benchmark.main([name, "--out", str(tmp_path / "out"), *map(str, flags)])
-        said = capsys.readouterr().out
-        assert said == (tmp_path / f"out/{name}.md").read_text()
-        return said.splitlines()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
-    yield made
-    for number, handler in handlers.items():                     # which starting ranks from this process replaces
+        printed = capsys.readouterr().out
+        assert printed == (tmp_path / f"out/{name}.md").read_text()
+        return printed.splitlines()
+
+    # Starting ranks from this process replaces its handlers.
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield lines_of
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def killed_after_two_cells(name, path, flags):
-    """The cells that `benchmark.py name`, a process of its own, leaves in `path`."""
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks", name, "--out", path.parent, *map(str, flags)], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+def cells_after_a_kill(name, path, flags):
+    """Return the cells in `path` after a benchmark was killed with two of them."""
+    argv = [sys.executable, "-m", "benchmarks", name, "--out", path.parent, *map(str, flags)]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ONE_THREAD,
+                               stderr=subprocess.DEVNULL)
     while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
-        assert process.poll() is None                            # it must not have ended by itself
+        assert process.poll() is None                # It must not have ended by itself.
         time.sleep(0.1)
     process.kill()
     process.wait()
@@ -509,99 +563,129 @@ def killed_after_two_cells(name, path, flags):
 
 
 @pytest.mark.slow
-def test_ablation_to_the_end_and_after_a_kill(base, data, tmp_path, table):
+def test_ablation_to_the_end(base, data, tmp_path, tabulate):
     flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
-    path = tmp_path / "out/ablation.json"
-    kept = killed_after_two_cells("ablation", path, flags)
-    lines = table("ablation", *flags)
-    cells = json.loads(path.read_text())["cells"]
-    assert len(cells) == 20 and cells[:len(kept)] == kept and sum(line.startswith("| lora | ") for line in lines) == 12
+    assert len(rows_in(tabulate("ablation", *flags), "lora")) == 12
+    cells = json.loads((tmp_path / "out/ablation.json").read_text())["cells"]
+    assert len(cells) == 20
     for cell in cells:
-        found = cell["result"]
-        assert found["tokens_per_second"] > 0 and found["peaks"].keys() >= {"start", "weights", "forward", "backward", "step"}
-        assert set(found["bytes"]) == {"parameters", "gradients", "optimizer", "activations"}
-    assert not (tmp_path / "out/ablation.json.tmp").exists()
+        measured = cell["result"]
+        assert measured["tokens_per_second"] > 0
+        assert measured["peaks"].keys() >= {"start", "weights", "forward", "backward", "step"}
+        assert set(measured["bytes"]) == {"parameters", "gradients", "optimizer", "activations"}
+
+
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes as Linux lists them")
-def test_a_cell_s_process_ends_with_the_one_that_waits():
-    script = "import time; from benchmarks.tables import fresh\nif __name__ == '__main__': fresh(time.sleep, 600)"
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's list of processes")
+def test_a_cell_s_process_ends_with_the_process_that_waits():
+    """Otherwise a killed benchmark would run on beside the figures of the next."""
+    script = ("import time; from benchmarks.tables import run_fresh\n"
+              "if __name__ == '__main__': run_fresh(time.sleep, 600)")
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 60
-    while not (cells := [pid for pid in children.read_text().split() if "spawn_main" in command_of(pid)]) and time.monotonic() < deadline:
+    cells = []
+    while not cells and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(6)                                                # until it has imported what it needs
+        cells = [pid for pid in children.read_text().split() if is_cell(pid)]
+    time.sleep(6)                                    # until it has imported what it needs
     process.kill()
     process.wait()
-    while any("spawn_main" in command_of(pid) for pid in cells) and time.monotonic() < deadline:
+    assert cells
+    while any(map(is_cell, cells)):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert cells and not any("spawn_main" in command_of(pid) for pid in cells)
 
 
-def command_of(pid):
+def is_cell(pid):
+    """Return whether a process is that of a cell."""
     try:
-        return open(f"/proc/{pid}/cmdline").read()
+        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
-        return ""
+        return False
 
 
 @pytest.mark.slow
-def test_scaling_and_roofline_to_the_end(base, data, table):
+def test_scaling_and_roofline_to_the_end(base, data, tabulate):
     flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
-    lines = table("scaling", *flags)
-    assert {line.split("|")[1].strip() for line in lines if line.startswith("| ")} == {
-        "along", "examples a micro-batch", "tokens an example", "layers", "r", "ranks"}
-    ranks = [line.split(" | ") for line in lines if line.startswith("| ranks")]
-    assert int(ranks[1][2]) > int(ranks[0][2])                   # twice the examples a step
-    said = "\n".join(table("roofline", *flags))
-    assert said.count("4 P") == said.count("6 P") == 3
+    lines = tabulate("scaling", *flags)
+    for axis in ("examples per micro-batch", "tokens per example", "layers", "r"):
+        assert rows_in(lines, axis)
+    one, two = rows_in(lines, "ranks")
+    assert int(two[2]) > int(one[2])                 # twice the examples per step
+    text = "\n".join(tabulate("roofline", *flags))
+    assert text.count("4 P") == text.count("6 P") == 3
 
 
 @pytest.mark.slow
-def test_methods_to_the_end(base, data, table):
-    lines = table("methods", "--checkpoint", base, "--data", data, "--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
-    assert [line.split(" | ")[:2] for line in lines if " | 0.01 | " in line] == [[f"| {name}", "0.01"] for name in methods.FAMILY]
+def test_methods_to_the_end(base, data, tabulate):
+    lines = tabulate("methods", "--checkpoint", base, "--data", data, "--val-data", data,
+                     "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
+    for name in methods.FAMILY:
+        assert rows_in(lines, name)[0][1] == "0.01"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("peft") or not find_spec("transformers"), reason="transformers and peft are not installed")
-def test_peers_to_the_end(base, tmp_path, table):
-    """In fp32, greedy: the same text as transformers, cache or not."""
+@pytest.mark.skipif(not find_spec("peft") or not find_spec("transformers"),
+                    reason="transformers and peft are not installed")
+def test_peers_to_the_end(base, tmp_path, tabulate):
+    """In fp32, greedy: the same text as transformers, with its cache or without."""
     convert.main([str(base), str(tmp_path / "hf"), "--to", "hf"])
-    said = "\n".join(table("peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps", "1",
-                           "--cells", "train bf16 batch 32*,generate fp32 64*"))
-    assert "| train bf16 batch 32 share-prefix |" in said and said.count("| yes |") == 2 and "| no |" not in said
+    text = "\n".join(tabulate(
+        "peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps",
+        "1", "--cells", "train bf16 batch 32*,generate fp32 64*"))
+    assert "| train bf16 batch 32 share-prefix |" in text
+    assert text.count("| yes |") == 2
+    assert "| no |" not in text
 
 
 @pytest.mark.slow
-def test_a_killed_search_continues_and_ends_as_if_it_had_not_been(base, data, tmp_path, table):
-    flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
+def test_a_killed_search_ends_as_if_it_had_not_been(base, data, tmp_path, tabulate):
+    flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4",
+             "--budget", "24", "--lrs", "1e-3,1e-1"]
     path = tmp_path / "out/search.json"
-    kept = killed_after_two_cells("search", path, flags)
-    lines = table("search", *flags)
-    assert json.loads(path.read_text())["cells"][:len(kept)] == kept
+    before = cells_after_a_kill("search", path, flags)
+    lines = tabulate("search", *flags)
+    assert json.loads(path.read_text())["cells"][:len(before)] == before
     shutil.rmtree(tmp_path / "out")
-    assert [line.split(" on ")[0] for line in table("search", *flags)] == [line.split(" on ")[0] for line in lines]
-    losses = [float(line.split(" | ")[-1].strip(" |")) for line in lines if line.startswith("| ") and line[2].isdigit()]
-    assert len(losses) == 4 and losses[1] <= losses[2] <= losses[3] and "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
+    assert tabulate("search", *flags)[1:] == lines[1:]
+    losses = [float(rows_in(lines, str(place))[0][-1]) for place in (2, 3, 4)]
+    assert losses == sorted(losses)
+    assert "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
 
 
 @pytest.mark.slow
-def test_one_adapter_cut_to_each_rank_beside_one_trained_at_each(tmp_path, capsys):
-    """At its whole rank a cut DyLoRA is the adapter as it was saved; a rank is not another's; finished cells are kept."""
+def test_an_adapter_is_cut_to_each_rank_beside_one_trained_at_each(tmp_path, tabulate):
+    """At its whole rank a cut DyLoRA is the adapter as it was saved; a rank is not another's."""
     examples = json.loads((ROOT / "finetune/demo/held_out.json").read_text())[:12]
-    (tmp_path / "few.json").write_text(json.dumps(examples))
-    flags = ["--data", str(tmp_path / "few.json"), "--val-data", str(tmp_path / "few.json")]
-    benchmark.main(["ranks", *flags, "--ranks", "1,2,4", "--out", str(tmp_path)])
-    rows = [line.split("|")[1:-1] for line in (tmp_path / "ranks.md").read_text().splitlines() if line.startswith("|")][2:]
-    assert [row[0].strip() for row in rows] == ["1", "2", "4"]
-    run = [*flags, "--lr", "0.005", "--seed", "0", "--method", "dylora", "--r", "4"]
-    whole, two = ranks.answered(run, [], [None, 2], examples)
-    assert [f"{one['loss']:.4f}" for one in (two, whole)] == [row[3].strip() for row in rows[1:]] and two["loss"] != whole["loss"]
-    alone, = ranks.answered([*run[:-4], "--method", "lora", "--r", "2"], [], [None], examples)
-    assert [f"{alone['loss']:.4f}", f"{alone['exact_match']:.1%}"] == [cell.strip() for cell in rows[1][1:3]]
-    capsys.readouterr()
-    benchmark.main(["ranks", *flags, "--ranks", "1,2,4", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.splitlines()[-2:] == (tmp_path / "ranks.md").read_text().splitlines()[-2:]
+    questions = str(tmp_path / "few.json")
+    Path(questions).write_text(json.dumps(examples))
+    flags = ["--data", questions, "--val-data", questions]
+    lines = tabulate("ranks", *flags, "--ranks", "1,2,4")
+    one_run = [*flags, "--lr", "0.005", "--seed", "0"]
+    dylora = [*one_run, "--method", "dylora", "--r", "4"]
+    whole, cut = ranks.train_and_examine(dylora, [], [None, 2], questions)
+    assert whole["loss"] != cut["loss"]
+    assert rows_in(lines, "2")[0][3:] == ranks.columns_of(cut)
+    assert rows_in(lines, "4")[0][3:] == ranks.columns_of(whole)
+    lora = [*one_run, "--method", "lora", "--r", "2"]
+    alone, = ranks.train_and_examine(lora, [], [None], questions)
+    assert rows_in(lines, "2")[0][1:3] == ranks.columns_of(alone)
+    assert tabulate("ranks", *flags, "--ranks", "1,2,4") == lines        # from the saved cells
+
+
+@pytest.mark.slow
+def test_distill_to_the_end(base, data, tmp_path, tabulate):
+    """Each student is trained in both ways; a teacher's change is the difference of two rows."""
+    lines = tabulate("distill", "--checkpoint", base, "--data", data, "--val-data", data,
+                     "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
+    saved = json.loads((tmp_path / "out/distill.json").read_text())["cells"]
+    cells = [cell["settings"] | cell["result"] for cell in saved]
+    assert [cell["way"] for cell in cells] == ["", *["alone", "distilled"] * 3]
+    for alone, distilled in zip(cells[1::2], cells[2::2], strict=True):
+        assert alone["loss"] != distilled["loss"]
+        assert f"{alone['loss']:.3f}" in rows_in(lines, alone["name"])[0]
+        change = f"{alone['name']}: held-out loss {distilled['loss'] - alone['loss']:+.3f}, "
+        assert any(change in line for line in lines)

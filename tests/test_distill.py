@@ -6,14 +6,12 @@ import math
 import os
 import shutil
 import signal
-from argparse import Namespace
 
 import pytest
 import torch
 
 import generate
 import train
-from benchmarks import distill as table
 from finetune import convert
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
 from finetune.batches import Batch, DataCollatorForSupervisedDataset
@@ -27,10 +25,9 @@ from finetune.preflight import Size, estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
 
-from .conftest import tiny
+from .helpers import metrics, tiny, torchrun
 from .memory import LiveBytes
-from .test_distributed import rows as metrics, torchrun
-from .test_packing import drawn
+from .test_layout import drawn
 from .test_resume import left, stopped_in
 
 
@@ -192,14 +189,9 @@ def test_the_estimate_is_what_two_steps_allocate(sizes, batch):
 
 
 @pytest.fixture
-def run(base, data, tmp_path, monkeypatch, tokenizer):
-    """run("out", *flags) trains in tmp_path, where teacher/ is; the flags that name it are run.teacher."""
-    monkeypatch.chdir(tmp_path)
+def run(run, tmp_path, tokenizer):
+    """conftest's, with teacher/ in tmp_path; the flags that name it are run.teacher."""
     save_checkpoint(teacher_of(tokenizer), tokenizer, tmp_path / "teacher")
-
-    def run(out, *flags):
-        train.main(["--checkpoint", "base", "--data", str(data), "--out", out, "--r", "4", "--lr", "1e-2", *flags])
-        return metrics(tmp_path / out)
     run.teacher = ["--teacher", "teacher"]
     return run
 
@@ -311,42 +303,6 @@ def test_two_ranks_learn_what_one_does(run, base, data, tmp_path):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_the_table_is_made_of_its_runs(run, data, tmp_path, monkeypatch):
-    """Every student by both ways, in this process; what it says the teacher changed is the difference of two rows."""
-    monkeypatch.setattr(table, "fresh", lambda function, *args: function(*args))
-    args = Namespace(checkpoint="base", adapter=None, data=str(data), val_data=str(data), epochs=1, precision=None, seeds=[0], lrs=[1e-2],
-                     out=tmp_path, table="distill", on="here", said="the command")
-    lines = table.make(args)
-    cells = [cell["settings"] | cell["result"] for cell in json.loads((tmp_path / "distill.json").read_text())["cells"]]
-    assert len(lines) == 2 + 7 + 1 + 3 + 2 and [cell["way"] for cell in cells] == ["", *["alone", "distilled"] * 3]
-    for i in 1, 3, 5:
-        assert f"| {cells[i]['name']} | alone | 0.01 | {cells[i]['parameters']:,} | {cells[i]['loss']:.3f} | {cells[i]['exact_match']:.1%} |" in lines
-        assert any(f"{cells[i]['name']}: held-out loss {cells[i + 1]['loss'] - cells[i]['loss']:+.3f}, " in line for line in lines)
-    assert all(cells[i]["loss"] != cells[i + 1]["loss"] for i in (1, 3, 5))
-    assert table.make(args) == lines                             # from the finished cells
-
-
-def test_each_teacher_of_the_table_stays_what_its_students_were_told(base, data, tmp_path, monkeypatch):
-    """Other data in the same --out, and the first data again: that teacher is not known any more by having been made before."""
-    taught = []
-
-    def fresh(function, argv, examples):
-        flags = dict(zip(argv, argv[1:]))
-        if function is table.trained:
-            os.makedirs(flags["--out"], exist_ok=True)
-            open(flags["--out"] + "/adapter.pt", "w").write(flags["--data"])
-        elif "--teacher" in argv:
-            taught.append((flags["--data"], open(flags["--teacher-adapter"]).read()))
-        return dict(loss=1.0, exact_match=0.0, parameters=1)
-    monkeypatch.setattr(table, "fresh", fresh)
-    args = dict(checkpoint=str(base), adapter=None, epochs=1, precision=None, seeds=[0], out=tmp_path, table="distill", on="here", said="this")
-    shutil.copy(data, tmp_path / "others.json")
-    for lr, path in (1e-2, data), (1e-2, tmp_path / "others.json"), (1e-3, data):
-        table.make(Namespace(**args, data=str(path), val_data=str(path), lrs=[lr]))
-    assert len(taught) == 9 and all(own == teacher_s for own, teacher_s in taught)
-
-
 # ---- the student that is not a transformer
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -443,7 +399,7 @@ def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, caps
         assert why in err and len(err.splitlines()) == 1
     with pytest.raises(SystemExit, match="2"):
         run("refused", "--checkpoint", "lstm", "--init", "random", "--targets", "output", "--quantize", "nf4")
-    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks have no form in nf4\n"
+    assert capsys.readouterr().err == "train.py: lstm is not a transformer: its blocks cannot be quantised to nf4\n"
     run("made", *lstm, "--max-steps", "1")
     for layout in "hf", "peft":
         with pytest.raises(SystemExit, match="2"):

@@ -17,7 +17,7 @@ from finetune.dataset import encode_prompt, IGNORE, read_examples, SupervisedDat
 from finetune.evaluate import (class_answers, distinct_classes, evaluate, Exam, group_questions, intervals, lay_out,
                                log_likelihoods, measures, Question, score_answers)
 
-from .conftest import EXAMPLES, ROOT, tiny
+from .helpers import EXAMPLES, ROOT, metrics, tiny
 
 DEMO = ROOT / "finetune" / "demo"
 nothing = torch.autocast("cpu", enabled=False)
@@ -48,13 +48,13 @@ def drawn(n=9, seed=0, beginning=()):
 
 def test_a_row_written_out_by_hand(monkeypatch):
     """Two prompts that both begin with 1 5, with two answers each; eos is predicted and never read."""
-    monkeypatch.setattr(module, "LEAST", 2)
+    monkeypatch.setattr(module, "MIN_SHARED", 2)
     tokens, layout, places, targets = lay_out([Question([1, 5, 5, 6], [[8, 9, 2], [2]]), Question([1, 5, 5], [[8, 2], [7, 2]])])
     assert tokens.tolist() == [[1, 5, 5, 6, 8, 9, 5, 8, 7]]                    # a prompt's last token is never shared
     assert layout.segments == [(2, ()), (2, (0,)), (2, (0, 1)), (1, (0,)), (1, (0, 3)), (1, (0, 3))]
     assert layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 3] and layout.longest == 6
     assert places.tolist() == [3, 4, 5, 3, 6, 7, 6, 8] and targets.tolist() == [8, 9, 2, 2, 8, 2, 7, 2]
-    tokens, layout, places, _ = lay_out([Question([1, 5, 6], [[8, 9, 2]]), Question([1, 5], [[8, 2]])])      # 1 alone is less than LEAST
+    tokens, layout, places, _ = lay_out([Question([1, 5, 6], [[8, 9, 2]]), Question([1, 5], [[8, 2]])])      # 1 alone is less than MIN_SHARED
     assert tokens.tolist() == [[1, 5, 6, 8, 9, 1, 5, 8]] and places.tolist() == [2, 3, 4, 6, 7]
     assert layout.segments == [(3, ()), (2, (0,)), (2, ()), (1, (2,))]
 
@@ -281,16 +281,17 @@ def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, to
     asked, heard = [], []
 
     def scripted(model, prompts, limit, eos, pool):
-        asked.append((len(prompts), limit, pool.setdefault("pool", len(asked))))
+        asked.append((len(prompts), limit, len(pool)))
+        pool.put([len(asked)], [5])
         return ((k, token) for k, prompt in enumerate(prompts)
                 for token in tokenizer.encode(said[int(tokenizer.decode(prompt).split("Say ")[1][0])]))
     monkeypatch.setattr(module, "generate", scripted)
     monkeypatch.setattr(module, "BATCH", 3)
     columns = exam.take(tiny(), heard.append)
     assert columns["exact_match"].tolist() == [1, 0, 0, 0] and columns["ended"].tolist() == [1, 1, 0, 1]
-    assert asked == [(3, exam.limit, 0), (1, exam.limit, 0)] and heard == [3, 4]      # one pool for both
+    assert asked == [(3, exam.limit, 0), (1, exam.limit, 1)] and heard == [3, 4]      # one pool for both
     exam.take(tiny())
-    assert [pool for *_, pool in asked] == [0, 0, 2, 2]                      # and another for the base, say
+    assert [in_pool for *_, in_pool in asked] == [0, 1, 0, 1]                      # and another for the base, say
     assert Exam(examples, tokenizer, 512).limit == 2 * (1 + len(tokenizer.encode("one two three")))
 
 
@@ -335,7 +336,7 @@ def feelings(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "feelings.json").write_text(json.dumps(FEELINGS))
     train.main(["--checkpoint", str(base), "--data", "feelings.json", "--val-data", "feelings.json", "--targets", "all", "--lr", "1e-2",
                 "--accumulation-steps", "1", "--batch-size", "6", "--max-steps", "2", "--epochs", "2", "--dropout", "0"])
-    return [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()], capsys.readouterr().out
+    return metrics(tmp_path / "out"), capsys.readouterr().out
 
 
 def score(capsys, *flags):

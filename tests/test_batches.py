@@ -1,0 +1,145 @@
+"""finetune/batches.py: packed rows by hand, the plan of an epoch, and the next batch ahead."""
+import pytest
+import torch
+
+from finetune.batches import prefetch, fill, pack, plan_epoch
+from finetune.dataset import IGNORE
+from finetune.loss import answer_loss
+from llama import layout
+from lora import LoRAConfig, add_lora
+
+from .helpers import epoch_windows, tiny
+from .test_layout import BRANCHES, PLAIN_AND_SHARED, PREAMBLE, drawn
+
+_ = IGNORE
+
+
+# --- packed rows
+
+
+def test_written_out_by_hand():
+    batch = pack([([1, 5, 7, 2], [_, _, 7, 2]), ([1, 6, 2], [_, 6, 2])])
+    assert batch.tokens.tolist() == [[1, 5, 7, 2, 1, 6, 2]]
+    assert batch.labels.tolist() == [[_, _, 7, 2, _, 6, 2]]
+    assert batch.n_answer == 4
+    assert batch.layout.segments == [(4, ()), (3, ())]
+    assert batch.layout.longest == 4
+    assert batch.layout.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
+    # Nothing before 7 predicts it, least of all 5.
+    batch = pack([([1, 5], [_, 5]), ([7, 2], [7, 2])])
+    assert batch.labels.tolist() == [[_, 5, _, 2]]
+    assert batch.n_answer == 2
+
+
+def test_a_shared_beginning_written_out_by_hand(monkeypatch):
+    """Two of three begin with 1 5 6, and one of these answers right after it.
+
+    The 6 predicts that answer, so it is not shared.
+    """
+    monkeypatch.setattr(layout, "MIN_SHARED", 2)
+    rows = [
+        ([1, 5, 6, 8, 9, 2], [_, _, _, _, 9, 2]),
+        ([1, 4, 2], [_, _, 2]),
+        ([1, 5, 6, 7, 2], [_, _, _, 7, 2]),
+    ]
+    batch = pack(rows, share_prefix=True)
+    assert batch.tokens.tolist() == [[1, 5, 6, 8, 9, 2, 6, 7, 2, 1, 4, 2]]
+    assert batch.labels.tolist() == [[_, _, _, _, 9, 2, _, 7, 2, _, _, 2]]
+    assert batch.layout.segments == [(2, ()), (4, (0,)), (3, (0,)), (3, ())]
+    assert batch.layout.longest == 6
+    assert batch.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 0, 1, 2]
+    assert batch.n_answer == 2 + 2 + 1
+
+
+def test_what_stands_once_is_not_computed_twice():
+    rows = drawn(9)
+    plain = pack(rows)
+    shared = pack(rows, share_prefix=True)
+    assert plain.tokens.numel() == sum(len(tokens) for tokens, _ in rows)
+    begin = 1 + len(PREAMBLE)
+    once = begin + sum(map(len, BRANCHES))
+    each = [begin + len(BRANCHES[i % 2]) for i in (*range(8), 7)]
+    assert plain.tokens.numel() - shared.tokens.numel() >= sum(each) - once
+    assert shared.n_answer == plain.n_answer == (shared.labels != IGNORE).sum()
+
+
+# --- the plan of an epoch
+
+
+def test_micro_batches_by_tokens_are_full_and_hold_every_example_once():
+    lengths = torch.randint(20, 300, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths[5] = 5000                                # longer than a micro-batch: alone in one
+    plan = {"accumulation_steps": 3, "seed": 0, "world_size": 2, "tokens_per_batch": 2048}
+    steps = plan_epoch(lengths, 4, epoch=0, **plan)
+    batches = []
+    for step in steps:
+        for rank in step:
+            batches += rank
+    assert sorted(sum(batches, [])) == list(range(3000))
+    sizes = [sum(lengths[i] for i in batch) for batch in batches]
+    assert [5] in batches
+    for size, batch in zip(sizes, batches, strict=True):
+        assert size <= 2048 or batch == [5]
+    assert sum(min(size, 2048) for size in sizes) / len(sizes) > 0.98 * 2048
+    for step in steps[:-1]:
+        assert [len(rank) for rank in step] == [3, 3]
+    assert steps == plan_epoch(lengths, 9, epoch=0, **plan)      # --batch-size plays no part
+    assert steps != plan_epoch(lengths, 4, epoch=1, **plan)
+
+
+def test_filled_by_hand():
+    """With a capacity of 10: the longest first, each into the first group where it fits.
+
+    Groups follow the order of their earliest example.
+    """
+    lengths = {0: 4, 1: 7, 2: 3, 3: 6, 4: 12}
+    assert fill([0, 1, 2, 3, 4], lengths, 10) == [[0, 3], [1, 2], [4]]
+    assert fill([4, 3, 2, 1, 0], lengths, 10) == [[4], [3, 0], [2, 1]]
+    assert fill([0, 1, 2, 3], lengths, 10, at_once=2) == [[0], [1], [2, 3]]
+
+
+def test_a_rank_without_a_micro_batch_gets_a_masked_one():
+    rows = [([1, 5, 2], [_, 5, 2])] * 3
+
+    def windows_of(rank, n):
+        return epoch_windows(rows[:n], pack, 1, 2, rank=rank, world_size=2, tokens_per_batch=3)
+
+    first = windows_of(0, 3)
+    second = windows_of(1, 3)
+    assert [window.n_answer for window in first] == [window.n_answer for window in second] == [6]
+    assert [batch.n_answer for batch in first[0].batches] == [2, 2]
+    assert [batch.n_answer for batch in second[0].batches] == [2]
+    masked = windows_of(1, 1)[0].batches[0]
+    assert masked.n_answer == 0
+    assert (masked.labels == IGNORE).all()
+
+
+# --- while the model computes
+
+
+def test_made_ahead_is_the_same_and_errors_arrive():
+    assert list(prefetch(range(5))) == list(range(5))
+    assert list(prefetch([])) == []
+
+    def broken():
+        yield 1
+        raise ValueError("a broken row")
+
+    items = prefetch(broken())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="a broken row"):
+        next(items)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@PLAIN_AND_SHARED
+def test_nothing_waits_for_the_gpu_within_a_micro_batch(share_prefix):
+    model = tiny(n_kv_heads=2).cuda()
+    add_lora(model, LoRAConfig(r=4, dropout=0))
+    batch = pack(drawn(), share_prefix)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, _ = answer_loss(model, batch.to(torch.device("cuda")))
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

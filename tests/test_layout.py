@@ -1,0 +1,183 @@
+"""llama/layout.py: packed rows give the padded loss and gradients, and no example sees another."""
+import json
+
+import pytest
+import torch
+
+import train
+from finetune.batches import DataCollatorForSupervisedDataset, pack
+from finetune.dataset import IGNORE
+from finetune.loss import answer_loss
+from llama import layout
+from llama.layout import MIN_SHARED, Piece, arrange
+from lora import LoRAConfig, add_lora
+
+from .helpers import tiny
+
+PREAMBLE = list(range(10, 30))
+BRANCHES = ([31, *range(40, 60)], [32, *range(60, 90)])
+
+
+def drawn(n=7, seed=0):
+    """Return rows of random lengths that begin alike and branch in two; the last two are equal.
+
+    Answers have 1 to 12 tokens, some are eos alone.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def random_ids(low, high):
+        length = int(torch.randint(low, high, (), generator=draw))
+        return torch.randint(3, 390, (length,), generator=draw).tolist()
+
+    rows = []
+    for i in range(n - 1):
+        prompt = [1, *PREAMBLE, *BRANCHES[i % 2], *random_ids(1, 40)]
+        answer = random_ids(1, 12)
+        answer = [2] if i % 3 == 1 else [*answer, 2]
+        rows.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    return [*rows, rows[-1]]
+
+
+def gradients(batch, checkpointing=False, dtype=torch.float32):
+    """Return (loss, gradient of all that is trained, answers) of a GQA model with adapters."""
+    model = tiny(n_kv_heads=2).to(dtype)
+    add_lora(model, LoRAConfig(r=4, dropout=0, targets="all"))
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            generator = torch.Generator().manual_seed(len(name))
+            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    model.checkpointing = checkpointing
+    loss, n_answer = answer_loss(model, batch)
+    loss.backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return loss.item(), gradient, n_answer
+
+
+PLAIN_AND_SHARED = pytest.mark.parametrize("share_prefix", [False, True], ids=["plain", "shared"])
+BOTH_KERNELS = pytest.mark.parametrize("short", [256, 0], ids=["products", "kernel"])
+
+
+def test_arranged_by_hand(monkeypatch):
+    """Three of four begin with 1 5 6, and two of these go on alike."""
+    monkeypatch.setattr(layout, "MIN_SHARED", 2)
+    rows = [[1, 5, 6, 8, 9, 3], [1, 4, 2], [1, 5, 6, 8, 9, 4], [1, 5, 6, 7]]
+    pieces, ends = arrange(rows, [5, 2, 5, 3])
+    assert pieces == [
+        Piece(0, 0, 3, ()),
+        Piece(0, 3, 5, (0,)),
+        Piece(0, 5, 6, (0, 1)),
+        Piece(2, 5, 6, (0, 1)),
+        Piece(3, 3, 4, (0,)),
+        Piece(1, 0, 3, ()),
+    ]
+    assert ends == [2, 5, 3, 4]
+    pieces, ends = arrange(rows, [0] * 4)
+    assert pieces == [Piece(i, 0, len(row), ()) for i, row in enumerate(rows)]
+    assert ends == [0, 1, 2, 3]
+
+
+def test_a_beginning_shorter_than_the_least_is_not_shared():
+    for n in (MIN_SHARED - 1, MIN_SHARED):
+        rows = [[*range(n), 20], [*range(n), 30]]
+        pieces, _ = arrange(rows, [n, n])
+        assert len(pieces) == (2 if n < MIN_SHARED else 3)
+
+
+@PLAIN_AND_SHARED
+@BOTH_KERNELS
+@pytest.mark.parametrize("dtype, loss_off, gradient_off", [
+    (torch.float32, 1e-5, 1e-4),
+    (torch.float64, 1e-13, 1e-12),
+])
+def test_loss_and_gradients_are_the_padded_ones(monkeypatch, share_prefix, short, dtype, loss_off,
+                                                gradient_off):
+    monkeypatch.setattr(layout, "SHORT_CONTEXT", short)
+    for rows in (drawn(), drawn(2), drawn(3)[:1], drawn(3)[:1] * 4, drawn(9, seed=1)):
+        padded = DataCollatorForSupervisedDataset(0)(rows)
+        loss, gradient, n_answer = gradients(padded, dtype=dtype)
+        batch = pack(rows, share_prefix)
+        for checkpointing in (False, True):
+            packed_loss, packed_gradient, count = gradients(batch, checkpointing, dtype)
+            assert packed_loss == pytest.approx(loss, rel=loss_off)
+            assert count == n_answer
+            assert (packed_gradient - gradient).norm() <= gradient_off * gradient.norm()
+
+
+@PLAIN_AND_SHARED
+def test_no_example_sees_another(share_prefix):
+    """Tokens of one example replaced: the logits of the others stay to the last bit."""
+    rows = drawn(4)
+    tokens, labels = rows[1]
+    changed_rows = [rows[0], (tokens[:50] + [7, 8, 9] + tokens[53:], labels), *rows[2:]]
+    model = tiny(n_kv_heads=1)
+    batch = pack(rows, share_prefix)
+    changed_batch = pack(changed_rows, share_prefix)
+    assert batch.layout.segments == changed_batch.layout.segments
+    logits = model(batch.tokens, layout=batch.layout)[0]
+    changed = model(changed_batch.tokens, layout=changed_batch.layout)[0]
+    differ = (logits != changed).any(-1).nonzero().flatten()
+    begin = (batch.tokens != changed_batch.tokens)[0].nonzero()[0].item()
+    end = begin + len(tokens) - 50
+    assert differ.min() == begin
+    assert differ.max() == end - 1
+
+
+@BOTH_KERNELS
+def test_models_of_several_kinds_read_one_layout(monkeypatch, short):
+    """Each makes masks of its own.
+
+    A teacher in bf16 without gradients, a student in fp32, other numbers of heads, another device.
+    """
+    monkeypatch.setattr(layout, "SHORT_CONTEXT", short)
+    batch = pack(drawn(3), share_prefix=True)
+    fresh = pack(drawn(3), share_prefix=True)
+    kinds = [(torch.bfloat16, 4), (torch.float32, 4), (torch.float32, 2), (torch.float64, 1)]
+    for dtype, heads in kinds:
+        model = tiny(n_kv_heads=heads).to(dtype)
+        fresh.layout.masks = {}
+        with torch.set_grad_enabled(dtype != torch.bfloat16):
+            logits = model(batch.tokens, layout=batch.layout)
+            alone = model(batch.tokens, layout=fresh.layout)
+        assert logits.dtype == dtype
+        assert torch.equal(logits, alone)
+    elsewhere = batch.to(torch.device("meta"))
+    assert tiny().to("meta")(elsewhere.tokens, layout=elsewhere.layout).is_meta
+    assert all(mask is None or mask.is_meta for mask in elsewhere.layout.masks.values())
+
+
+def test_a_row_may_be_longer_than_an_example_may():
+    model = tiny(max_seq_len=64)
+    batch = pack([(list(range(3, 60)), [IGNORE] * 50 + [5] * 7)] * 4)
+    assert model(batch.tokens, layout=batch.layout).shape == (1, 228, 400)
+    batch = pack([(list(range(3, 68)), [IGNORE] * 60 + [5] * 5)])
+    with pytest.raises(ValueError, match="a row of 65 tokens is longer than max_seq_len 64"):
+        model(batch.tokens, layout=batch.layout)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(base, data, tmp_path,
+                                                                   monkeypatch):
+    """Two graphs per kind of pass, made while the first rows come; no later length adds one."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2",
+             "--dropout", "0", "--batch-size", "1", "--accumulation-steps", "1"]
+    train.main([*flags, "--out", "plain"])
+    compiled = []
+    begin_step = train.begin_step
+
+    def counting(*args):
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return begin_step(*args)
+
+    monkeypatch.setattr(train, "begin_step", counting)
+    torch._dynamo.utils.counters.clear()
+    train.main([*flags, "--compile", "--out", "compiled"])
+    assert 0 < compiled[2] == compiled[-1] <= 12
+    assert len(compiled) == 36
+    losses = [loss_of_steps(tmp_path / out) for out in ("plain", "compiled")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def loss_of_steps(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
