@@ -150,7 +150,7 @@ class Guesses:
         self.ends = ends
         self.max_seq_len = max_seq_len
         self.pool = NgramPool() if pool is None else pool
-        if len(self.pool) >= POOL_SIZE:
+        if len(self.pool) > POOL_SIZE:
             self.pool.clear()
         self.walks = {}                              # i: the Walk of rows[i] since the last forward
 
