@@ -1,8 +1,8 @@
-"""How good are a model's answers to examples it was not trained on, and is the gain chance?
+"""Measure how well a model answers held-out examples, and whether a gain is more than chance.
 
-Answers that are given are scored by their likelihood, exact and in batches; the model's own answers
-are generated greedily.  Each result is a table with one row per example.  Every measure is computed
-from column sums, so ranks and bootstrap samples use the same code.
+The examples' own answers are scored by their likelihood, exactly and in batches.  The model's
+answers are generated greedily.  Each result is a table with one row per example.  Every measure is
+computed from column sums, so ranks and bootstrap samples use the same code.
 """
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -81,10 +81,11 @@ def prompt_and_answer(row: tuple[list[int], list[int]]) -> tuple[list[int], list
 def lay_out(questions: Sequence[Question]) -> tuple:
     """Return (tokens (1, N), Layout, places (M,), targets (M,)) of one packed row.
 
-    What all prompts begin with stands once, the rest of each prompt once, and behind it its
-    answers, each of which continues that prompt alone.  targets: the tokens of one answer behind
-    another.  places[m]: where in the row targets[m] is predicted, for an answer's first token by
-    the prompt's last.  An answer's own last token, eos, predicts nothing and is left out.
+    A beginning that all prompts share stands once.  The rest of each prompt stands once, and behind
+    it stand its answers, each of which continues that prompt alone.  An answer's last token, eos,
+    predicts nothing and is left out of the row.
+    targets: the tokens of all answers, one answer after another.  places[m]: where in the row
+    targets[m] is predicted; the first token of an answer is predicted by the prompt's last.
     """
     shared = []
     if len(questions) > 1:
@@ -93,7 +94,7 @@ def lay_out(questions: Sequence[Question]) -> tuple:
     segments = []
     beginning = ()                                   # the segments before each prompt's own part
     if len(shared) >= LEAST:
-        tokens = [*shared]
+        tokens = list(shared)
         segments = [(len(shared), ())]
         beginning = (0,)
     n_shared = len(tokens)

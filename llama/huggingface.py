@@ -2,8 +2,8 @@
 
 It is config.json, model.safetensors or pytorch_model.bin (or shards of them) and tokenizer.model.
 Tensors have other names there, and the rows of wq and wk another order: RoPE turns the pairs
-(i, i + hd/2) of a head, where Meta turns (2i, 2i + 1).  So each head has first its even rows, then
-its odd ones.
+(i, i + hd/2) of a head, where Meta turns (2i, 2i + 1).  So the even rows of each head come first,
+then the odd ones.
 """
 import re
 from functools import reduce
@@ -45,7 +45,8 @@ FRACTIONS = ("rms_norm_eps", "rope_theta")           # the sizes that need not b
 DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
             "max_position_embeddings": 2048}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Keys that can make it another model -> the values that do not.  null never does.
+# Keys -> the values that this model has; with another value it would be another model.  null is as
+# good as a missing key.
 FEATURES = {
     "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
     "mlp_bias": (False,), "sliding_window": (), "quantization_config": (),
@@ -88,9 +89,9 @@ def heads(name: str, args: ModelArgs) -> int | None:
 
 
 def as_pairs(rows: torch.Tensor, n_heads: int | None) -> torch.Tensor:
-    """Return rows (n_heads hd, ...) in Meta's order, given Hugging Face's.
+    """Return rows (n_heads hd, ...) of Hugging Face's order in Meta's order.
 
-    With n_heads None the order is the same, and so are the rows.
+    n_heads None: both orders are the same, and the rows are returned as they are.
     """
     if n_heads is None:
         return rows
@@ -98,9 +99,9 @@ def as_pairs(rows: torch.Tensor, n_heads: int | None) -> torch.Tensor:
 
 
 def as_halves(rows: torch.Tensor, n_heads: int | None) -> torch.Tensor:
-    """Return rows (n_heads hd, ...) in Hugging Face's order, given Meta's.
+    """Return rows (n_heads hd, ...) of Meta's order in Hugging Face's order.
 
-    With n_heads None the order is the same, and so are the rows.
+    n_heads None: both orders are the same, and the rows are returned as they are.
     """
     if n_heads is None:
         return rows
@@ -206,10 +207,10 @@ def in_config_words(message: str) -> str:
 def with_width(params: dict) -> ModelArgs:
     """Return ModelArgs whose hidden_dim is the width in params["multiple_of"].
 
-    Meta's formula rounds a width up to a multiple of multiple_of.  With the wanted width itself as
-    multiple_of it gives just that, if the formula's own width is not larger; if it is larger, a
-    multiplier makes it smaller first.  Where a multiple_of of 256 gives the wanted width too, as
-    for LLaMA 2 7B and 13B, it is 256, as in Meta's own files.
+    Meta's formula computes a width from dim and rounds it up to a multiple of multiple_of.  If it
+    computes no more than the wanted width, a multiple_of of just that width gives it.  If it
+    computes more, ffn_dim_multiplier makes that less first.  Where 256 gives the wanted width too,
+    as for LLaMA 2 7B and 13B, multiple_of is 256, as in Meta's own files.
     """
     width = params["multiple_of"]
     args = ModelArgs(**params)
