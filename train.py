@@ -288,7 +288,10 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
 
 def train(job: Job, run: Run):
     """Train job.model by job.plan; record, evaluate and save as the options say."""
-    options, ranks, precision, model = job.options, job.ranks, job.precision, job.model
+    options = job.options
+    ranks = job.ranks
+    precision = job.precision
+    model = job.model
     # add_lora has frozen the base.  DDP must wrap after that: it waits for gradients of all
     # parameters that are trainable when it wraps.
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
@@ -329,10 +332,10 @@ def train(job: Job, run: Run):
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
-               "tokens": window.n_tokens, "answer_tokens": window.n_answer}
-        row["tokens_per_second"] = window.n_tokens / (time.perf_counter() - step_began)
-        row["peak_memory_mb"] = peak_memory_mb(precision.device)
-        row |= {"loss_scale": loss_scale, **notes}
+               "tokens": window.n_tokens, "answer_tokens": window.n_answer,
+               "tokens_per_second": window.n_tokens / (time.perf_counter() - step_began),
+               "peak_memory_mb": peak_memory_mb(precision.device),
+               "loss_scale": loss_scale, **notes}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
             row |= measure()
         remark = run.record(row, is_finite, overflow)

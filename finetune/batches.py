@@ -192,7 +192,9 @@ def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterat
     for step in plan:
         epoch, ranks = step
         rows = [dataset[i] for i in example_indices(step)]
-        batches = [collate([dataset[i] for i in batch]) for batch in ranks[rank]]
+        batches = []
+        for batch in ranks[rank]:
+            batches.append(collate([dataset[i] for i in batch]))
         if not batches:
             tokens, labels = rows[0]
             batches = [collate([(tokens, [IGNORE] * len(labels))])]

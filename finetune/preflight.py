@@ -47,8 +47,14 @@ def micro_batch_sizes(dataset, plan) -> dict:
     for _, ranks in plan:
         for batches in ranks:
             for batch in batches:
-                sizes[tuple(batch)] = Size(*map(sum, zip(*[rows[i] for i in batch], strict=True)))
+                sizes[tuple(batch)] = total_size([rows[i] for i in batch])
     return sizes
+
+
+def total_size(rows: list) -> Size:
+    """Return the size of a micro-batch with these rows, each given by its own Size."""
+    return Size(sum(row.tokens for row in rows), sum(row.answers for row in rows),
+                sum(row.pairs for row in rows))
 
 
 def largest_batch_rows(dataset, plan) -> list:
@@ -61,7 +67,8 @@ def largest_batch_rows(dataset, plan) -> list:
 def largest_size(dataset, plan) -> Size:
     """Return the maximum of each size over the plan's micro-batches, each on its own."""
     sizes = micro_batch_sizes(dataset, plan).values()
-    return Size(*map(max, zip(*sizes, strict=True)))
+    return Size(max(size.tokens for size in sizes), max(size.answers for size in sizes),
+                max(size.pairs for size in sizes))
 
 
 def check_gradients(model, wrapped, loss: Callable):

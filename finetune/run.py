@@ -1,5 +1,6 @@
 """A run's folder: whether it may be used, what is recorded in it, the best model, when to stop."""
 import errno
+import itertools
 import json
 import math
 import os
@@ -104,8 +105,8 @@ class Run:
         self.note_and_compare("ranks", self.ranks.size, "each rank has its own random numbers; "
                               "start as many as it was begun with")
         datasets = [part for part in (job.train_set, job.val_set) if part]
-        rows = ([*tokens, *labels] for part in datasets for tokens, labels in part.rows)
-        self.note_and_compare("data", digest(rows),
+        rows = itertools.chain.from_iterable(part.rows for part in datasets)
+        self.note_and_compare("data", digest([*tokens, *labels] for tokens, labels in rows),
                               "the examples are not those that it was begun with")
         self.note_and_compare("steps", digest(map(example_indices, self.plan)),
                               "its steps would not hold the same examples; keep the product of "

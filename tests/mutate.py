@@ -252,7 +252,7 @@ def build(folder):
 
     import train as program
 
-    from .conftest import CORPUS, EXAMPLES, tiny
+    from .helpers import CORPUS, EXAMPLES, tiny
     sizes = dict(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, multiple_of=8)
 
     def trained(**settings):

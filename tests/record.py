@@ -31,7 +31,7 @@ from finetune.dataset import encode_prompt, read_examples
 from llama.sampling import generate
 from lora import LoRAEmbedding, LoRALinear, lora_state_dict
 
-from .conftest import EXAMPLES, ROOT
+from .helpers import EXAMPLES, ROOT, adapter_tensors, metrics
 
 RECORDED = Path(__file__).with_name("recorded.json")
 TOKENIZER = ROOT / "finetune/demo/tokenizer.model"               # fixed bytes, which a tokenizer trained here would not be
@@ -215,8 +215,7 @@ def trained_by_us():
                  "max-steps": STEPS, "clip-grad-norm": 1}
         with contextlib.redirect_stdout(io.StringIO()):
             train.main([word for flag, value in flags.items() for word in (f"--{flag}", str(value))])
-        rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
-        return rows, torch.load(folder / "out/adapter.pt", weights_only=True)["tensors"]
+        return metrics(folder / "out"), adapter_tensors(folder / "out")
 
 
 def start_adapter(named):

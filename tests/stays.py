@@ -12,6 +12,7 @@ A call that gets a followed object, or is a method of one, leads into the functi
 A stay begins where that function stands in another file than the one before.  A function that was
 read already is looked up again, but its own calls are not followed again.
 """
+
 import ast
 import inspect
 import textwrap

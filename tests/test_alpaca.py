@@ -7,7 +7,7 @@ import torch
 from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import encode_example, encode_prompt, format_prompt, read_examples, SupervisedDataset
 
-from .conftest import epoch_windows
+from .helpers import epoch_windows
 
 _ = -100
 

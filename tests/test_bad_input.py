@@ -1,5 +1,4 @@
 """Bad input to the command lines: one clear line (what, where), exit code 2, no traceback, nothing written over."""
-import io
 import json
 import random
 
@@ -11,19 +10,7 @@ import train
 from llama import load_checkpoint
 from lora import read_adapter
 
-
-@pytest.fixture
-def refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def refused(main, *flags):
-        with pytest.raises(SystemExit) as caught:
-            main(list(flags))
-        output, error = capsys.readouterr()
-        assert "the pickle ran" not in output
-        assert caught.value.code == 2 and error.count("\n") == 1 and "Traceback" not in error, error
-        return error
-    return refused
+from .helpers import Attack, saved
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -200,17 +187,6 @@ def test_a_base_that_has_moved_is_named(refused, base, data, tmp_path):
     assert f"no checkpoint folder at {base}" in refused(generate.main, "--adapter", "run/adapter.pt", "--instruction", "a")
     assert json.loads((tmp_path / "run/args.json").read_text())["checkpoint"] == str(base)
     generate.main(["--adapter", "run/adapter.pt", "--instruction", "a", "--checkpoint", "moved", "--max-new-tokens", "1"])
-
-
-class Attack:
-    def __reduce__(self):
-        return print, ("the pickle ran",)
-
-
-def saved(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("name, content, message", [

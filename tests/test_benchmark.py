@@ -31,7 +31,7 @@ from finetune.batches import pack
 from lora import LoRAConfig, add_lora
 
 from . import peers as their_side
-from .conftest import ROOT, tiny
+from .helpers import ONE_THREAD, ROOT, tiny
 
 
 @pytest.fixture
@@ -499,7 +499,7 @@ def table(monkeypatch, tmp_path, capsys):
 def killed_after_two_cells(name, path, flags):
     """The cells that `benchmark.py name`, a process of its own, leaves in `path`."""
     process = subprocess.Popen([sys.executable, "-m", "benchmarks", name, "--out", path.parent, *map(str, flags)], cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+                               env=ONE_THREAD, stderr=subprocess.DEVNULL)
     while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
         assert process.poll() is None                            # it must not have ended by itself
         time.sleep(0.1)

@@ -1,6 +1,4 @@
 """docs/changing-it.md: each recipe, applied to a copy of the tree, trains and does what it says."""
-import json
-import os
 import re
 import shlex
 import shutil
@@ -10,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from .conftest import ROOT
+from .helpers import ONE_THREAD, ROOT, adapter_tensors, metrics
 
 PAGE = (ROOT / "docs/changing-it.md").read_text(encoding="utf-8")
 SHIPPED = ("train.py", "generate.py", "llama", "lora", "finetune")
@@ -62,14 +60,9 @@ def run(folder, command):
     words = shlex.split(command)
     assert words[0] == "python"
     done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+                          env=ONE_THREAD)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def metrics(folder):
-    lines = (folder / "out/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def optimizer_groups(folder):
@@ -83,7 +76,7 @@ def plain(tmp_path_factory):
     """(rows of metrics.jsonl, printed text) of the same two steps in an unchanged tree."""
     folder = copy_tree(tmp_path_factory.mktemp("plain") / "tree")
     printed = run(folder, "python train.py --layers 1 --max-steps 2")
-    return metrics(folder), printed
+    return metrics(folder / "out"), printed
 
 
 def losses(rows):
@@ -96,7 +89,7 @@ def before_training(printed):
 
 
 def changed_method(folder, rows, printed, plain_rows, plain_printed):
-    tensors = torch.load(folder / "out/adapter.pt", weights_only=True)["tensors"]
+    tensors = adapter_tensors(folder / "out")
     assert all(name.endswith("lora_l") for name in tensors) and len(tensors) == 2
     assert losses(rows)[0] == losses(plain_rows)[0]             # Both begin as the base.
     assert losses(rows)[1] != losses(plain_rows)[1]
@@ -149,6 +142,6 @@ def test_a_recipe_works_in_a_copy_of_the_tree(title, tmp_path, plain):
     commands = re.findall(r"^python .+$", RECIPES[title], re.M)
     assert commands[0].startswith("python train.py --layers 1 --max-steps 2")
     printed = "".join(run(folder, command) for command in commands)
-    rows = metrics(folder)
+    rows = metrics(folder / "out")
     assert len(rows) == 2
     EFFECTS[title](folder, rows, printed, *plain)

@@ -10,13 +10,9 @@ from llama import load_checkpoint, save_checkpoint
 from llama.checkpoint import fingerprint
 from lora import LoRAConfig, add_lora, lora_state_dict, merge_lora
 
-from .conftest import ROOT, tiny
+from .helpers import PEAK, ROOT, contents, stored, tiny
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3]])
-
-
-def stored(folder):
-    return torch.load(folder / "consolidated.00.pth", weights_only=True)
 
 
 def rewrite(folder, change=None, **params):
@@ -89,16 +85,6 @@ def test_first_layers_and_dtype(base, dtype):
     assert model.args.n_layers == len(model.layers) == 1
     for name, weight in model.named_parameters():
         assert torch.equal(weight, whole.get_parameter(name).to(dtype))
-
-
-# A process begins with its parent's peak in ru_maxrss, and pytest's would hide everything; Linux has one of its own too.
-PEAK = """
-import os, resource
-def peak():
-    if os.path.exists("/proc/self/status"):
-        return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-"""
 
 
 @pytest.mark.slow
@@ -268,7 +254,7 @@ def test_layers_out_of_range_and_a_folder_that_is_not_there(base, tmp_path):
 
 def test_a_write_that_fails_leaves_what_was_there(base, monkeypatch):
     model, tokenizer = load_checkpoint(base)
-    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    before = contents(base)
 
     def full_disk(state, file):
         file.write(b"half")
@@ -276,4 +262,4 @@ def test_a_write_that_fails_leaves_what_was_there(base, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError):
         save_checkpoint(model, tokenizer, base)
-    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    assert contents(base) == before

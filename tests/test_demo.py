@@ -17,14 +17,14 @@ from finetune.dataset import encode_prompt, read_examples
 from llama.sampling import generate
 from lora import load_adapter, lora_disabled
 
-from .conftest import ROOT
+from .helpers import ONE_THREAD, ROOT, metrics
 
 DEMO = ROOT / "finetune" / "demo"
 
 
 def python(folder, *command):
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}         # nearly as fast for this, and two wait for each other on a busy machine
-    return subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True, text=True, env=one_thread).stdout
+    # One thread is nearly as fast for this, and two wait for each other on a busy machine.
+    return subprocess.run([sys.executable, *command], cwd=folder, check=True, capture_output=True, text=True, env=ONE_THREAD).stdout
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     """(folder, printed lines, rows of metrics, seconds) of `python train.py` with no argument."""
     folder, began = tmp_path_factory.mktemp("demo"), time.perf_counter()
     printed = python(folder, ROOT / "train.py")
-    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    rows = metrics(folder / "out")
     return folder, printed, rows, time.perf_counter() - began
 
 
@@ -101,7 +101,7 @@ def test_generate_shows_it(trained, monkeypatch, capsys):
 
 def test_one_layer_is_enough_to_debug_with(tmp_path, monkeypatch, capsys):
     printed = python(tmp_path, ROOT / "train.py", "--layers", "1", "--epochs", "2")
-    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "out")
     assert fifths(rows) < 0.7 and "saved     out/adapter.pt" in printed
     monkeypatch.chdir(tmp_path)
     command.main([])
@@ -124,7 +124,7 @@ def test_the_documented_commands_make_the_demo_again(tmp_path):
         assert (tmp_path / "world" / name).read_bytes() == (DEMO / name).read_bytes(), name
     flags = (DEMO / "make.py").read_text().split("python train.py ")[1].split("\n    python -c")[0].replace("\\\\", "").split()
     python(tmp_path, ROOT / "train.py", *flags, "--max-steps", "300")
-    rows = [json.loads(line) for line in (tmp_path / "base/metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "base")
     assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
     code = (DEMO / "make.py").read_text().split('python -c "')[1].split('"\n')[0]
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -27,9 +27,8 @@ from finetune.preflight import Size, estimate_memory
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
 
-from .conftest import tiny
+from .helpers import metrics, tiny, torchrun
 from .memory import LiveBytes
-from .test_distributed import rows as metrics, torchrun
 from .test_packing import drawn
 from .test_resume import left, stopped_in
 
@@ -192,14 +191,9 @@ def test_the_estimate_is_what_two_steps_allocate(sizes, batch):
 
 
 @pytest.fixture
-def run(base, data, tmp_path, monkeypatch, tokenizer):
-    """run("out", *flags) trains in tmp_path, where teacher/ is; the flags that name it are run.teacher."""
-    monkeypatch.chdir(tmp_path)
+def run(run, tmp_path, tokenizer):
+    """conftest's, with teacher/ in tmp_path; the flags that name it are run.teacher."""
     save_checkpoint(teacher_of(tokenizer), tokenizer, tmp_path / "teacher")
-
-    def run(out, *flags):
-        train.main(["--checkpoint", "base", "--data", str(data), "--out", out, "--r", "4", "--lr", "1e-2", *flags])
-        return metrics(tmp_path / out)
     run.teacher = ["--teacher", "teacher"]
     return run
 

@@ -1,8 +1,5 @@
 """train.py under torchrun: two real gloo processes against one, uneven ranks, a rank with bad input, a rank that dies."""
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,19 +7,9 @@ import torch
 
 import train
 
-from .conftest import EXAMPLES, ROOT
+from .helpers import EXAMPLES, ROOT, adapter_tensors, metrics, torchrun
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0"]
-
-
-def torchrun(folder, *command, ranks=2):
-    """Finished process of `torchrun --nproc_per_node=2 -- command` in `folder`."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--", *map(str, command)],
-                          cwd=folder, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
@@ -50,15 +37,15 @@ def test_one_process_and_two_ranks_give_the_same_run(flags, data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "2 examples x 2 micro-batches x 2 ranks = 8 examples per step; 6 steps" in done.stdout
     assert done.stdout.count("\nstep 1/6 | ") == done.stdout.count("\nsaved     ") == 1            # one rank speaks
-    one = rows(tmp_path / "8")
+    one = metrics(tmp_path / "8")
     for out in ("4x2", "2x2x2"):
-        other = rows(tmp_path / out)
+        other = metrics(tmp_path / out)
         for key in ("step", "epoch", "lr", "tokens", "answer_tokens"):
             assert [row[key] for row in other] == [row[key] for row in one]
         assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-6)
         assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-5)
         assert [row["val_loss"] for row in other if "val_loss" in row] == pytest.approx([row["val_loss"] for row in one if "val_loss" in row], rel=1e-6)
-        tensors = [torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"] for name in ("8", out)]
+        tensors = [adapter_tensors(tmp_path / name) for name in ("8", out)]
         assert all(torch.allclose(tensors[0][name], tensors[1][name], atol=1e-5) for name in tensors[0])
 
 
@@ -94,7 +81,7 @@ windows, train.windows = train.windows, seen
     seen = [line for rank in (0, 1) for line in (tmp_path / f"seen{rank}").read_text().splitlines()]
     assert len(seen) == len(set(seen)) == 201
     for rank in (0, 1):
-        assert len((tmp_path / f"reduced{rank}").read_text().splitlines()) == steps == len(rows(tmp_path / "out"))
+        assert len((tmp_path / f"reduced{rank}").read_text().splitlines()) == steps == len(metrics(tmp_path / "out"))
 
 
 def test_bad_input_on_one_rank_ends_all_with_one_line(flags, launcher, tmp_path):
@@ -132,8 +119,8 @@ train.answer_loss, train.check_gradients = planted, lambda *_: None
     done = torchrun(tmp_path, script, *flags, "--method", "full", "--precision", "fp16", "--val-data", "one.json",
                     "--batch-size", "3", "--accumulation-steps", "1", "--epochs", "2", "--warmup-steps", "3")
     assert done.returncode == 0, done.stderr
-    assert [row["loss_scale"] for row in rows(tmp_path / "out")] == [65536.0, 65536.0, 32768.0, 32768.0]
-    assert [row["lr"] for row in rows(tmp_path / "out")] == pytest.approx([2.5e-3, 5e-3, 5e-3, 7.5e-3])
+    assert [row["loss_scale"] for row in metrics(tmp_path / "out")] == [65536.0, 65536.0, 32768.0, 32768.0]
+    assert [row["lr"] for row in metrics(tmp_path / "out")] == pytest.approx([2.5e-3, 5e-3, 5e-3, 7.5e-3])
     assert done.stdout.count("overflow, step skipped") == 1
     assert (tmp_path / "seed0").read_text() != (tmp_path / "seed1").read_text()
 

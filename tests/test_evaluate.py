@@ -17,7 +17,7 @@ from finetune.dataset import encode_prompt, IGNORE, read_examples, SupervisedDat
 from finetune.evaluate import (class_answers, distinct_classes, evaluate, Exam, group_questions, intervals, lay_out,
                                log_likelihoods, measures, Question, score_answers)
 
-from .conftest import EXAMPLES, ROOT, tiny
+from .helpers import EXAMPLES, ROOT, metrics, tiny
 
 DEMO = ROOT / "finetune" / "demo"
 nothing = torch.autocast("cpu", enabled=False)
@@ -335,7 +335,7 @@ def feelings(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "feelings.json").write_text(json.dumps(FEELINGS))
     train.main(["--checkpoint", str(base), "--data", "feelings.json", "--val-data", "feelings.json", "--targets", "all", "--lr", "1e-2",
                 "--accumulation-steps", "1", "--batch-size", "6", "--max-steps", "2", "--epochs", "2", "--dropout", "0"])
-    return [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()], capsys.readouterr().out
+    return metrics(tmp_path / "out"), capsys.readouterr().out
 
 
 def score(capsys, *flags):

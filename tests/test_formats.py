@@ -21,9 +21,7 @@ from lora import LoRAConfig, add_lora, load_adapter, lora_disabled, lora_state_d
 from lora.adapter import lora_layers
 
 from . import reference
-from .conftest import CORPUS, EXAMPLES, ROOT, tiny
-from .test_bad_input import Attack, refused, saved              # noqa: F401
-from .test_checkpoint import PEAK
+from .helpers import Attack, CORPUS, EXAMPLES, PEAK, ROOT, saved, stored, tiny
 
 needs_safetensors = pytest.mark.skipif(not find_spec("safetensors"), reason="needs safetensors: pip install safetensors")
 needs_peers = pytest.mark.skipif(not (find_spec("transformers") and find_spec("peft")),
@@ -52,10 +50,6 @@ def to_hf(base, suffix=".bin"):
     """The base as a Hugging Face folder beside it."""
     run(base, base.parent / "hf", "--to", "hf", *["--bin"] * (suffix == ".bin"))
     return base.parent / "hf"
-
-
-def stored(folder):
-    return torch.load(folder / "consolidated.00.pth", weights_only=True)
 
 
 def same(one, other):

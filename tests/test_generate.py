@@ -13,7 +13,7 @@ from llama import layout as packed, load_checkpoint, sampling, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from llama.sampling import BLOCK, FEWER, GUESSES, LINE, NGRAM, beam_search, filtered, generate, guess, lookup, next_logits, repeats, stream
 
-from .conftest import EXAMPLES, tiny
+from .helpers import EXAMPLES, tiny
 
 
 class Scripted(torch.nn.Module):

@@ -33,19 +33,12 @@ from llama.sampling import next_logits
 from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
 
 from . import mutate
-from .conftest import EXAMPLES, ROOT, tiny
-from .test_bad_input import refused              # noqa: F401
+from .helpers import EXAMPLES, ONE_THREAD, ROOT, saved, tiny
 
 needs_safetensors = pytest.mark.skipif(not find_spec("safetensors"), reason="needs safetensors: pip install safetensors")
 
 
 # ---- what torch.save wrote, or might have
-
-def saved(content, **settings):
-    file = io.BytesIO()
-    torch.save(content, file, **settings)
-    return file.getvalue()
-
 
 def plain(value):
     """The pickle of a value without what stands around it."""
@@ -580,7 +573,7 @@ def test_files_changed_at_random():
     n, results = 2400, []
     while len(results) < n:
         done = subprocess.run([sys.executable, "-m", "tests.mutate", "0", str(len(results)), str(n)], cwd=ROOT, capture_output=True, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=900)
+                              env=ONE_THREAD, timeout=900)
         got = [json.loads(line) for line in done.stdout.splitlines()]
         results += got
         if done.returncode:                                      # the case after the last line took the process with it

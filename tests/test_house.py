@@ -169,7 +169,6 @@ def test_train_has_45_flags():
     assert len([flag for flag in flags if flag != "--help"]) == 45
 
 
-
 # --- how far a flag travels
 
 

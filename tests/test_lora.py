@@ -10,7 +10,7 @@ from lora import (LoRAConfig, LoRAEmbedding, LoRALinear, add_lora, load_adapter,
                   mark_only_lora_as_trainable, merge_lora, save_adapter, unmerge_lora)
 from lora.adapter import lora_layers
 
-from .conftest import tiny
+from .helpers import Attack, tiny
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 2]])
 
@@ -354,11 +354,6 @@ def test_a_merged_model_takes_no_adapter(tmp_path):
     merge_lora(model)
     with pytest.raises(ValueError, match="unmerge it first"):
         load_adapter(model, tmp_path / "adapter.pt")
-
-
-class Attack:
-    def __reduce__(self):
-        return print, ("the pickle ran",)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x02.", {"tensors": {}}, [1], {"config": {"r": 4, "x": 1}, "base": {}, "tensors": {}},

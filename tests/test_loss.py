@@ -6,7 +6,7 @@ from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 
-from .conftest import tiny
+from .helpers import tiny
 
 
 def rows(n=8):

@@ -1,12 +1,9 @@
 """The LoRA family: each method against PEFT or a case worked out by hand, and what all of them promise alike."""
 import copy
 import importlib
-import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import OrderedDict
 
@@ -24,7 +21,7 @@ from lora import (LoRAConfig, LoRALinear, add_lora, begin_step, follow_optimizer
                   mark_only_lora_as_trainable, merge_lora, read_adapter, save_adapter, unmerge_lora)
 from lora.adapter import METHODS, lora_layers
 
-from .conftest import ROOT, tiny
+from .helpers import ROOT, metrics, tiny, torchrun
 from .memory import saved_bytes
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3], [1, 4, 4, 8, 2]])
@@ -388,17 +385,6 @@ def test_a_file_brings_it_back_with_its_hyper_parameters(method, tmp_path):
     torch.testing.assert_close(read_adapter(tmp_path / "adapter.pt")["tensors"], lora_state_dict(model), rtol=0, atol=0)
 
 
-@pytest.fixture
-def run(base, data, tmp_path, monkeypatch):
-    """run("out", *flags) trains in tmp_path and returns the rows of metrics.jsonl."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(out, *flags):
-        train.main(["--checkpoint", str(base), "--data", str(data), "--out", out, "--r", "4", "--lr", "1e-2", *flags])
-        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    return run
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_train_and_generate(run, method, data, tmp_path, capsys):
     """The same command gives the same bytes, bf16 runs, the loss falls, and generate.py needs no flag to go on."""
@@ -448,11 +434,10 @@ train.dist.barrier()
 sys.stdout.flush()
 os._exit(0)
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "launch.py"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(tmp_path, "launch.py")
     assert done.returncode == 0, done.stderr
     for method in METHODS:
-        one, two = ([json.loads(line) for line in (tmp_path / f"{method}-{n}/metrics.jsonl").read_text().splitlines()] for n in (1, 2))
+        one, two = (metrics(tmp_path / f"{method}-{n}") for n in (1, 2))
         assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-6), method
         assert [row.get("rank") for row in two] == [row.get("rank") for row in one] and len(one) == 9
         tensors = [read_adapter(tmp_path / f"{method}-{n}/adapter.pt")["tensors"] for n in (1, 2)]

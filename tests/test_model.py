@@ -8,7 +8,7 @@ import torch
 from llama import ModelArgs, Transformer
 from llama.model import RMSNorm, rope_table, rotate
 
-from .conftest import ROOT, tiny
+from .helpers import ROOT, tiny
 from .reference import naive_logits
 
 SHAPES = {

@@ -5,7 +5,6 @@ pytest -m slow tests/test_mutations.py
 
 import ast
 import copy
-import os
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ import textwrap
 
 import pytest
 
-from .helpers import ROOT
+from .helpers import ONE_THREAD, ROOT
 
 LOSS = "loss_sum * ranks.size / window.n_answer"
 LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
@@ -69,9 +68,8 @@ MUTATIONS = {
         table["nats"][i] = -answer_scores[right].log_p
         """,
         """
-        n_tokens = sum(len(examples[j][1]) for j in group)
         table["tokens"][i] = 1 / len(group)
-        table["nats"][i] = -answer_scores[right].log_p / n_tokens
+        table["nats"][i] = -answer_scores[right].log_p / sum(len(examples[j][1]) for j in group)
         """,
     ),
     "accuracy_of_free_text": (
@@ -269,8 +267,14 @@ MUTATIONS = {
     ),
     "mean_of_rank_means": (
         "finetune/batches.py",
-        "n_answer = sum(count_answer(labels) for _, labels in rows)",
-        "n_answer = len(ranks) * sum(batch.n_answer for batch in batches)",
+        """
+        n_tokens = sum(len(tokens) for tokens, _ in rows)
+        n_answer = sum(count_answer(labels) for _, labels in rows)
+        """,
+        """
+        n_tokens = sum(len(tokens) for tokens, _ in rows)
+        n_answer = len(ranks) * sum(batch.n_answer for batch in batches)
+        """,
     ),
     "no_sync_placement": (
         "train.py",
@@ -415,7 +419,7 @@ def test_the_trap_put_back_is_caught(trap, tmp_path):
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         timeout=300,
     )
     assert done.returncode == 1, done.stdout[-2000:]  # 2 and more: pytest itself failed.

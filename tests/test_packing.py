@@ -11,7 +11,7 @@ from finetune.loss import answer_loss
 from finetune.batches import pack
 from lora import LoRAConfig, add_lora
 
-from .conftest import epoch_windows, tiny
+from .helpers import epoch_windows, tiny
 
 _ = -100
 PREAMBLE, BRANCHES = list(range(10, 30)), ([31, *range(40, 60)], [32, *range(60, 90)])

@@ -16,7 +16,7 @@ from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora
 from lora.quantize import quantizer
 
-from .conftest import EXAMPLES, ROOT, tiny
+from .helpers import EXAMPLES, ROOT, tiny
 from .memory import LiveBytes, saved_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

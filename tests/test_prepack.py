@@ -13,7 +13,7 @@ from lora.layers import lora_layers
 from lora.prepack import PrepackedLinear, prepack
 from lora.quantize import QuantizedLinear
 
-from .conftest import tiny
+from .helpers import tiny
 from .test_quantize import linear, quantized
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")

@@ -1,5 +1,4 @@
 """lora/quantize.py: levels and errors by their derivations, gradients through them, and no weight kept for backward."""
-import json
 import math
 import weakref
 
@@ -16,13 +15,13 @@ from lora import LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lor
 from lora.adapter import METHODS
 from lora.quantize import KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels, quantizer
 
-from .conftest import ROOT, tiny
-from .test_distributed import rows, torchrun
+from .helpers import ROOT, metrics, tiny, torchrun
 
 PUBLISHED = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
              0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]     # QLoRA, appendix E
 SHAPES = [(64, 64), (5, 7), (1, 1), (3, 65), (130, 63)]               # odd ones, and no multiples of a block
 BASED = [method for method in METHODS if method != "delta-lora"]      # those that leave the base where it is
+STEPS = ("--max-steps", "4")
 
 
 def linear(d_out, d_in, dtype=torch.float32, std=1.0, bias=False):
@@ -210,20 +209,11 @@ def test_an_adapter_in_int8_is_off_by_half_a_scale_at_most():
         assert ((small[name] * scale - tensors[name]).abs() <= 0.5001 * scale).all()
 
 
-@pytest.fixture
-def run(base, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*flags, out):
-        train.main(["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2", "--max-steps", "4", "--out", out, *flags])
-        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    return run
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_train_generate_merge(run, base, tmp_path, capsys, kind):
     """The file says what the base was held in; generate.py follows it, and a merged folder gives what it gave."""
-    plain, rows = run(out="plain"), run("--quantize", kind, "--checkpointing", "--precision", "bf16", out=kind)
+    plain = run("plain", *STEPS)
+    rows = run(kind, *STEPS, "--quantize", kind, "--checkpointing", "--precision", "bf16")
     assert 0 < abs(rows[0]["loss"] - plain[0]["loss"]) < 0.1 * plain[0]["loss"]
     adapter = str(tmp_path / kind / "adapter.pt")
     assert read_adapter(adapter)["base"]["quantize"] == kind
@@ -244,16 +234,16 @@ def test_train_generate_merge(run, base, tmp_path, capsys, kind):
 def test_two_ranks_over_nf4_give_the_run_of_one(run, base, data, tmp_path):
     """With accumulation and checkpointing as ever."""
     flags = ("--quantize", "nf4", "--checkpointing", "--dropout", "0", "--accumulation-steps", "2")
-    one = run(*flags, "--batch-size", "4", out="one")
-    done = torchrun(tmp_path, ROOT / "train.py", "--checkpoint", base, "--data", data, "--r", "4", "--lr", "1e-2", "--max-steps", "4",
+    one = run("one", *STEPS, *flags, "--batch-size", "4")
+    done = torchrun(tmp_path, ROOT / "train.py", "--checkpoint", base, "--data", data, "--r", "4", "--lr", "1e-2", *STEPS,
                     *flags, "--batch-size", "2", "--out", "two")
     assert done.returncode == 0, done.stderr[-2000:]
-    two = rows(tmp_path / "two")
+    two = metrics(tmp_path / "two")
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5) and len(two) == 4
 
 
 def test_the_adapter_itself_in_int8(run, base, tmp_path, capsys):
-    run(out="plain")
+    run("plain", *STEPS)
     convert.main([str(base), "small", "--to", "int8", "--adapter", "plain/adapter.pt"])
     assert "int8: logits of up to" in capsys.readouterr().out
     whole, small = (read_adapter(tmp_path / name / "adapter.pt")["tensors"] for name in ("plain", "small"))
@@ -308,7 +298,7 @@ def test_a_quantised_model_is_not_written(base, tmp_path):
 
 
 def test_train_goes_on_over_the_base_that_the_adapter_was_trained_over(run, base, data, tmp_path, capsys):
-    run("--quantize", "nf4", out="first")
+    run("first", *STEPS, "--quantize", "nf4")
     capsys.readouterr()
     train.main(["--checkpoint", str(base), "--data", str(data), "--adapter", "first/adapter.pt", "--max-steps", "1", "--out", "second"])
     said = capsys.readouterr().out

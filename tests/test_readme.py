@@ -14,7 +14,7 @@ from finetune import convert
 from finetune.dataset import read_examples
 from finetune.options import parse_options
 
-from .conftest import ROOT
+from .helpers import ROOT
 
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")

@@ -34,9 +34,8 @@ from finetune.run import Run
 from llama import save_checkpoint
 from finetune.preflight import OutOfMemoryAdvice, memory_advice
 
-from .conftest import EXAMPLES, ROOT, tiny
+from .helpers import EXAMPLES, ONE_THREAD, ROOT, contents, tiny, untimed
 
-TIMED = ("tokens_per_second", "peak_memory_mb")
 EXAMPLES = EXAMPLES[:6]                                    # two epochs of three steps of two
 
 
@@ -63,15 +62,10 @@ def flags(place, monkeypatch):
 def left(folder):
     """What a run leaves, the fields of time and memory aside; every line of metrics.jsonl has to be one."""
     *rows, end = open(f"{folder}/metrics.jsonl").read().split("\n")
-    rows = [json.loads(line) for line in rows]
-    rows = [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+    rows = untimed([json.loads(line) for line in rows])
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)) and end == ""
     names = sorted(name for name in os.listdir(folder) if name.endswith((".pt", ".pth")) and name != "state.pt")
     return rows, {name: open(f"{folder}/{name}", "rb").read() for name in names}
-
-
-def contents(folder):
-    return {name: open(f"{folder}/{name}", "rb").read() for name in os.listdir(folder)}
 
 
 def start(argv, before=lambda: None):
@@ -624,7 +618,7 @@ def test_25_kills_of_one_of_two_ranks_at_random_moments(flags):
 
 def torchrun(*command, **settings):
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, **settings)
 
 
 @pytest.fixture(scope="module")

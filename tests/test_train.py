@@ -14,22 +14,10 @@ from finetune.dataset import read_examples, SupervisedDataset, load_datasets
 from finetune.options import parse_options
 from finetune.ranks import SINGLE_PROCESS
 
-from .conftest import EXAMPLES
+from .helpers import EXAMPLES, adapter_tensors, contents, untimed
 
 FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens", "tokens_per_second", "peak_memory_mb",
           "loss_scale"]
-TIMED = ("tokens_per_second", "peak_memory_mb")
-
-
-@pytest.fixture
-def run(base, data, tmp_path, monkeypatch):
-    """run("out", *flags) trains in tmp_path and returns the rows of metrics.jsonl."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(out, *flags):
-        train.main(["--checkpoint", str(base), "--data", str(data), "--out", out, "--r", "4", "--lr", "1e-2", *flags])
-        return [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-    return run
 
 
 @pytest.fixture
@@ -42,14 +30,6 @@ def watch(monkeypatch):
                 return see(model, batch) or honest(model, batch)
             monkeypatch.setattr(place, name, watched)
     return watch
-
-
-def adapter(folder):
-    return torch.load(folder / "adapter.pt", weights_only=True)["tensors"]
-
-
-def untimed(rows):
-    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
 def test_a_step_does_not_depend_on_how_it_is_cut(run, tmp_path):
@@ -65,8 +45,8 @@ def test_a_step_does_not_depend_on_how_it_is_cut(run, tmp_path):
                    [other[key] for key in ("step", "epoch", "tokens", "answer_tokens", "lr")]
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        for name, tensor in adapter(tmp_path / out).items():
-            assert torch.allclose(tensor, adapter(tmp_path / "8")[name], atol=1e-4), name
+        for name, tensor in adapter_tensors(tmp_path / out).items():
+            assert torch.allclose(tensor, adapter_tensors(tmp_path / "8")[name], atol=1e-4), name
 
 
 def test_metrics_have_every_field_and_count_real_tokens(run, tokenizer):
@@ -173,7 +153,7 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, mon
 
 def test_weight_decay_reaches_the_optimizer(run, tmp_path):
     run("plain", "--max-steps", "2"), run("decayed", "--max-steps", "2", "--weight-decay", "50")
-    plain, decayed = (sum(t.norm() for name, t in adapter(tmp_path / out).items() if name.endswith("_A")) for out in ("plain", "decayed"))
+    plain, decayed = (sum(t.norm() for name, t in adapter_tensors(tmp_path / out).items() if name.endswith("_A")) for out in ("plain", "decayed"))
     assert decayed < 0.8 * plain
 
 
@@ -348,7 +328,7 @@ def test_held_out_examples_are_not_trained_on(base, data):
 
 def test_layers_keeps_the_first_blocks(run, tmp_path):
     run("one", "--layers", "1", "--max-steps", "1")
-    assert {name.split(".")[1] for name in adapter(tmp_path / "one")} == {"0"}
+    assert {name.split(".")[1] for name in adapter_tensors(tmp_path / "one")} == {"0"}
 
 
 def test_the_default_out_is_replaced_and_a_named_one_is_not(run, base, data, tmp_path, capsys):
@@ -358,24 +338,24 @@ def test_the_default_out_is_replaced_and_a_named_one_is_not(run, base, data, tmp
     train.main([*flags, "--seed", "1"])
     assert (tmp_path / "out/adapter.pt").read_bytes() != before
     run("named", "--max-steps", "1")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()}
+    before = contents(tmp_path / "named")
     assert before.keys() == {"adapter.pt", "args.json", "metrics.jsonl", "state.pt"}
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         run("named", "--max-steps", "1")
     assert "named holds a run already: --resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in (tmp_path / "named").iterdir()} == before
+    assert contents(tmp_path / "named") == before
 
 
 def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeypatch, capsys):
     """A base that stands in ./out, the default of --out, by whatever way it came there."""
     monkeypatch.chdir(tmp_path)
     base.rename(tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     for flags in (["--checkpoint", "out"], []):
         with pytest.raises(SystemExit, match="2"):
             train.main([*flags, "--data", str(data), "--max-steps", "1"])
-        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        assert contents(tmp_path / "out") == before
     for name in ("args.json", "consolidated.01.pth"):                     # several files are no run's, whatever stands beside
         (tmp_path / "out" / name).touch()
     with pytest.raises(SystemExit, match="2"):
@@ -385,8 +365,8 @@ def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeyp
 def test_bad_input_leaves_the_last_run_in_the_default_out(run, base, data, tmp_path):
     flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
     train.main(flags)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = contents(tmp_path / "out")
     for wrong in (["--targets", "wz"], ["--r", "999"], ["--layers", "9"], ["--data", "nowhere.json"]):
         with pytest.raises(SystemExit, match="2"):
             train.main([*flags, *wrong])
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert contents(tmp_path / "out") == before

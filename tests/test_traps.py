@@ -24,9 +24,8 @@ from finetune.ranks import SINGLE_PROCESS
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
-from .conftest import EXAMPLES, ROOT, epoch_windows, tiny
+from .helpers import EXAMPLES, ROOT, adapter_tensors, epoch_windows, metrics, tiny, torchrun
 from .memory import saved_bytes
-from .test_distributed import rows, torchrun
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0", "--batch-size", "2", "--accumulation-steps", "4", "--epochs", "2", "--clip-grad-norm", "0"]
 
@@ -49,7 +48,7 @@ def run(base, data, tmp_path, monkeypatch):
     def run(*flags):
         out = tmp_path / f"run{next(names)}"
         train.main(["--checkpoint", str(base), "--data", str(data), *FLAGS, *flags, "--out", str(out)])
-        return rows(out)
+        return metrics(out)
     return run
 
 
@@ -336,7 +335,7 @@ def test_adapter_file_that_holds_the_base(tmp_path):
     """An adapter file that is empty, or that carries 13 GB of base along, because state_dict was the wrong one.
     https://github.com/tloen/alpaca-lora/issues/446"""
     save_adapter(adapted(), tmp_path / "adapter.pt")
-    tensors = torch.load(tmp_path / "adapter.pt", weights_only=True)["tensors"]
+    tensors = adapter_tensors(tmp_path)
     assert len(tensors) == 8 and all(name.endswith(("lora_A", "lora_B")) and tensor.any() for name, tensor in tensors.items())
     assert sum(tensor.untyped_storage().nbytes() for tensor in tensors.values()) == 2 * 4 * 4 * 2 * 32
 
@@ -395,7 +394,7 @@ def test_adapter_before_the_seed(run, tmp_path):
     for _ in range(2):
         run("--max-steps", "1")
         torch.rand(7)                                                    # whatever happened before
-    one, other = (torch.load(tmp_path / name / "adapter.pt", weights_only=True)["tensors"] for name in ("run0", "run1"))
+    one, other = (adapter_tensors(tmp_path / name) for name in ("run0", "run1"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -610,7 +609,7 @@ train.main(sys.argv[1:])
 def test_mean_of_rank_means(two_ranks):
     """DDP averages over ranks: each divided by its own tokens, the ranks' gradients are a mean of means again.
     https://github.com/huggingface/transformers/issues/34242"""
-    one, two = (rows(two_ranks / out) for out in ("one", "two"))
+    one, two = (metrics(two_ranks / out) for out in ("one", "two"))
     assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
     assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
 
@@ -620,14 +619,14 @@ def test_no_sync_placement(two_ranks):
     https://github.com/baidu-baige/LoongForge/issues/163"""
     for rank in 0, 1:
         assert (two_ranks / f"notes{rank}").read_text().count("reduced") == 4        # steps
-    one, two = (rows(two_ranks / out) for out in ("one", "two"))
+    one, two = (metrics(two_ranks / out) for out in ("one", "two"))
     assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in one], rel=1e-4)
 
 
 def test_freeze_after_wrapping(two_ranks):
     """DDP waits for a gradient of all that was trainable as it wrapped; frozen afterwards, the second step fails.
     https://github.com/huggingface/peft/issues/1612"""
-    assert len(rows(two_ranks / "two")) == 4
+    assert len(metrics(two_ranks / "two")) == 4
 
 
 def test_evaluation_through_the_wrapper(two_ranks):
@@ -635,7 +634,7 @@ def test_evaluation_through_the_wrapper(two_ranks):
     https://github.com/FareedKhan-dev/train-llm-from-scratch/issues/32"""
     for rank in 0, 1:
         assert set(re.findall("evaluated (.*)", (two_ranks / f"notes{rank}").read_text())) == {"Transformer"}
-    one, two = ([row["val_loss"] for row in rows(two_ranks / out) if "val_loss" in row] for out in ("one", "two"))
+    one, two = ([row["val_loss"] for row in metrics(two_ranks / out) if "val_loss" in row] for out in ("one", "two"))
     assert len(one) == 2 and two == pytest.approx(one, rel=1e-5)
 
 
