@@ -166,11 +166,12 @@ def plot_bars(ax, panel: Panel):
 
 
 def short_number(value: float) -> str:
-    """Return a number with three significant digits, or all of a larger whole part."""
+    """Return a number with up to three significant digits, or its whole part if that has more."""
     if value == 0:
         return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{digits}f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    shown = f"{value:,.{decimals}f}"
+    return shown.rstrip("0").rstrip(".") if decimals else shown
 
 
 def plot_lines(ax, panel: Panel):
@@ -205,7 +206,8 @@ def scale_axes(ax, panel: Panel):
     x_values = [x for x, _ in panel.points]
     y_values = [y for _, y in panel.points if y is not None]
     if panel.log_x and x_values and max(x_values) > 4 * min(x_values) > 0:
-        # Counts double from tick to tick; other numbers, such as learning rates, have decades.
+        # Counts get a tick at each doubling; learning rates, say, get one at 1, 10 and 100, or at
+        # 1, 2 and 5 if they span little.
         is_count = min(x_values) >= 1
         is_wide = is_count or max(x_values) > 100 * min(x_values)
         ax.set_xscale("log", base=2 if is_count else 10)

@@ -1,4 +1,4 @@
-"""llama/distill.py and llama/rnn.py: soft targets by the paper's equation, a teacher that stays as it is, a student that is no
+"""finetune/distill.py and llama/rnn.py: soft targets by the paper's equation, a teacher that stays as it is, a student that is no
 transformer."""
 import copy
 import json

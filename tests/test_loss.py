@@ -1,4 +1,4 @@
-"""llama/loss.py: a sum by a count, so that the gradient does not depend on how a step is cut into micro-batches."""
+"""finetune/loss.py: a sum by a count, so that the gradient does not depend on how a step is cut into micro-batches."""
 import torch
 import torch.nn.functional as F
 
