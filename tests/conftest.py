@@ -11,7 +11,7 @@ from llama import Tokenizer, save_checkpoint
 
 from .helpers import CORPUS, EXAMPLES, metrics, tiny
 
-torch.set_num_threads(1)                    # For tensors this small, threads only wait for each other.
+torch.set_num_threads(1)  # For tensors this small, threads only wait for each other.
 
 
 @pytest.fixture(scope="session", autouse=True)
