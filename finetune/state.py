@@ -107,6 +107,9 @@ def load_state(path):
     """What a save holds, mapped.  No pickled code runs.  Raises ValueError for what is torn, damaged, or no save at all."""
     state = load_saved(path, what := "a whole save of a run", mapped=True)
     with reading(path, what):
+        # torch warns on stderr when a tensor is indexed by text.
+        if not isinstance(state, dict) or not isinstance(state.get("counters"), dict):
+            raise ValueError("it has no counters")
         check_alike(COUNTERS | {"finished": state["counters"]["finished"] is True}, state["counters"], "counters")
         state["args"] = json.loads(json.dumps(state["args"]))                # no tensors, no names but text
         if not all(isinstance(state[name], kind) for name, kind in (
