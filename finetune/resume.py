@@ -88,6 +88,9 @@ def read_save(path: Path, warning=None) -> Save:
     what = "a whole save of a run"
     content = load_saved(path, what, mapped=True)
     with reading(path, what):
+        # torch warns on stderr when a tensor is indexed by text, so look at the types first.
+        if not isinstance(content, dict) or not isinstance(content.get("counters"), dict):
+            raise ValueError("it has no counters")
         counters = dict(content["counters"])
         if "taken" not in counters:                  # An earlier version saved it elsewhere.
             counters["taken"] = content["parts"]["schedule"]["last_epoch"]

@@ -384,6 +384,8 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
         raise FileNotFoundError(f"no adapter file at {path}")
     content = load(path) if from_file else source
     with reading(path):
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         config = LoRAConfig(**content["config"])
         tensors = rescaled(content["tensors"], content.get("scales", {}))
         base = content["base"]

@@ -28,9 +28,10 @@ import train
 from finetune import convert
 from llama import checkpoint, load_checkpoint, save_checkpoint
 from finetune.errors import in_one_line, one_line_errors
+from finetune.resume import read_save
 from llama.files import load_saved
 from llama.sampling import next_logits
-from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
+from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, read_adapter, save_adapter
 
 from . import mutate
 from .helpers import EXAMPLES, ONE_THREAD, ROOT, saved, tiny
@@ -384,6 +385,16 @@ def test_a_planted_pickle_does_not_run(refused, here):          # noqa: F811
                 load_adapter(model, here / name)                # the library's own door, without the command lines' reader
             (here / name).write_bytes(whole)
         assert not (here / "planted").exists()
+
+
+@pytest.mark.parametrize("content", [torch.ones(3), {"counters": torch.ones(3)}, [1], None])
+def test_a_save_that_is_a_tensor_ends_in_one_line_without_a_warning(tmp_path, recwarn, content):
+    torch.save(content, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is not a whole save of a run: it has no counters"):
+        read_save(tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is not an adapter file"):
+        read_adapter(tmp_path / "state.pt")
+    assert not recwarn.list
 
 
 def test_the_library_reads_an_adapter_as_the_command_lines_do(here):

@@ -16,7 +16,6 @@ LARGEST_SIGNATURE = 6
 OPTIONAL = {"safetensors", "matplotlib", "PIL"}  # packages that a function may import by itself
 OPTIONS = ("finetune/options.py",)  # where the options are made, and so may be changed
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
-# Files that do not keep every rule yet.  Whoever cleans one strikes it here.
 
 
 def is_written_out(node):
