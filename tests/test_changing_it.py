@@ -1,4 +1,7 @@
-"""docs/changing-it.md: each recipe, applied to a copy of the tree, trains and does what it says."""
+"""docs/changing-it.md: each recipe, applied to a copy of the tree, trains and does what it says.
+
+The recipes run with `pytest -m slow tests/test_changing_it.py`.
+"""
 import re
 import shlex
 import shutil
@@ -135,6 +138,7 @@ def test_the_page_has_these_recipes():
     assert RECIPES.keys() == EFFECTS.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", RECIPES)
 def test_a_recipe_works_in_a_copy_of_the_tree(title, tmp_path, plain):
     folder = copy_tree(tmp_path / "tree")
