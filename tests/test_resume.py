@@ -640,7 +640,7 @@ def test_torchrun_starts_again_by_itself(two_ranks, place, monkeypatch):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
-from tests.test_state import die, dying_in_a_save
+from tests.test_resume import die, dying_in_a_save
 life = os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"]
 losses, gathers, loss, gather = [], [], train.answer_loss, torch.distributed.all_gather_object
 def dying(model, batch):
@@ -649,7 +649,7 @@ def dying(model, batch):
 def dying_too(*args):
     gather(*args)
     gathers.append(1)
-    if life == "12" and len(gathers) == 9:
+    if life == "12" and len(gathers) == 11:
         die()
 train.answer_loss, torch.distributed.all_gather_object = dying, dying_too
 if life == "01":
