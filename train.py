@@ -1,6 +1,6 @@
 """Fine-tune LLaMA 2 on Alpaca examples with LoRA.
 
-    python train.py                 the demo: a base of a million parameters, half a minute on a CPU
+    python train.py                 the demo: a base of a million parameters, 20 seconds on a CPU
     python train.py --layers 1      the same with only the first block, for debugging
     python train.py --checkpoint llama-2-7b --data alpaca_data.json --checkpointing --out out/7b
     torchrun --standalone --nproc_per_node=2 -- train.py      any of these, in two processes
@@ -26,13 +26,7 @@ from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import INTERRUPTED, one_line_errors
 from finetune.evaluate import TOKENS, evaluate
-from finetune.hardware import (
-    DTYPES,
-    Precision,
-    check_compiler,
-    peak_memory_mb,
-    pick_hardware,
-)
+from finetune.hardware import DTYPES, Precision, check_compiler, peak_memory_mb, pick_hardware
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
 from finetune.pictures import picture_of
@@ -58,6 +52,7 @@ from llama.checkpoint import (
     save_weights,
 )
 from llama.peft import adapter_at
+from llama.tokenizer import Tokenizer
 from lora import (
     AdapterState,
     LoRAConfig,
@@ -79,31 +74,25 @@ class Job:
     """What a run trains, on which data and how.  It is complete before the first step.
 
     `prepare` makes it with models that have shapes but no data; `load_weights` loads the weights.
-    (The output folder, with progress, metrics and saves, belongs to Run.)
-
-    lora: None for --method full.  settings: all options, with the values chosen for them.
-    adapter: the content of the --adapter file or folder.  plan: every optimizer step of the run,
-    (epochs completed after it, example indices as [rank][micro-batch][i]).  wrapped: paths of the
-    adapted layers.  optimizer_bytes_per_parameter: bytes of optimizer state per trained number.
-    loss_fn(model, batch): (sum over answer tokens, their number).
+    The output folder, with progress, metrics and saves, belongs to Run.
     """
     options: Options
     ranks: Ranks
     precision: Precision
-    lora: LoRAConfig | None
+    lora: LoRAConfig | None              # None for --method full
     quantize: str
-    settings: dict
-    adapter: dict | None
-    tokenizer: object
+    settings: dict                       # all options, with the values chosen for them
+    adapter: dict | None                 # content of the --adapter file or folder
+    tokenizer: Tokenizer
     train_set: SupervisedDataset
-    val_set: SupervisedDataset | None
-    collate: Callable
-    optimizer_bytes_per_parameter: float
-    plan: list = ()
+    val_set: SupervisedDataset | None    # held-out examples
+    collate: Callable                    # list of (tokens, labels) -> Batch
+    optimizer_bytes_per_parameter: float         # bytes of optimizer state per trained number
+    plan: list = ()                      # per step: (epochs done after it, [rank][micro-batch][i])
     model: torch.nn.Module | None = None
-    wrapped: list = ()
+    adapter_paths: list = ()             # where the adapter layers are in the model
     distillation: Distillation | None = None
-    loss_fn: Callable = answer_loss
+    loss_fn: Callable = answer_loss      # (model, batch) -> (sum over answer tokens, their number)
 
 
 def main(argv=None):
@@ -142,7 +131,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     Every check that needs no weights is made here.  Raises ValueError or OSError.
     """
     device, precision_name = pick_hardware(options.device, options.precision, ranks.local_rank,
-                                      options.fast_matmul)
+                                           options.fast_matmul)
     if options.compile:
         check_compiler(device)
     base = read_params(options.checkpoint)
@@ -164,7 +153,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         precision=mixed_precision(precision_name, device, lora),
         lora=lora,
         quantize=quantize,
-        settings=settled(options, device, precision_name, lora, quantize),
+        settings=chosen_settings(options, device, precision_name, lora, quantize),
         adapter=adapter,
         tokenizer=tokenizer,
         train_set=train_set,
@@ -176,10 +165,10 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     return job
 
 
-def adapter_settings(options: Options, adapter: dict | None):
+def adapter_settings(options: Options, adapter: dict | None) -> tuple[LoRAConfig | None, str]:
     """Return (LoRAConfig or None, quantisation), from --adapter if given, else from the flags.
 
-    --quantize overrides what the adapter says.
+    adapter: the content of the adapter file.  --quantize overrides what it says.
     """
     if adapter is None:
         return options.lora_config, options.quantize or "none"
@@ -188,7 +177,8 @@ def adapter_settings(options: Options, adapter: dict | None):
     return saved["config"], options.quantize or base_info.get("quantize") or "none"
 
 
-def settled(options: Options, device, precision: str, lora: LoRAConfig | None, quantize: str):
+def chosen_settings(options: Options, device, precision: str, lora: LoRAConfig | None,
+                    quantize: str) -> dict:
     """Return all options with the values chosen for them, for args.json and --resume."""
     settings = asdict(options)
     settings |= {"device": str(device), "precision": precision, "quantize": quantize}
@@ -201,9 +191,9 @@ def settled(options: Options, device, precision: str, lora: LoRAConfig | None, q
 
 def with_plan_and_shapes(job: Job) -> Job:
     """Return the job with its plan, and with its models on the meta device: shapes, no data."""
-    model, wrapped = load_model(job, META, "random")
+    model, adapter_paths = load_model(job, META, "random")
     distillation = load_distillation(job, META, "random")
-    return replace(job, plan=make_plan(job), model=model, wrapped=wrapped,
+    return replace(job, plan=make_plan(job), model=model, adapter_paths=adapter_paths,
                    distillation=distillation)
 
 
@@ -235,7 +225,7 @@ def check_gradient_paths(job: Job):
     the meta device have no values.
     """
     batch = job.collate(largest_batch_rows(job.train_set, job.plan)).to(META)
-    check_gradients(job.model, job.wrapped,
+    check_gradients(job.model, job.adapter_paths,
                     lambda: job.model(batch.tokens, layout=batch.layout).sum())
 
 
@@ -243,20 +233,21 @@ def load_weights(job: Job) -> Job:
     """Load the weights, and test one backward pass on the largest micro-batch."""
     device = job.precision.device
     torch.manual_seed(job.options.seed)                       # before the first weight is drawn
-    model, wrapped = load_model(job, device, job.options.init)
+    model, adapter_paths = load_model(job, device, job.options.init)
     if job.adapter:
         load_adapter(model, job.adapter)
     distillation = load_distillation(job, device, "checkpoint")     # --init is for the student.
     loss_fn = distillation or answer_loss
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
-        check_gradients(model, wrapped, lambda: loss_fn(model, batch.to(device))[0])
+        check_gradients(model, adapter_paths, lambda: loss_fn(model, batch.to(device))[0])
     torch.manual_seed(job.options.seed + job.ranks.rank)      # other dropout on each rank
-    return replace(job, model=model, wrapped=wrapped, distillation=distillation, loss_fn=loss_fn)
+    return replace(job, model=model, adapter_paths=adapter_paths, distillation=distillation,
+                   loss_fn=loss_fn)
 
 
 def load_model(job: Job, device: torch.device, init: str):
-    """Return (model, wrapped paths).  Without an adapter, all of the model is trained.
+    """Return (model, paths of its adapter layers).  Without an adapter the whole model is trained.
 
     Frozen weights are loaded in the compute dtype: in fp32 they would need autocast, which keeps a
     16-bit copy of each until backward.  Trained weights stay in fp32, because 16 bits would round
@@ -267,11 +258,11 @@ def load_model(job: Job, device: torch.device, init: str):
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
                                options.max_seq_len, init, convert=quantizer(job.quantize))
     model.checkpointing = options.checkpointing
-    wrapped = add_lora(model, job.lora) if job.lora else []
+    adapter_paths = add_lora(model, job.lora) if job.lora else []
     if options.compile:
         for block in model.layers:
             block.compile(dynamic=True)                       # Compile once for all lengths.
-    return model, wrapped
+    return model, adapter_paths
 
 
 def load_distillation(job: Job, device: torch.device, init: str) -> Distillation | None:
@@ -304,17 +295,18 @@ def train(job: Job, run: Run):
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
     tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
-    measure = functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, TOKENS),
-                                precision.autocast, ranks.rank, ranks.size)
+    evaluate_held_out = functools.partial(
+        evaluate, model, job.val_set, min(tokens_per_batch, TOKENS), precision.autocast,
+        ranks.rank, ranks.size)
     with one_line_errors("train.py", ranks):
         run.attach(precision.device, functools.partial(save_best, job),
-                    model=trained_part(job), optimizer=optimizer, scaler=precision.scaler)
+                   model=trained_part(job), optimizer=optimizer, scaler=precision.scaler)
     if job.val_set and run.progress.step == 0:
-        print(f"before    {held_out_columns(measure())}", flush=True)
+        print(f"before    {held_out_columns(evaluate_held_out())}", flush=True)
     model.train()
     step_began = time.perf_counter()
-    coming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
-    for step, window in enumerate(prefetch(coming), run.progress.step + 1):
+    upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
+    for step, window in enumerate(prefetch(upcoming), run.progress.step + 1):
         notes = begin_step(model, step, run.progress.loss)    # the loss of the step before
         # progress.taken does not count skipped steps, so they do not advance the schedule.
         factor = lr_factor(run.progress.taken, n_steps, warmup, options.schedule)
@@ -338,7 +330,7 @@ def train(job: Job, run: Run):
                "peak_memory_mb": peak_memory_mb(precision.device),
                "loss_scale": loss_scale, **notes}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
-            row |= measure()
+            row |= evaluate_held_out()
         remark = run.record(row, is_finite, overflow)
         is_notable = step in (1, n_steps) or "val_loss" in row or remark
         if step % options.log_every == 0 or is_notable:

@@ -8,7 +8,7 @@ from finetune.preflight import MIB, mib
 
 from . import runs
 from .measure import flop_per_token
-from .runs import Setup, Workload, has_run, measure_cell, peak_of, settled
+from .runs import Setup, Workload, has_run, measure_cell, peak_of, make_setup
 from .tables import Table, markdown, panel
 
 UP = "↑"
@@ -108,7 +108,7 @@ def add_flags(parser):
 
 def make(args, table: Table) -> list:
     """Measure every variant; return lines of Markdown: all of them, then Table 1."""
-    setup = settled(args, table.out)
+    setup = make_setup(args, table.out)
     low = "fp16" if setup.precision == "fp16" else "bf16"
     results = {}
     rows = []

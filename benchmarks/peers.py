@@ -36,7 +36,7 @@ from .runs import (
     peak_of,
     report_speed,
     rows_of,
-    settled,
+    make_setup,
     shape_folder,
 )
 from .tables import ROOT, Table, listed, markdown, panel, try_fresh
@@ -123,7 +123,7 @@ def make(args, table: Table) -> list:
     """Measure the comparisons; return lines of Markdown."""
     names = chosen_comparisons(args.cells)
     check_peers(args.against)
-    setup = settled(args, table.out)
+    setup = make_setup(args, table.out)
     pythons = find_pythons(args.against, args.peer_python)
     if not is_huggingface(Path(setup.folder)):
         raise ValueError(f"{setup.folder} is not in Hugging Face's layout, which both sides read: "

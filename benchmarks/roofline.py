@@ -7,7 +7,7 @@ from finetune.hardware import DTYPES, pick_hardware
 
 from . import runs
 from .measure import flop_per_token, matmul_peak
-from .runs import Setup, has_run, measure_cell, settled
+from .runs import Setup, has_run, measure_cell, make_setup
 from .tables import Table, markdown, panel, run_fresh
 
 HEADER = ["precision", "fastest product, GFLOP/s", "checkpointing", "P, million", "MFLOP per token",
@@ -38,7 +38,7 @@ def add_flags(parser):
 
 def make(args, table: Table) -> list:
     """Measure products and training in each mode; return lines of Markdown."""
-    setup = settled(args, table.out)
+    setup = make_setup(args, table.out)
     rows = []
     lines = {"training": [], "training with checkpointing": [], "the fastest product": []}
     for mode in MODES:

@@ -121,7 +121,7 @@ def add_flags(parser, **sizes):
              help=f"{SIZE_HELP[name]} (default: {default})")
 
 
-def settled(args, out: Path) -> Setup:
+def make_setup(args, out: Path) -> Setup:
     """Return the Setup of these flags, with device, precision and folder decided.
 
     The folder of a shape is made in `out`.  Raises ValueError for flags that contradict each other
@@ -245,15 +245,15 @@ def job_of(workload: Workload, ranks: Ranks, *flags) -> train.Job:
     rows = Rows(rows_of(workload))
     plan = plan_in_file_order(len(rows), workload, options, ranks.size)
     job = replace(job, train_set=rows, val_set=None, plan=plan)
-    model, wrapped = load(workload, job, train.META, "random")
+    model, adapter_paths = load(workload, job, train.META, "random")
     if workload.autocast:
         precision = train.mixed_precision(job.precision.name, job.precision.device, None)
         job = replace(job, precision=precision)
-    return replace(job, model=model, wrapped=wrapped)
+    return replace(job, model=model, adapter_paths=adapter_paths)
 
 
 def load(workload: Workload, job: train.Job, device: torch.device, init: str):
-    """Return train.py's (model, wrapped paths) for a job; the base is fp32 under autocast."""
+    """Return train.py's (model, paths of its adapter layers); with autocast the base is fp32."""
     if workload.autocast:
         fp32 = train.mixed_precision("fp32", job.precision.device, job.lora)
         job = replace(job, precision=fp32)
@@ -273,10 +273,10 @@ def measured(workload: Workload) -> dict | None:
         peaks = Peaks(device)
         peaks.end("start")
         torch.manual_seed(job.options.seed)
-        model, wrapped = load(workload, job, device, job.options.init)
+        model, adapter_paths = load(workload, job, device, job.options.init)
         peaks.end("weights")
         with output_discarded(), LoopPhases(model, peaks) as phases:
-            job = replace(job, model=model, wrapped=wrapped, loss_fn=phases.loss)
+            job = replace(job, model=model, adapter_paths=adapter_paths, loss_fn=phases.loss)
             run = Run.open(job.options, ranks)
             run.check_same_run(job)
             run.begin(job)

@@ -8,7 +8,7 @@ from llama.checkpoint import read_params
 
 from . import runs
 from .launch import measured_on_ranks
-from .runs import Setup, has_run, measure_cell, measured, peak_of, settled
+from .runs import Setup, has_run, measure_cell, measured, peak_of, make_setup
 from .tables import Table, markdown, panel
 
 HEADER = ["along", "", "tokens per step", "tokens/s", "s per step", "peak, MiB", "estimate, MiB"]
@@ -31,7 +31,7 @@ def add_flags(parser):
 
 def make(args, table: Table) -> list:
     """Measure along each axis; return lines of Markdown."""
-    setup = settled(args, table.out)
+    setup = make_setup(args, table.out)
     rows = []
     panels = []                                      # For each axis speed and peak, side by side.
     for axis, points in axes_of(setup).items():

@@ -221,8 +221,8 @@ def activation_bytes(model, wrapped, size: Size, precision):
 def memory_of_a_step(job):
     """Return the estimate for the plan's largest micro-batch, plus the teacher's share."""
     size = largest_size(job.train_set, job.plan)
-    kinds, where = estimate_memory(job.model, job.wrapped, size, job.precision, job.ranks.size,
-                                   job.optimizer_bytes_per_parameter)
+    kinds, where = estimate_memory(job.model, job.adapter_paths, size, job.precision,
+                                   job.ranks.size, job.optimizer_bytes_per_parameter)
     if job.distillation:
         student = kinds["activations"] + kinds["logits"]
         width = job.precision.dtype.itemsize
@@ -386,7 +386,7 @@ def method_line(job) -> str:
     lora = job.lora
     settings = "".join(f", {name} {value}" for name, value in lora.options.items())
     return (f"r {lora.r}, alpha {lora.alpha:g}{settings} on {','.join(lora.targets)}: "
-            f"{plural(len(job.wrapped), 'layer')} wrapped, {line}")
+            f"{plural(len(job.adapter_paths), 'layer')} wrapped, {line}")
 
 
 def teacher_line(job) -> str:
