@@ -312,5 +312,11 @@ PARTS = {
         questions=["Where does this happen?", "Name the place.", "In which place is this?"],
         answer="{place}"),
 }
+# The second questions of a conversation, about its first answer.
+CHAT_QUESTIONS = {
+    "next": ["And what comes after that?", "Which one comes after that?", "And the one after?"],
+    "colour": ["Which colour is it?", "What colour is that?", "Name its colour."],
+    "again": ["Say that again.", "Say it once more.", "And again?"],
+}
 CONTINUE = ["Go on with the story.", "Write the next lines.", "Tell the rest of the story.",
             "Continue this little story.", "Write on."]

@@ -14,6 +14,8 @@ The first command writes these files, with the same bytes every time:
     text.jsonl       plain prose about a small world, for the base model
     train.json       questions with short answers, for instruction tuning
     held_out.json    questions about words and events that train.json never asks about
+    chat.json        conversations of two turns; the second question is about the first answer
+    chat_held_out.json    the same about the held-out questions
     tokenizer.model  sentencepiece BPE over text and questions
     params.json      the shape of the base model
 
@@ -34,8 +36,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
-from finetune.dataset import format_prompt
 from finetune.demo.facts import (
+    CHAT_QUESTIONS,
     CONTINUE,
     GOODS,
     INSTRUCTIONS,
@@ -48,15 +50,18 @@ from finetune.demo.facts import (
     PLACES,
     POSSESSIVES,
     PRONOUNS,
+    SUCCESSORS,
     TOPICS,
     TOPICS_OF_THINGS,
     VERBS,
     capitalised,
     with_article,
 )
+from finetune.templates.alpaca import format_prompt
 
 SEED = 7
 TEXT_ROWS = 24000
+CHATS = 600                                          # conversations in chat.json
 VOCAB = 1280
 PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4,
           "multiple_of": 32, "norm_eps": 1e-5, "rope_theta": 10000.0}
@@ -247,6 +252,35 @@ def halves(kinds):
     return train, held_out
 
 
+def chat(rng: random.Random, kind: str, row: dict) -> dict:
+    """Return a conversation of two turns: a question of this kind, then one about its answer."""
+    first_answer = row["output"]
+    if kind == "next" and first_answer in SUCCESSORS:
+        question = rng.choice(CHAT_QUESTIONS["next"])
+        second_answer = SUCCESSORS[first_answer]
+    elif kind == "what":
+        question = rng.choice(CHAT_QUESTIONS["colour"])
+        _, second_answer, _ = first_answer.split()   # "a green doll"
+    else:
+        question = rng.choice(CHAT_QUESTIONS["again"])
+        second_answer = first_answer
+    texts = [f"{row['instruction']}\n{row['input']}".strip(), first_answer, question,
+             second_answer]
+    messages = [{"role": role, "content": text}
+                for role, text in zip(["user", "assistant"] * 2, texts, strict=True)]
+    return {"messages": messages}
+
+
+def all_chats(rng: random.Random, kinds: dict) -> tuple[list, list]:
+    """Return (train, held_out): conversations about the questions of all kinds, shuffled."""
+    train = []
+    held_out = []
+    for kind, (train_of_kind, held_out_of_kind) in kinds.items():
+        train += [chat(rng, kind, row) for row in train_of_kind]
+        held_out += [chat(rng, kind, row) for row in held_out_of_kind]
+    return rng.sample(train, CHATS), held_out
+
+
 def train_tokenizer(examples: list) -> bytes:
     """Train a BPE tokenizer on prompts and answers; return its model file."""
     texts = [format_prompt(row) for row in examples] + [row["output"] for row in examples]
@@ -267,17 +301,20 @@ def write_json(path: Path, examples: list):
 
 
 def make(folder: Path):
-    """Write the five files into the folder, which is created if necessary."""
+    """Write the files into the folder, which is created if necessary."""
     folder.mkdir(parents=True, exist_ok=True)
     text = list(base_text(random.Random(SEED)))
     rng = random.Random(SEED)
     kinds = all_questions(rng)
     train, held_out = halves(kinds)
     rng.shuffle(train)
+    chats, held_out_chats = all_chats(random.Random(SEED), kinds)
     lines = [json.dumps(row) + "\n" for row in text]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
     write_json(folder / "train.json", train)
     write_json(folder / "held_out.json", held_out)
+    write_json(folder / "chat.json", chats)
+    write_json(folder / "chat_held_out.json", held_out_chats)
     tokenizer = train_tokenizer(text + train)
     (folder / "tokenizer.model").write_bytes(tokenizer)
     vocab_size = spm.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()

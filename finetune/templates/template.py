@@ -1,0 +1,31 @@
+"""What a prompt format is: an example becomes pieces of text, and some of them are targets."""
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """A part of an example, which is encoded apart from the parts beside it.
+
+    is_target: whether the model learns its tokens.  bos, eos: whether these ids stand before and
+    behind it.  eos belongs to the piece; bos is never a target, because nothing predicts it.
+    """
+    text: str
+    is_target: bool = False
+    bos: bool = False
+    eos: bool = False
+
+
+class Template(NamedTuple):
+    """A prompt format: how an example becomes pieces.
+
+    pieces(example): the list of Pieces; it raises ValueError for an example that the format cannot
+    say.  An example without its last answer, as generation has it, ends with the prompt.
+    fields: the names in an example that `pieces` reads.
+    holds_turns: whether it can say several questions and answers, as `messages`.
+    continues: whether an example that is too long goes on in a further row.  Otherwise it loses its
+    tail.
+    """
+    pieces: Callable
+    fields: tuple[str, ...]
+    holds_turns: bool = False
+    continues: bool = False

@@ -1,0 +1,23 @@
+"""Plain text, for continued pretraining: every token is a target.
+
+A document is bos, its text, eos.  One that is longer than a row goes on in the next row.
+"""
+from .template import Piece, Template
+
+
+def pieces(example: dict) -> list[Piece]:
+    """Return the document, or for an example with an instruction the text to continue.
+
+    Raises ValueError without either.
+    """
+    if "text" not in example and isinstance(example.get("instruction"), str):
+        return [Piece(example["instruction"], bos=True)]
+    document = example.get("text")
+    if not isinstance(document, str):
+        raise ValueError("has no 'text'")
+    if not document.strip():
+        raise ValueError("'text' is empty")
+    return [Piece(document, is_target=True, bos=True, eos=True)]
+
+
+TEMPLATE = Template(pieces, fields=("text",), continues=True)
