@@ -17,9 +17,10 @@ import torch
 
 from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
 from finetune.batches import split
-from finetune.dataset import encode_prompt, read_examples
+from finetune.dataset import encode_prompt
 from finetune.errors import INTERRUPTED, in_one_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
+from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
@@ -47,27 +48,32 @@ INSTRUCTIONS = [                                     # The demo's adapter was no
 def main(argv=None):
     """Answer what the flags ask for."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")     # whatever the terminal's own encoding is
+        # Whatever the terminal's own encoding is.  Half of an emoji becomes \ud83d, as in JSON.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with one_line_errors("generate.py"):
         args = parse_args(argv)
         device, precision = pick_hardware(args.device, args.precision)
-        examples = examples_of(args)
+        rows, examples = questions_of(args)
         model, tokenizer, summary = load_or_explain(args, device, precision)
         # Fail before the first answer if a prompt is too long or an output is not in --choices.
+        answerer = Answerer(model, tokenizer, args)
         exam = None
         if args.score:
             exam = Exam(examples, tokenizer, model.args.max_seq_len, args.choices,
                         args.max_new_tokens, args.data)
-        tokens_left(model, [encode_prompt(example, tokenizer) for example in examples],
-                    args.max_new_tokens)
+        elif args.data:
+            new_fields = free_fields(rows, args.data)
+            problems = length_problems(model, tokenizer, examples, args.data)
+        else:
+            prompts = [encode_prompt(example, tokenizer) for example in examples]
+            tokens_left(model, prompts, args.max_new_tokens)
         print(summary, file=sys.stderr, flush=True)
-        answerer = Answerer(model, tokenizer, args)
         if args.interactive:
             interact(answerer, args)
         elif args.score:
             score(model, exam, args)
         elif args.data:
-            answerer.answer_file(examples)
+            answerer.answer_file(rows, examples, new_fields, problems)
         else:
             for example in examples:
                 print(f"\n### {example['instruction']}")
@@ -76,14 +82,48 @@ def main(argv=None):
                 answerer.show(example)
 
 
-def examples_of(args) -> list:
-    """Return the examples to answer."""
+def questions_of(args) -> tuple[list, list]:
+    """Return (rows as --data has them, examples to answer)."""
     if args.instruction:
-        return [{"instruction": args.instruction, "input": args.input}]
+        return [], [{"instruction": args.instruction, "input": args.input}]
     if args.data:
         required = ("instruction", "output") if args.score else ("instruction",)
-        return read_examples(args.data, required)
-    return INSTRUCTIONS
+        rows = read_rows(args.data)
+        return rows, to_examples(rows, args.data, required)
+    return [], INSTRUCTIONS
+
+
+def free_fields(rows, path) -> tuple[str, str]:
+    """Return the names of the two fields that are added to rows: for the answer, and for an error.
+
+    They are "answer" and "error", or where a row has one of these, "model_answer" and
+    "model_error".  Raises ValueError where a row has one of these too.
+    """
+    taken = set().union(*rows)
+    for prefix in ("", "model_"):
+        names = (f"{prefix}answer", f"{prefix}error")
+        if not taken.intersection(names):
+            return names
+    raise ValueError(f"{path} has fields of its own named answer and model_answer, or error and "
+                     "model_error; rename one of the two")
+
+
+def length_problems(model, tokenizer, examples, path) -> dict[int, str]:
+    """Return {i: problem} for each example whose prompt leaves no space for an answer.
+
+    Each is printed, too.  Raises ValueError if that is every example.
+    """
+    limit = model.args.max_seq_len
+    problems = {}
+    for i, example in enumerate(examples):
+        n_tokens = len(encode_prompt(example, tokenizer))
+        if n_tokens >= limit:
+            problems[i] = f"the prompt has {n_tokens} tokens and the model takes {limit}"
+    if len(problems) == len(examples):
+        raise ValueError(f"{path}: no example can be answered; in the first, {problems[0]}")
+    for i, problem in problems.items():
+        print(f"{path}, example {i + 1}: {problem}; it is not answered", file=sys.stderr)
+    return problems
 
 
 def load_or_explain(args, device, precision):
@@ -170,18 +210,29 @@ class Answerer:
                 print(piece, end="", flush=True)
             print(flush=True)
 
-    def answer_file(self, examples):
-        """Print one JSON line per example on stdout, in their order, and progress on stderr."""
+    def answer_file(self, rows, examples, new_fields, problems):
+        """Print each row as a JSON line with its answer on stdout, and progress on stderr.
+
+        new_fields: the names of the answer and of the error.  problems: {i: error} of the examples
+        that are not answered; their answer is null.
+        """
+        answer_field, error_field = new_fields
         n_answered = 0
-        for batch in split(examples, BATCH):
-            answers = [[] for _ in batch]
-            with counted(self.model, self.answer_ids(batch), self.args.verbose) as ids:
-                for i, token in ids:
-                    answers[i].append(token)
-            for example, answer in zip(batch, answers, strict=True):
-                row = {**example, "answer": self.tokenizer.decode(answer)}
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-            n_answered += len(batch)
+        for indices in split(range(len(examples)), BATCH):
+            answered = [i for i in indices if i not in problems]
+            answers = {i: [] for i in answered}
+            asked = [examples[i] for i in answered]
+            if asked:
+                with counted(self.model, self.answer_ids(asked), self.args.verbose) as ids:
+                    for place, token in ids:
+                        answers[answered[place]].append(token)
+            for i in indices:
+                if i in problems:
+                    added = {answer_field: None, error_field: problems[i]}
+                else:
+                    added = {answer_field: self.tokenizer.decode(answers[i])}
+                print(json.dumps(rows[i] | added, ensure_ascii=False), flush=True)
+            n_answered += len(answered)
             print(f"{n_answered}/{len(examples)} answered", file=sys.stderr, flush=True)
 
 
@@ -224,7 +275,7 @@ def score(model, exam, args):
         def report(n):
             print(f"{name}: {n}/{len(exam.rows)} answered", file=sys.stderr, flush=True)
 
-        tables[name] = exam.take(model, report)
+        tables[name] = exam.score(model, report)
 
     if args.adapter:
         measure("adapter")
@@ -354,7 +405,7 @@ def add_question_flags(group):
     flag = group.add_mutually_exclusive_group().add_argument
     flag("--instruction", metavar="TEXT", type=text, help="the instruction to answer")
     flag("--data", metavar="FILE", type=text,
-         help="answer a .json or .jsonl file of examples: JSON lines on stdout")
+         help="answer a file of examples, a JSON list or one per line: JSON lines on stdout")
     flag("--interactive", action="store_true",
          help="answer what is typed, one instruction per line")
     group.add_argument("--score", action="store_true",

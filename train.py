@@ -25,7 +25,7 @@ from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import INTERRUPTED, one_line_errors
-from finetune.evaluate import TOKENS, evaluate
+from finetune.evaluate import SCORING_TOKENS, evaluate
 from finetune.hardware import DTYPES, Precision, check_compiler, peak_memory_mb, pick_hardware
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
@@ -141,7 +141,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         check_teacher(options.teacher, teacher, options.checkpoint, base)
     train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
                                        options.max_seq_len, options.seed, tokenizer)
-    check_data(train_set, options.max_seq_len, options.data)
+    check_data(train_set, val_set, options.max_seq_len, options.data,
+               (options.checkpoint, options.teacher))
     adapter = None
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
@@ -296,7 +297,7 @@ def train(job: Job, run: Run):
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
     tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
     evaluate_held_out = functools.partial(
-        evaluate, model, job.val_set, min(tokens_per_batch, TOKENS), precision.autocast,
+        evaluate, model, job.val_set, min(tokens_per_batch, SCORING_TOKENS), precision.autocast,
         ranks.rank, ranks.size)
     with one_line_errors("train.py", ranks):
         run.attach(precision.device, functools.partial(save_best, job),

@@ -32,7 +32,7 @@ def add_flags(parser):
 
 def right_answers(model, exam):
     """Return how many greedy answers of the model equal the example's output to the letter."""
-    return round(exam.take(model)["exact_match"].sum().item())
+    return round(exam.score(model)["exact_match"].sum().item())
 
 
 def beside_peers(page):

@@ -18,7 +18,7 @@ from itertools import cycle, islice, product
 from pathlib import Path
 
 from finetune.arguments import number, text
-from finetune.dataset import count_answer
+from finetune.batches import first_target
 from finetune.hardware import DTYPES, pick_hardware
 from llama.checkpoint import is_huggingface, load_checkpoint
 from llama.guesses import NgramPool
@@ -276,7 +276,7 @@ def generated(workload: Workload, batch: int, n_batches: int, new: int) -> dict:
     """
     options = workload.options()
     device, precision = pick_hardware(options.device, options.precision)
-    prompts = [tokens[:len(tokens) - count_answer(labels)] for tokens, labels in rows_of(workload)]
+    prompts = [tokens[:first_target(labels)] for tokens, labels in rows_of(workload)]
     peaks = Peaks(device)
     peaks.end("start")
     model, _ = load_checkpoint(options.checkpoint, options.layers, DTYPES[precision], device,

@@ -85,7 +85,7 @@ def examine(flags: list, examples: list, rank: int | None = None) -> dict:
     model, tokenizer = load_answering_model(flags)
     if rank:
         set_rank(model, rank)
-    columns = Exam(examples, tokenizer, model.args.max_seq_len).take(model)
+    columns = Exam(examples, tokenizer, model.args.max_seq_len).score(model)
     values = measures({name: column.sum(0) for name, column in columns.items()})
     result = {"parameters": sum(p.numel() for p in model.parameters())}
     result |= {name: value.item() for name, value in values.items()}

@@ -1,18 +1,43 @@
 """Command-line arguments that check themselves."""
 import argparse
 import json
+import sys
 
 from .hardware import DTYPES
 
 LARGEST = 2 ** 53                                    # up to here a float holds every whole number
+SMALLEST = 2.0 ** -126                               # Below it a 32-bit float may become 0.
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises ValueError and accepts no abbreviated flags."""
+    """An argparse parser that raises ValueError.
+
+    It accepts neither an abbreviated flag nor one that is given twice, whose last value would win.
+    """
 
     def __init__(self, **settings):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        self.check_given_once(words)
+        return super().parse_known_args(words, namespace)
+
+    def check_given_once(self, words: list[str]):
+        """Raise ValueError for a flag with a value, or one with a --no- form, that stands twice."""
+        flags = words[:words.index("--")] if "--" in words else words
+        seen = set()
+        for word in flags:
+            flag, _, _ = word.partition("=")
+            action = self._option_string_actions.get(flag)
+            is_switch = isinstance(action, argparse.BooleanOptionalAction)
+            if action is None or action.nargs == 0 and not is_switch:
+                continue
+            if action.dest in seen:
+                self.error(f"argument {'/'.join(action.option_strings)}: is given twice; give it "
+                           "once")
+            seen.add(action.dest)
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
@@ -27,6 +52,9 @@ def number(kind, low, high=LARGEST, open_low=False, open_high=False):
         parsed = kind(value)
         above = low < parsed if open_low else low <= parsed
         below = parsed < high if open_high else parsed <= high
+        if above and below and 0 < abs(parsed) < SMALLEST:
+            raise argparse.ArgumentTypeError(f"{value} is too small for a 32-bit float, which "
+                                             f"holds {SMALLEST:.2g} or more")
         if above and below:
             return parsed
         bounds = f"above {low:g}" if open_low else f"at least {low:g}"

@@ -25,12 +25,12 @@ def check_teacher(teacher_folder: str | Path, teacher: tuple[ModelArgs, Tokenize
     """Raise ValueError if teacher and student do not have the same tokens."""
     teacher_args, teacher_tokenizer = teacher
     student_args, student_tokenizer = student
-    same_names = pieces(student_tokenizer) == pieces(teacher_tokenizer)
-    if same_names and student_args.vocab_size == teacher_args.vocab_size:
+    same_texts = pieces(student_tokenizer) == pieces(teacher_tokenizer)
+    if same_texts and student_args.vocab_size == teacher_args.vocab_size:
         return
-    names = "the same" if same_names else "others"
+    texts = "the same texts" if same_texts else "other texts"
     raise ValueError(f"--teacher {teacher_folder} has {teacher_args.vocab_size} tokens and "
-                     f"{student_folder} {student_args.vocab_size}, {names} by name: distillation "
+                     f"{student_folder} {student_args.vocab_size}, with {texts}: distillation "
                      "compares token by token; give both the same tokenizer.model and vocab_size")
 
 
@@ -102,12 +102,12 @@ class Distillation:
         logits (R, V): the student's.  targets (R,) int64.  features (R, D): the teacher's.
         """
         T = self.temperature
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        loss_dtype = torch.promote_types(logits.dtype, torch.float32)
         hard = summed_cross_entropy(logits, targets)
         with torch.no_grad(), torch.autocast(features.device.type, enabled=False):
             # kl_div gets q_t, not its logarithm: where q_t is 0, that would give 0 x inf.
-            q_t = (self.head(features).to(wide) / T).softmax(-1)
-        log_q_s = (logits.to(wide) / T).log_softmax(-1)
+            q_t = (self.head(features).to(loss_dtype) / T).softmax(-1)
+        log_q_s = (logits.to(loss_dtype) / T).log_softmax(-1)
         soft = nn.functional.kl_div(log_q_s, q_t, reduction="sum")
         return (1 - self.weight) * hard + self.weight * T ** 2 * soft
 

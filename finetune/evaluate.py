@@ -19,31 +19,41 @@ from llama.sampling import generate, tokens_left
 from llama.tokenizer import Tokenizer
 
 from .batches import split
-from .dataset import IGNORE, SupervisedDataset, encode_example
+from .dataset import IGNORE, SupervisedDataset, answer_spans, count_answer, encode_example
 from .loss import CHUNK
 from .ranks import sum_over_ranks
 
 MAX_CLASSES = 20                                     # More different answers count as text.
-TOKENS = 2048                                        # per forward that scores answers
-BATCH = 8                                            # prompts that are answered at a time
+SCORING_TOKENS = 2048                                # per forward that scores answers
+ANSWERED_AT_ONCE = 8                                 # prompts
 RESAMPLES = 2000
 
 
 class Question(NamedTuple):
-    """A prompt and the answers to score after it, all lists of ids."""
+    """A prompt and the answers to score after it, all lists of ids.
+
+    labels: for each answer, its ids with IGNORE in place of those that are not scored, as in a row
+    with several answers; None: all are scored.
+    """
     prompt: list
     answers: list
+    labels: list | None = None
 
     @property
     def n_tokens(self) -> int:
         return len(self.prompt) + sum(map(len, self.answers))
 
+    @property
+    def targets(self) -> list:
+        """The labels of each answer."""
+        return self.answers if self.labels is None else self.labels
+
 
 class Score(NamedTuple):
     """The score of an answer.
 
-    log_p: log-probability of all its tokens, in nats.  hits: how many of its tokens are the model's
-    first choice.
+    log_p: log-probability of all its targets, in nats.  hits: how many of its targets are the
+    model's first choice.
     """
     log_p: float
     hits: int
@@ -63,11 +73,14 @@ def distinct_classes(answers: Sequence) -> list | None:
 def class_answers(dataset: SupervisedDataset, max_seq_len: int) -> list[list[int]] | None:
     """Return the distinct answers of a dataset, as ids, if they are classes; None otherwise.
 
-    No example may be truncated, and each answer must fit after every prompt.
+    No example may be truncated or have several answers, and each answer must fit after every
+    prompt.
     """
-    examples = [prompt_and_answer(row) for row in dataset.rows]
+    if dataset.cut or not all(map(has_one_answer, dataset.rows)):
+        return None
+    examples = [last_answer(row) for row in dataset.rows]
     classes = distinct_classes([tuple(answer) for _, answer in examples])
-    if classes is None or dataset.cut:
+    if classes is None:
         return None
     longest_prompt = max(len(prompt) for prompt, _ in examples)
     longest_answer = max(map(len, classes))
@@ -76,25 +89,41 @@ def class_answers(dataset: SupervisedDataset, max_seq_len: int) -> list[list[int
     return [list(answer) for answer in classes]
 
 
-def prompt_and_answer(row: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
-    """Return (prompt, answer) of an encoded example (tokens, labels)."""
+def has_one_answer(row: tuple[list[int], list[int]]) -> bool:
+    return len(answer_spans(row[1])) == 1
+
+
+def last_answer(row: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+    """Return (all tokens before a row's last answer, that answer), for (tokens, labels)."""
     tokens, labels = row
-    n_prompt = labels.count(IGNORE)
-    return tokens[:n_prompt], tokens[n_prompt:]
+    start, stop = answer_spans(labels)[-1]
+    return tokens[:start], tokens[start:stop]
+
+
+def as_question(row: tuple[list[int], list[int]]) -> Question:
+    """Return the question that scores all targets of a row (tokens, labels).
+
+    Its answer reaches from the row's first target to the last; what follows predicts no target.
+    """
+    tokens, labels = row
+    spans = answer_spans(labels)
+    start = spans[0][0]
+    stop = spans[-1][1]
+    return Question(tokens[:start], [tokens[start:stop]], [labels[start:stop]])
 
 
 def lay_out(questions: Sequence[Question]) -> tuple:
     """Return (tokens (1, N), Layout, places (M,), targets (M,)) of one packed row.
 
     The row has first the common beginning of all prompts, once.  Then come the rest of each prompt
-    and its answers, each of which continues that prompt alone.  targets: the tokens of all answers,
-    one answer after another.  places[m]: the place in the row that predicts targets[m]; an answer's
-    first token is predicted by the prompt's last.  An answer's own last token (eos, unless the
-    answer was truncated) predicts nothing and is left out.
+    and its answers, each of which continues that prompt alone.  targets: the targets of all
+    answers, one answer after another.  places[m]: the place in the row that predicts targets[m]; an
+    answer's first token is predicted by the prompt's last.  An answer's own last token (eos, unless
+    the answer was truncated) predicts nothing and is left out.
     """
     shared = []
     if len(questions) > 1:
-        shared = commonprefix([prompt[:-1] for prompt, _ in questions])
+        shared = commonprefix([question.prompt[:-1] for question in questions])
     tokens = []
     segments = []
     beginning = ()                                   # the segments before each prompt's own part
@@ -105,14 +134,18 @@ def lay_out(questions: Sequence[Question]) -> tuple:
     n_shared = len(tokens)
     places = []
     targets = []
-    for prompt, answers in questions:
+    for question in questions:
+        prompt = question.prompt
         tokens += prompt[n_shared:]
         segments.append((len(prompt) - n_shared, beginning))
         last_place = len(tokens) - 1
         context = (*beginning, len(segments) - 1)
-        for answer in answers:
-            places += [last_place, *range(len(tokens), len(tokens) + len(answer) - 1)]
-            targets += answer
+        for answer, labels in zip(question.answers, question.targets, strict=True):
+            answer_places = [last_place, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            for place, label in zip(answer_places, labels, strict=True):
+                if label != IGNORE:
+                    places.append(place)
+                    targets.append(label)
             if len(answer) > 1:
                 tokens += answer[:-1]
                 segments.append((len(answer) - 1, context))
@@ -120,7 +153,7 @@ def lay_out(questions: Sequence[Question]) -> tuple:
 
 
 def log_likelihoods(model: nn.Module, questions: Sequence[Question]) -> list[Score]:
-    """Return the Score of each answer of each question, in order; eos counts as a token.
+    """Return the Score of each answer of each question, in order; eos counts as a target.
 
     This is one forward for all of them.  The log-sum-exp is in fp32 (or fp64), sums over tokens are
     in fp64.
@@ -130,18 +163,23 @@ def log_likelihoods(model: nn.Module, questions: Sequence[Question]) -> list[Sco
     # A place that several answers share is predicted once.
     rows, row_of_place = places.unique(return_inverse=True)
     logits = model(tokens.to(device), rows=rows.to(device), layout=layout.to(device))  # (R, V)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    totals = [chunk.to(wide).logsumexp(-1) for chunk in logits.split(CHUNK)]
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    totals = [chunk.to(sum_dtype).logsumexp(-1) for chunk in logits.split(CHUNK)]
     total = torch.cat(totals)                                                          # (R,)
     row_of_place = row_of_place.to(device)
     targets = targets.to(device)
-    log_p = logits[row_of_place, targets].to(wide) - total[row_of_place]               # (M,)
+    log_p = logits[row_of_place, targets].to(sum_dtype) - total[row_of_place]          # (M,)
     is_hit = logits.argmax(-1)[row_of_place] == targets
-    lengths = []
+    counts = []                                      # targets per answer
     for question in questions:
-        lengths += [len(answer) for answer in question.answers]
-    per_answer = zip(log_p.cpu().double().split(lengths), is_hit.cpu().split(lengths), strict=True)
+        counts += map(count_targets, question.targets)
+    per_answer = zip(log_p.cpu().double().split(counts), is_hit.cpu().split(counts), strict=True)
     return [Score(p.sum().item(), hits.sum().item()) for p, hits in per_answer]
+
+
+def count_targets(labels: Sequence[int]) -> int:
+    """Return how many labels of an answer are targets."""
+    return sum(label != IGNORE for label in labels)
 
 
 def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list[int]]:
@@ -163,32 +201,34 @@ def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list
 
 @torch.no_grad()
 def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
-                  tokens: int = TOKENS,
+                  tokens: int = SCORING_TOKENS,
                   autocast: AbstractContextManager | None = None) -> dict[str, torch.Tensor]:
     """Return a table {column: (n,) fp64} that scores the given answers of n encoded examples.
 
-    Its columns are "examples" (all ones), "tokens" (the length of the answer), "nats" (its negative
-    log-likelihood) and "hits" (how many of its tokens are the model's first choice).
-    choices: answers (lists of ids) to compare for each example; the example's own must be among
-    them.  They add the column "confusion" (n, C, C), with a one at [own answer, likeliest answer].
+    Its columns are "examples" (all ones), "tokens" (how many targets the example has), "nats"
+    (their negative log-likelihood) and "hits" (how many of them are the model's first choice).
+    rows: (tokens, labels); all targets count, whether they are one answer or several.
+    choices: answers (lists of ids) to compare for each example, which must have one answer and that
+    among them.  They add the column "confusion" (n, C, C), with a one at [its answer, likeliest].
     tokens: at most so many per forward.  How the examples are grouped affects the speed alone.
     """
-    examples = [prompt_and_answer(row) for row in rows]
-    questions = [Question(prompt, choices or [answer]) for prompt, answer in examples]
-    n = len(examples)
+    questions = [as_question(row) for row in rows]
+    n = len(questions)
     table = {name: torch.zeros(n, dtype=torch.float64)
              for name in ("examples", "tokens", "nats", "hits")}
+    expected = [0] * n                               # the place of each example's own answer
     if choices:
         table["confusion"] = torch.zeros(n, len(choices), len(choices), dtype=torch.float64)
+        expected = [choices.index(question.answers[0]) for question in questions]
+        questions = [Question(question.prompt, choices) for question in questions]
     for group in group_questions(questions, tokens):
         with autocast or nullcontext():
             scores = iter(log_likelihoods(model, [questions[i] for i in group]))
         for i in group:
-            _, answer = examples[i]
             answer_scores = [next(scores) for _ in questions[i].answers]
-            right = questions[i].answers.index(answer)
+            right = expected[i]
             table["examples"][i] = 1
-            table["tokens"][i] = len(answer)
+            table["tokens"][i] = count_targets(questions[i].targets[right])
             table["nats"][i] = -answer_scores[right].log_p
             table["hits"][i] = answer_scores[right].hits
             if choices:
@@ -255,10 +295,13 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
 class Exam:
     """Examples to test several models on, which must have the same tokenizer and context length.
 
+    An example with several answers is asked for the last one, which is its "output", after all that
+    stands before; the likelihoods count all its answers.
     choices: texts to compare as answers; by default the examples' own answers if they are classes.
     limit: the most tokens that a greedy answer may have.  It is lowered to twice the length of the
     longest answer of the examples.  name: what an error calls the data.
-    Raises ValueError for an answer that is not among the choices, or an example that is too long.
+    Raises ValueError for an answer that is not among the choices, choices for several answers, or
+    an example that is too long.
     """
 
     def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int,
@@ -268,10 +311,15 @@ class Exam:
             check_among(answers, choices, name)
         self.examples = examples
         self.tokenizer = tokenizer
-        self.choices = choices or distinct_classes(answers)
+        self.rows = [encode_example(example, tokenizer) for example in examples]
+        self.choices = choices
+        if all(map(has_one_answer, self.rows)):
+            self.choices = choices or distinct_classes(answers)
+        elif choices:
+            raise ValueError(f"{name}: --choices compares single answers, and there are examples "
+                             "with several; leave --choices out")
         self.choice_ids = [tokenizer.encode(choice, eos=True) for choice in self.choices or ()]
-        self.rows = [encode_example(example, tokenizer, None) for example in examples]
-        encoded = [prompt_and_answer(row) for row in self.rows]
+        encoded = [last_answer(row) for row in self.rows]
         self.prompts = [prompt for prompt, _ in encoded]
         self.answer_lengths = [len(answer) for _, answer in encoded]
         longest_choice = max(map(len, self.choice_ids), default=0)
@@ -286,7 +334,8 @@ class Exam:
     def about(self) -> dict:
         """Return facts about the examples that need no model."""
         answers = [example["output"] for example in self.examples]
-        facts = {"examples": len(answers), "answer_tokens": sum(self.answer_lengths),
+        n_targets = sum(count_answer(labels) for _, labels in self.rows)
+        facts = {"examples": len(answers), "answer_tokens": n_targets,
                  "limit": self.limit, "choices": self.choices}
         if self.choices:
             majority = max(self.choices, key=answers.count)
@@ -294,7 +343,7 @@ class Exam:
             facts["majority"] = {"answer": majority, "accuracy": share}
         return facts
 
-    def take(self, model: nn.Module,
+    def score(self, model: nn.Module,
              report: Callable[[int], None] | None = None) -> dict[str, torch.Tensor]:
         """Return the table of score_answers with two more columns about the model's own answers.
 
@@ -310,7 +359,7 @@ class Exam:
         exact = []
         ended = []
         pool = NgramPool()                           # Earlier answers help to guess later ones.
-        for indices in split(range(len(self.rows)), BATCH):
+        for indices in split(range(len(self.rows)), ANSWERED_AT_ONCE):
             prompts = [self.prompts[i] for i in indices]
             answers = [[] for _ in indices]
             for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):

@@ -17,8 +17,8 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
 
     It is computed in fp32 (or fp64): a log-sum-exp in 16 bit is too inexact.
     """
-    wide_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide_logits, targets, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 def answer_rows(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

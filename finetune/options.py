@@ -173,7 +173,7 @@ def add_data_flags(group):
     flag("--layers", metavar="N", type=number(int, 1),
          help="keep the first N blocks only (default: all)")
     flag("--data", metavar="FILE", type=text,
-         help="examples, .json or .jsonl (default: the demo's)")
+         help="examples as JSON, a list or one per line (default: the demo's)")
     flag("--max-seq-len", metavar="N", type=number(int, 2), default=512,
          help="maximum tokens per example; longer ones are truncated (default: 512)")
     flag("--val-data", metavar="FILE", type=text,

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from llama.checkpoint import read_params
 from llama.layout import SHORT_CONTEXT
 
 from .batches import example_indices
@@ -29,12 +30,26 @@ class Size(NamedTuple):
     pairs: int
 
 
-def check_data(dataset, max_seq_len: int, name: str):
-    """Raise ValueError if eos is a target in no row: the model would not learn to stop."""
-    if dataset.cut == len(dataset):
+def check_data(train_set, val_set, max_seq_len: int, name: str, folders: tuple):
+    """Raise ValueError if eos is no target, or a row is longer than a model's context.
+
+    Without eos the model would not learn to stop.  Beyond the context of its base, generate.py
+    takes no prompt, and the base has never seen such positions.  folders: of base and teacher,
+    where there is one.
+    """
+    if train_set.n_with_eos == 0:
         raise ValueError(f"{name}: no answer ends within {max_seq_len} tokens, so eos is never a "
                          "target and the model would not learn to stop; allow longer rows with "
                          "--max-seq-len")
+    rows = train_set.rows + (val_set.rows if val_set else [])
+    longest = max(len(tokens) for tokens, _ in rows)
+    for folder in filter(None, folders):
+        model_args, _ = read_params(folder)
+        context = model_args.max_seq_len
+        if longest > context:
+            raise ValueError(f"the longest row has {longest:,} tokens, and {folder} looks back at "
+                             f"most {context:,}; give --max-seq-len {context}, which truncates "
+                             "such rows")
 
 
 def micro_batch_sizes(dataset, plan) -> dict:
@@ -361,17 +376,25 @@ def data_line(job) -> str:
     n_examples = plural(len(train_set), "example")
     return (f"{short_path(job.options.data)}: {n_examples}, longest {longest} tokens, "
             f"{train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
-            f"{len(train_set) - train_set.cut} end in eos")
+            f"{train_set.n_with_eos} end in eos{empty_outputs(train_set)}")
 
 
 def held_out_line(job) -> str:
     val_set = job.val_set
     line = (f"{short_path(job.options.val_data or job.options.data)}: "
-            f"{plural(len(val_set), 'example')}, {val_set.cut} cut, {val_set.dropped} dropped")
+            f"{plural(len(val_set), 'example')}, {val_set.cut} cut, {val_set.dropped} dropped"
+            f"{empty_outputs(val_set)}")
     choices = class_answers(val_set, job.options.max_seq_len)
     if choices:
         line += f"; answers of {len(choices)} classes"
     return line
+
+
+def empty_outputs(dataset) -> str:
+    """Return the number of empty outputs for the end of a line, if there are any."""
+    if not dataset.n_empty:
+        return ""
+    return f"; {plural(dataset.n_empty, 'output')} empty"
 
 
 def method_line(job) -> str:

@@ -9,7 +9,7 @@ import torch
 import train
 from llama import Tokenizer, save_checkpoint
 
-from .helpers import CORPUS, EXAMPLES, metrics, tiny
+from .helpers import CORPUS, EXAMPLES, given_once, metrics, tiny
 
 torch.set_num_threads(1)  # For tensors this small, threads only wait for each other.
 
@@ -55,7 +55,7 @@ def run(base, data, tmp_path, monkeypatch):
 
     def run(out, *flags):
         common = ["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2"]
-        train.main([*common, "--out", out, *flags])
+        train.main(given_once([*common, "--out", out, *flags]))
         return metrics(tmp_path / out)
     return run
 

@@ -88,6 +88,20 @@ def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0
     return list(windows(rows, collate, steps, rank))
 
 
+def given_once(words):
+    """Return a command line in which each flag stands once, with the last of its values.
+
+    The command lines refuse a flag that is given twice.
+    """
+    groups = {}
+    for word in words:
+        if word.startswith("--"):
+            flag = word
+            groups[flag] = []
+        groups[flag].append(word)
+    return [word for group in groups.values() for word in group]
+
+
 # --- files
 
 

@@ -10,7 +10,7 @@ import train
 from llama import load_checkpoint
 from lora import read_adapter
 
-from .helpers import Attack, saved
+from .helpers import Attack, given_once, saved
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -69,7 +69,8 @@ from .helpers import Attack, saved
 ])
 def test_train(refused, base, data, tmp_path, flags, message):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert message in refused(train.main, "--checkpoint", str(base), "--data", str(data), *flags)
+    flags = given_once(["--checkpoint", str(base), "--data", str(data), *flags])
+    assert message in refused(train.main, *flags)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from finetune.dataset import encode_example, encode_prompt, format_prompt, read_examples, SupervisedDataset
+from finetune.dataset import encode_example, encode_prompt, format_prompt, SupervisedDataset, truncate
+from finetune.examples import read_examples
 
 _ = -100
 
@@ -15,6 +16,9 @@ class Words:
     def encode(self, text, bos=False, eos=False):
         words = text.split("### Instruction:\n")[-1].split("\n\n### Response:")[0].split()
         return [1] * bos + [int(word) for word in words] + [2] * eos
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
 
 
 def example(prompt, answer):
@@ -40,13 +44,14 @@ def test_stanfords_prompts_to_the_letter():
     ("10 11", "", 9, [1, 10, 11, 2], [_, _, _, 2]),                          # an empty answer still ends
 ])
 def test_ids_and_labels_by_hand(prompt, answer, max_seq_len, tokens, labels):
-    assert encode_example(example(prompt, answer), Words(), max_seq_len) == (tokens, labels)
+    assert truncate(encode_example(example(prompt, answer), Words()), max_seq_len) == (tokens, labels)
 
 
 def test_dataset_counts_what_it_cut_and_dropped():
     examples = [example("10", "20"), example("10", "20 21 22"), example("10 11 12 13", "20"), example("10", "")]
     data = SupervisedDataset(examples, Words(), max_seq_len=4)
-    assert (len(data), data.cut, data.dropped) == (3, 1, 1)
+    assert (len(data), data.cut, data.dropped, data.n_with_eos, data.n_empty) == (3, 1, 1, 2, 1)
+    assert data.numbers == [1, 2, 4]
     assert data[1] == ([1, 10, 20, 21], [_, _, 20, 21])
     with pytest.raises(ValueError, match="none of 4 examples has an answer token within 2 tokens"):
         SupervisedDataset(examples[1:3] * 2, Words(), max_seq_len=2)
@@ -56,7 +61,7 @@ def test_prompt_and_answer_never_share_a_piece(tokenizer):
     """Encoded as one text, ":" and "- blue" can melt into one piece, half prompt and half answer."""
     for answer in ("- blue", "blue", ": cold", ""):
         item = {"instruction": "Name a colour.", "input": "", "output": answer}
-        tokens, labels = encode_example(item, tokenizer, 512)
+        tokens, labels = encode_example(item, tokenizer)
         prompt = encode_prompt(item, tokenizer)
         assert tokens[:len(prompt)] == prompt and tokens.count(1) == 1         # one bos
         assert labels == [_] * len(prompt) + tokens[len(prompt):]
@@ -75,18 +80,17 @@ GOOD = '{"instruction": "a", "output": "b"}'
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.json", "[" + GOOD + ",\n{]", "a.json, line 2, column 2: not JSON"),
-    ("a.json", "", "a.json, line 1, column 1: not JSON"),
+    ("a.json", "", "a.json holds no example"),
     ("a.json", "[" * 100_000, "a.json: not JSON (nested too deeply)"),
     ("a.json", "[" + "9" * 5000 + "]", "a.json: not JSON (Exceeds the limit"),
-    ("a.json", '[{"instruction": "\\ud800", "output": ""}]', "a.json, example 1: 'instruction' has half of a surrogate pair"),
-    ("a.json", GOOD, "a.json holds a dict, not a list of examples"),
+    ("a.json", '[{"instruction": "\\ud800", "output": ""}]', "a.json, example 1: 'instruction' has an incomplete character, such as half of an emoji"),
+    ("a.json", "7", "a.json begins with '7', which is not JSON"),
     ("a.json", "[]", "a.json holds no example"),
     ("a.jsonl", "\n \n", "a.jsonl holds no example"),
     ("a.jsonl", GOOD + "\n\n{'a'}", "a.jsonl, line 3: not JSON"),
-    ("a.json", f"[{GOOD}, 7]", "a.json, example 2 is a int, not an object"),
+    ("a.json", f"[{GOOD}, 7]", "a.json, example 2 is the number 7, not an object"),
     ("a.json", f'[{GOOD}, {{"instruction": "a"}}]', "a.json, example 2 has no 'output'"),
     ("a.json", '[{"output": "a"}]', "a.json, example 1 has no 'instruction'"),
-    ("a.json", '[{"instruction": "a", "output": 7}]', "a.json, example 1: 'output' is a int, not text"),
     ("a.json", '[{"instruction": "a", "input": ["b"], "output": "c"}]', "a.json, example 1: 'input' is a list, not text"),
     ("a.json", '[{"instruction": " ", "output": "c"}]', "a.json, example 1: 'instruction' is empty"),
 ])

@@ -258,7 +258,7 @@ def test_what_cannot_teach_ends_in_one_line(run, tmp_path, capsys, tokenizer):
     longest = max((tokenizer.sp.id_to_piece(i).encode() for i in range(tokenizer.vocab_size)), key=len)
     save_checkpoint(teacher_of(tokenizer), Tokenizer(tokenizer.model.replace(longest, b"Z" * len(longest))), tmp_path / "other")
     (tmp_path / "teacher/args.json").write_text("{}")                            # as if a run had made it
-    for flags, why in ((["--teacher", "other"], "400, others by name: distillation compares token by token"), (["--teacher", "wider"], "the same by name"),
+    for flags, why in ((["--teacher", "other"], "400, with other texts: distillation compares token by token"), (["--teacher", "wider"], "with the same texts"),
                        (["--distill-weight", "0.5"], "need a --teacher"), (["--teacher-adapter", "a.pt"], "need a --teacher"),
                        (["--teacher", "nowhere"], "no checkpoint folder at nowhere"), (["--teacher", "base", "--teacher-adapter", "no.pt"], "no.pt"),
                        ([*run.teacher, "--distill-temperature", "1e-40"], "at least 0.01 and at most 1000"), ([*run.teacher, "--distill-weight", "1.1"], "at most 1"),

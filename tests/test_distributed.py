@@ -7,7 +7,7 @@ import torch
 
 import train
 
-from .helpers import EXAMPLES, ROOT, adapter_tensors, metrics, torchrun
+from .helpers import EXAMPLES, ROOT, adapter_tensors, given_once, metrics, torchrun
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0"]
 
@@ -75,8 +75,8 @@ def seen(data, collate, *rest):                          # the pre-flight's batc
     return windows(data, noted, *rest)
 windows, train.windows = train.windows, seen
 """)
-    done = torchrun(tmp_path, script, *flags, "--data", "many.json", "--batch-size", "2", "--accumulation-steps", str(accumulation),
-                    "--epochs", "1")
+    few = ["--batch-size", "2", "--accumulation-steps", str(accumulation), "--epochs", "1"]
+    done = torchrun(tmp_path, script, *given_once([*flags, "--data", "many.json", *few]))
     assert done.returncode == 0, done.stderr
     seen = [line for rank in (0, 1) for line in (tmp_path / f"seen{rank}").read_text().splitlines()]
     assert len(seen) == len(set(seen)) == 201
@@ -94,13 +94,13 @@ def test_bad_input_on_one_rank_ends_all_with_one_line(flags, launcher, tmp_path)
 
 @pytest.mark.slow
 def test_bad_flags_on_all_ranks_end_in_one_line(flags, tmp_path):
-    done = torchrun(tmp_path, ROOT / "train.py", *flags, "--r", "0")
+    done = torchrun(tmp_path, ROOT / "train.py", *given_once([*flags, "--r", "0"]))
     assert done.returncode != 0 and sum(line.startswith("train.py: ") for line in done.stderr.splitlines()) == 1, done.stderr
 
 
 @pytest.mark.slow
 def test_ranks_that_were_not_started_alike_are_refused(flags, launcher, tmp_path):
-    done = torchrun(tmp_path, launcher("argv += ['--lr', str(0.1 + rank)]"), *flags)
+    done = torchrun(tmp_path, launcher("argv[argv.index('--lr') + 1] = str(0.1 + rank)"), *flags)
     assert done.returncode != 0 and "train.py: the ranks were not started alike" in done.stderr
 
 

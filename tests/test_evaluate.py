@@ -63,8 +63,8 @@ def test_a_row_written_out_by_hand(monkeypatch):
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_likelihoods_equal_the_slow_reference(dtype, off, beginning):
     model = tiny(n_kv_heads=2).to(dtype)
-    asked = [Question(prompt, [*answers, [model(torch.tensor([prompt]))[0, -1].argmax().item(), 2]]) for prompt, answers in drawn(beginning=beginning)]
-    expected = [slow(model, prompt, answer) for prompt, answers in asked for answer in answers]
+    asked = [Question(prompt, [*answers, [model(torch.tensor([prompt]))[0, -1].argmax().item(), 2]]) for prompt, answers, _ in drawn(beginning=beginning)]
+    expected = [slow(model, prompt, answer) for prompt, answers, _ in asked for answer in answers]
     found = log_likelihoods(model, asked)
     assert [hits for _, hits in found] == [hits for _, hits in expected]
     assert [p for p, _ in found] == pytest.approx([p for p, _ in expected], abs=off, rel=off)
@@ -89,7 +89,7 @@ def test_a_prompt_is_computed_once_for_all_its_answers():
 
 def test_groups_hold_everything_once_within_their_room():
     asked = drawn(40)
-    sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers in asked]
+    sizes = [len(prompt) + sum(map(len, answers)) for prompt, answers, _ in asked]
     for room in 1, 50, 10 ** 6:
         groups = group_questions(asked, room)
         assert sorted(i for group in groups for i in group) == list(range(40))
@@ -101,7 +101,7 @@ def encoded(n=12, seed=3, classes=3):
     """(rows, choices): prompts of random lengths, answers of 2 to 4 tokens, each from one of a few."""
     choices = [[9, 2], [8, 11, 2], [8, 12, 30, 2]][:classes]
     asked = drawn(n, seed)
-    return [(prompt + choices[i % classes], [IGNORE] * len(prompt) + choices[i % classes]) for i, (prompt, _) in enumerate(asked)], choices
+    return [(prompt + choices[i % classes], [IGNORE] * len(prompt) + choices[i % classes]) for i, (prompt, *_) in enumerate(asked)], choices
 
 
 def test_columns_do_not_depend_on_the_batch_and_equal_the_reference():
@@ -134,7 +134,7 @@ def test_it_is_faster_than_the_slow_reference():
             with torch.no_grad():
                 log_likelihoods(model, asked)
         else:
-            for prompt, answers in asked:
+            for prompt, answers, _ in asked:
                 for answer in answers:
                     slow(model, prompt, answer)
         taken[batched].append(time.perf_counter() - began)
@@ -286,11 +286,11 @@ def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, to
         return ((k, token) for k, prompt in enumerate(prompts)
                 for token in tokenizer.encode(said[int(tokenizer.decode(prompt).split("Say ")[1][0])]))
     monkeypatch.setattr(module, "generate", scripted)
-    monkeypatch.setattr(module, "BATCH", 3)
-    columns = exam.take(tiny(), heard.append)
+    monkeypatch.setattr(module, "ANSWERED_AT_ONCE", 3)
+    columns = exam.score(tiny(), heard.append)
     assert columns["exact_match"].tolist() == [1, 0, 0, 0] and columns["ended"].tolist() == [1, 1, 0, 1]
     assert asked == [(3, exam.limit, 0), (1, exam.limit, 1)] and heard == [3, 4]      # one pool for both
-    exam.take(tiny())
+    exam.score(tiny())
     assert [in_pool for *_, in_pool in asked] == [0, 1, 0, 1]                      # and another for the base, say
     assert Exam(examples, tokenizer, 512).limit == 2 * (1 + len(tokenizer.encode("one two three")))
 
@@ -309,7 +309,7 @@ def test_what_an_exam_knows_and_refuses(tokenizer):
     broken = tiny()
     torch.nn.init.constant_(broken.norm.weight, math.nan)
     with pytest.raises(ValueError, match="the model's logits are not numbers"):
-        exam.take(broken)
+        exam.score(broken)
 
 
 def test_the_ranks_shares_add_up(monkeypatch, tokenizer):

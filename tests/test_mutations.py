@@ -64,12 +64,12 @@ MUTATIONS = {
     "validation_by_batches": (
         "finetune/evaluate.py",
         """
-        table["tokens"][i] = len(answer)
+        table["tokens"][i] = count_targets(questions[i].targets[right])
         table["nats"][i] = -answer_scores[right].log_p
         """,
         """
         table["tokens"][i] = 1 / len(group)
-        table["nats"][i] = -answer_scores[right].log_p / sum(len(examples[j][1]) for j in group)
+        table["nats"][i] = -answer_scores[right].log_p / sum(len(questions[j].answers[0]) for j in group)
         """,
     ),
     "accuracy_of_free_text": (
@@ -105,8 +105,8 @@ MUTATIONS = {
     ),
     "eos_after_a_cut": (
         "finetune/dataset.py",
-        "(prompt + answer)[:max_seq_len]",
-        "(prompt + answer)[:max_seq_len - 1] + answer[-1:]",
+        "tokens[:max_seq_len], labels[:max_seq_len]",
+        "tokens[:max_seq_len - 1] + tokens[-1:], labels[:max_seq_len - 1] + labels[-1:]",
     ),
     "prompt_boundary": (
         "finetune/dataset.py",
@@ -118,8 +118,8 @@ MUTATIONS = {
     ),
     "answer_cut_away": (
         "finetune/dataset.py",
-        "[row for row in rows if row[1][-1] != IGNORE]",
-        "rows",
+        "count_answer(labels) == 0",
+        "False",
     ),
     "double_bos": (
         "finetune/dataset.py",
@@ -302,17 +302,17 @@ MUTATIONS = {
     ),
     "a_word_that_the_teacher_rules_out": (
         "finetune/distill.py",
-        "(self.head(features).to(wide) / T).softmax(-1)",
-        "(self.head(features).to(wide) / T).log_softmax(-1).exp() + 0 * self.head(features)",
+        "(self.head(features).to(loss_dtype) / T).softmax(-1)",
+        "(self.head(features).to(loss_dtype) / T).log_softmax(-1).exp() + 0 * self.head(features)",
     ),
     "evaluation_through_the_wrapper": (
         "train.py",
         """
-        functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, TOKENS),
+        functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, SCORING_TOKENS),
                           precision.autocast, ranks.rank, ranks.size)
         """,
         """
-        functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, TOKENS),
+        functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, SCORING_TOKENS),
                           precision.autocast, ranks.rank, ranks.size)
         """,
     ),

@@ -34,7 +34,7 @@ from finetune.run import Run
 from llama import save_checkpoint
 from finetune.preflight import OutOfMemoryAdvice, memory_advice
 
-from .helpers import EXAMPLES, ONE_THREAD, ROOT, contents, tiny, untimed
+from .helpers import EXAMPLES, ONE_THREAD, ROOT, contents, given_once, tiny, untimed
 
 EXAMPLES = EXAMPLES[:6]                                    # two epochs of three steps of two
 
@@ -75,7 +75,7 @@ def start(argv, before=lambda: None):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)           # whatever an earlier test's launcher left in this process
         try:
             before()
-            train.main(argv)
+            train.main(given_once(argv))
             code = 0
         except SystemExit as left:
             code = left.code
@@ -188,7 +188,7 @@ def goes_on(flags, step, number=signal.SIGTERM):
         "--method delta-lora --method-options start=1 --dropout 0", "--method lora --precision bf16 --lora-plus-ratio 4", "--method dora --checkpointing", "--method dylora", "--method vera",
         "--method lora-fa --quantize nf4", "--method rslora --targets all --tokens-per-batch 200 --epochs 4", "--method full --init random --precision fp16"))])
 def test_what_a_method_moves_goes_on(flags, own):
-    one, other = goes_on([*flags, *own, "--save-every", "0"], 4)
+    one, other = goes_on(given_once([*flags, *own, "--save-every", "0"]), 4)
     assert one == other
     if "rank_by=loss" in own:
         assert len({row["rank"] for row in one[0][3:]}) > 1
@@ -242,15 +242,15 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     folder = half()
     before = contents(folder)
     argv = [*flags, "--out", folder, "--resume"]
-    line = refused([*argv, "--lr", "0.02", "--epochs", "3", "--log-every", "5"], capsys)
+    line = refused(given_once([*argv, "--lr", "0.02", "--epochs", "3", "--log-every", "5"]), capsys)
     assert f"{folder} was begun with --epochs 2, now 3; --lr 0.01, now 0.02: a resumed run cannot change this" in line
-    assert "its steps would not hold the same examples" in refused([*argv, "--batch-size", "1"], capsys)
+    assert "its steps would not hold the same examples" in refused(given_once([*argv, "--batch-size", "1"]), capsys)
     open("other.json", "w").write(json.dumps(EXAMPLES[1:] + EXAMPLES[:1]))
-    assert "the examples are not those" in refused([*argv, "--data", "other.json"], capsys)
+    assert "the examples are not those" in refused(given_once([*argv, "--data", "other.json"]), capsys)
     shutil.copytree("base", "other", dirs_exist_ok=True)
     weights = torch.load("base/consolidated.00.pth")
     torch.save({**weights, "norm.weight": 2 * weights["norm.weight"]}, "other/consolidated.00.pth")
-    assert "it was begun over another base" in refused([*argv, "--checkpoint", "other"], capsys)
+    assert "it was begun over another base" in refused(given_once([*argv, "--checkpoint", "other"]), capsys)
     content = torch.load(f"{folder}/state.pt", weights_only=True)
     torch.save({**content, "about": {**content["about"], "ranks": 2}}, f"{folder}/state.pt")
     assert "each rank has its own random numbers; start as many as it was begun with (ranks 2, now 1)" in refused(argv, capsys)
@@ -258,7 +258,8 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     after = contents(folder)
     assert {**after, "args.json": None} == {**before, "args.json": None}
     shutil.copy("examples.json", "moved.json")
-    train.main([*argv, "--data", "moved.json", "--log-every", "5", "--batch-size", "1", "--accumulation-steps", "2", "--checkpointing"])
+    changes = ["--data", "moved.json", "--log-every", "5", "--batch-size", "1", "--accumulation-steps", "2"]
+    train.main(given_once([*argv, *changes, "--checkpointing"]))
     said = capsys.readouterr().out
     assert f"resume    {folder}/state.pt: 3 of 6 steps are done\n" in said and "before    " not in said
     assert re.findall("changed   (.*)", said) == ["--accumulation-steps 1, now 2", "--batch-size 2, now 1", "--checkpointing False, now True",
@@ -476,14 +477,15 @@ def test_best_and_last(flags, monkeypatch, capsys):
     saved, honest = [], train.save_adapter
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     monkeypatch.setattr(train, "save_adapter", lambda model, path: (saved.append(path.name), honest(model, path)))
-    train.main([*flags, "--out", "early", "--epochs", "9", "--early-stop", "2"])
+    argv = given_once([*flags, "--out", "early", "--epochs", "9", "--early-stop", "2"])
+    train.main(argv)
     rows, kept = left("early")
     assert [row.get("val_loss") for row in rows if "val_loss" in row] == [4.0, 3.0, 3.5, None] and len(rows) == 12
     assert saved == ["best.pt", "best.pt", "adapter.pt"] and kept["best.pt"] != kept["adapter.pt"]
     said = capsys.readouterr().out
     assert "stopped   after step 12 of 27: no better held-out loss in 2 measurements\n" in said
     assert "best      early/best.pt: held-out loss 3.0000, after step 6\n" in said
-    train.main([*flags, "--out", "early", "--epochs", "9", "--early-stop", "2", "--resume"])
+    train.main([*argv, "--resume"])
     assert "is finished" in capsys.readouterr().out
 
 
@@ -545,7 +547,7 @@ def alive(pid):
 def test_25_signals_at_random_moments(flags, number):
     """Every step is saved, so that a life's few steps stay; some lives end before their first."""
     flags += ["--epochs", "200"]                            # more than 25 lives can reach on any machine
-    train.main([*flags, "--out", f"long{number}"])
+    train.main(given_once([*flags, "--out", f"long{number}"]))
     chance, argv, folder = random.Random(number), [*flags, "--out", f"often{number}"], f"often{number}"
     for _ in range(25):
         pid = start(argv)

@@ -277,7 +277,7 @@ def test_learning_rate_at_its_corners():
 
 def test_held_out_loss_is_a_sum_by_a_count(run, watch, base, tokenizer, data):
     sizes = []
-    watch(lambda model, asked: isinstance(asked, list) and sizes.append([len(prompt) + len(own) for prompt, (own,) in asked]) or None)
+    watch(lambda model, asked: isinstance(asked, list) and sizes.append([len(prompt) + len(own) for prompt, (own,), _ in asked]) or None)
     losses = [run(str(n), "--val-data", str(data), "--tokens-per-batch", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
               for n in (1, 300, 3000)]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)

@@ -15,7 +15,7 @@ import generate
 import train
 from llama import load_checkpoint, save_checkpoint
 from finetune.batches import Batch, DataCollatorForSupervisedDataset
-from finetune.dataset import count_answer, encode_example, encode_prompt, format_prompt, IGNORE, SupervisedDataset
+from finetune.dataset import count_answer, encode_example, encode_prompt, format_prompt, IGNORE, SupervisedDataset, truncate
 from finetune.distill import Distillation
 from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss
@@ -138,14 +138,14 @@ def test_accuracy_of_free_text(tokenizer):
     https://github.com/OptimalScale/LMFlow/issues/210"""
     model, words = tiny(), ("happy", "sad")
     asked = [{"instruction": f"Is {thing} happy or sad?", "output": word} for thing in ("grass", "sky", "blue") for word in words]
-    right = measures({name: column.sum(0) for name, column in Exam(asked, tokenizer, 512, list(words)).take(model).items()})
+    right = measures({name: column.sum(0) for name, column in Exam(asked, tokenizer, 512, list(words)).score(model).items()})
     assert right["exact_match"] == 0 and right["accuracy"] == 0.5                # of either word for the same question
 
 
 def test_shift_by_one(tokenizer):
     """Labels shifted twice or not at all train the model to repeat a token, or to skip one.
     https://github.com/tloen/alpaca-lora/issues/306"""
-    model, (tokens, labels) = tiny(), encode_example(EXAMPLES[0], tokenizer, 512)
+    model, (tokens, labels) = tiny(), encode_example(EXAMPLES[0], tokenizer)
     loss, n = answer_loss(model, Batch(torch.tensor([tokens]), torch.tensor([labels]), count_answer(labels)))
     log_p = model(torch.tensor([tokens]))[0].log_softmax(-1)
     by_hand = [-log_p[t - 1, tokens[t]].item() for t in range(1, len(tokens)) if labels[t] != IGNORE]
@@ -156,7 +156,7 @@ def test_prompt_is_no_target(tokenizer):
     """By default many recipes train on the prompt too, most of whose tokens are the template's.
     https://github.com/huggingface/trl/issues/1507"""
     prompt = encode_prompt(EXAMPLES[0], tokenizer)
-    tokens, labels = encode_example(EXAMPLES[0], tokenizer, 512)
+    tokens, labels = encode_example(EXAMPLES[0], tokenizer)
     assert labels[:len(prompt)] == [IGNORE] * len(prompt) and labels[len(prompt):] == tokens[len(prompt):]
 
 
@@ -165,7 +165,7 @@ def test_prompt_is_no_target(tokenizer):
 def test_eos_is_a_target(tokenizer):
     """Where eos is never a target, because it is also the pad id that gets masked, the model never stops.
     https://github.com/mlabonne/llm-course/issues/33"""
-    batch = DataCollatorForSupervisedDataset(tokenizer.pad_id)([encode_example(example, tokenizer, 512) for example in EXAMPLES])
+    batch = DataCollatorForSupervisedDataset(tokenizer.pad_id)([encode_example(example, tokenizer) for example in EXAMPLES])
     assert tokenizer.pad_id == tokenizer.eos_id
     assert ((batch.labels == tokenizer.eos_id).sum(1) == 1).all()
 
@@ -174,15 +174,15 @@ def test_eos_as_text(tokenizer):
     """"</s>" written into the text is four characters to sentencepiece and no eos at all.
     https://github.com/johnsmith0031/alpaca_lora_4bit/issues/35"""
     assert tokenizer.eos_id not in tokenizer.encode("hi</s>") and tokenizer.decode([tokenizer.eos_id]) == ""
-    assert encode_example(EXAMPLES[0], tokenizer, 512)[1][-1] == tokenizer.eos_id
+    assert encode_example(EXAMPLES[0], tokenizer)[1][-1] == tokenizer.eos_id
 
 
 def test_eos_after_a_cut(tokenizer):
     """An eos put behind an answer that was cut teaches the model to stop in the middle of a sentence.
     https://github.com/tloen/alpaca-lora/issues/439"""
-    tokens, labels = encode_example(EXAMPLES[3], tokenizer, 10_000)
+    tokens, labels = encode_example(EXAMPLES[3], tokenizer)
     for length in range(1, len(tokens)):
-        cut, cut_labels = encode_example(EXAMPLES[3], tokenizer, length)
+        cut, cut_labels = truncate(encode_example(EXAMPLES[3], tokenizer), length)
         assert cut == tokens[:length] and cut_labels == labels[:length] and tokenizer.eos_id not in cut
 
 
@@ -194,7 +194,7 @@ def test_prompt_boundary(tokenizer):
                             [1] * bos + [ord(c) for c in text.replace(":-", "\u2237")] + [2] * eos)
     prompt = encode_prompt(example, wider)
     assert wider.encode(format_prompt(example) + example["output"], bos=True)[:len(prompt)] != prompt
-    assert encode_example(example, wider, 512)[0][:len(prompt)] == prompt
+    assert encode_example(example, wider)[0][:len(prompt)] == prompt
 
 
 def test_answer_cut_away(tokenizer):
@@ -210,7 +210,7 @@ def test_double_bos(tokenizer):
     """A second bos, from the template or from the tokenizer, is a prompt the base has never seen.
     https://github.com/Lightning-AI/litgpt/issues/1565"""
     for example in EXAMPLES:
-        assert encode_example(example, tokenizer, 512)[0].count(tokenizer.bos_id) == 1 == encode_prompt(example, tokenizer).count(1)
+        assert encode_example(example, tokenizer)[0].count(tokenizer.bos_id) == 1 == encode_prompt(example, tokenizer).count(1)
 
 
 def test_token_by_token_decoding(tokenizer):
@@ -256,7 +256,7 @@ def test_template_at_inference(base, tokenizer, tmp_path, monkeypatch):
                         asked.extend(prompts) or honest(model, prompts, *rest, **settings))
     monkeypatch.chdir(tmp_path)
     generate.main(["--checkpoint", str(base), "--adapter", "none", "--instruction", EXAMPLES[0]["instruction"], "--max-new-tokens", "1"])
-    tokens, labels = encode_example({**EXAMPLES[0], "input": ""}, tokenizer, 512)
+    tokens, labels = encode_example({**EXAMPLES[0], "input": ""}, tokenizer)
     assert asked == [[token for token, label in zip(tokens, labels) if label == IGNORE]]
 
 

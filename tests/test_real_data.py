@@ -1,0 +1,374 @@
+"""Data as people have it: several answers in a row, files of any form, fields that belong to the prompt."""
+
+import io
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune.dataset
+import finetune.evaluate
+import finetune.preflight
+import generate
+import train
+from finetune.batches import DataCollatorForSupervisedDataset, first_target, pack
+from finetune.dataset import IGNORE, SupervisedDataset, answer_spans, load_datasets
+from finetune.distill import Distillation
+from finetune.evaluate import Exam, class_answers, evaluate, score_answers
+from finetune.examples import read_examples
+from finetune.loss import answer_loss
+from llama import load_checkpoint, save_checkpoint
+from lora import load_adapter
+
+from .helpers import EXAMPLES, metrics, tiny
+
+_ = IGNORE
+nothing = torch.autocast("cpu", enabled=False)
+
+
+# --- labels
+
+
+@torch.no_grad()
+def reference(model, row):
+    """Return (nats, targets, hits) of a row by a plain forward and a cross-entropy over its labels."""
+    tokens, labels = row
+    logits = model(torch.tensor([tokens]))[0, :-1].double()
+    targets = torch.tensor(labels[1:])
+    nats = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE).item()
+    return nats, (targets != IGNORE).sum().item(), (logits.argmax(-1) == targets).sum().item()
+
+
+def several(n=9, seed=0):
+    """Return rows with one to three answers, a shared beginning, and a masked tail in some."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        length = torch.randint(low, high, (), generator=draw)
+        return torch.randint(3, 390, (int(length),), generator=draw).tolist()
+
+    rows = []
+    for i in range(n):
+        tokens = [1, *range(20, 35)]
+        labels = [_] * len(tokens)
+        for turn in range(1 + i % 3):
+            question = ids(1, 9)
+            answer = [*ids(0, 7), 2]
+            tail = ids(1, 5) if turn == i % 3 and i % 2 else []
+            tokens += question + answer + tail
+            labels += [_] * len(question) + answer + [_] * len(tail)
+        rows.append((tokens, labels))
+    return rows
+
+
+def test_answers_of_a_row_by_hand():
+    assert answer_spans([_, _, 7, 2, _, _, 8, 2, _]) == [(2, 4), (6, 8)]
+    assert answer_spans([5, 6, _, 2]) == [(1, 2), (3, 4)]       # Nothing predicts the first token.
+    assert answer_spans([_, _]) == answer_spans([5]) == []
+
+
+@pytest.mark.parametrize("tokens", [1, 150, 10**6])
+def test_scores_follow_the_labels(tokens):
+    model = tiny(n_kv_heads=2)
+    rows = several()
+    table = score_answers(model, rows, tokens=tokens)
+    expected = torch.tensor([reference(model, row) for row in rows], dtype=torch.float64)
+    assert torch.allclose(table["nats"], expected[:, 0], rtol=1e-5)
+    assert torch.equal(table["tokens"], expected[:, 1])
+    assert torch.equal(table["hits"], expected[:, 2])
+
+
+@pytest.mark.parametrize("collate", [
+    DataCollatorForSupervisedDataset(0), pack, lambda rows: pack(rows, share_prefix=True)
+], ids=["padded", "packed", "shared"])  # fmt: skip
+def test_losses_follow_the_labels(collate):
+    """The plain loss, and distillation from the student itself, which adds only its T^2 KL = 0."""
+    model = tiny(n_kv_heads=2).double()
+    rows = several()
+    batch = collate(rows)
+    scores = [reference(model, row) for row in rows]
+    nats = sum(score[0] for score in scores)
+    assert batch.n_answer == sum(score[1] for score in scores)
+    assert answer_loss(model, batch)[0].item() == pytest.approx(nats, rel=1e-10)
+    guide = Distillation(tiny(n_kv_heads=2).double(), 2.0, 0.5)
+    assert guide(model, batch)[0].item() == pytest.approx(0.5 * nats, rel=1e-10)
+
+
+def encode_turns(example, tokenizer):
+    """Encode an example as three turns: its question and answer, a further question, its answer."""
+    begin = tokenizer.encode(example["instruction"], bos=True)
+    answer = tokenizer.encode(example["output"], eos=True)
+    between = tokenizer.encode("And once more:")
+    tail = tokenizer.encode("Thank you.")
+    labels = [_] * len(begin) + answer + [_] * len(between) + answer + [_] * len(tail)
+    return begin + answer + between + answer + tail, labels
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    """Every example has two answers and a masked tail."""
+    monkeypatch.setattr(finetune.dataset, "encode_example", encode_turns)
+    monkeypatch.setattr(finetune.evaluate, "encode_example", encode_turns)
+
+
+def test_a_dataset_of_several_answers(turns, tokenizer):
+    data = SupervisedDataset(EXAMPLES, tokenizer, 512)
+    assert (data.cut, data.dropped, data.n_with_eos, data.n_empty) == (0, 0, 12, 0)
+    assert class_answers(SupervisedDataset(EXAMPLES[:2] * 6, tokenizer), 512) is None
+    tokens, labels = data[0]
+    spans = answer_spans(labels)
+    cut = SupervisedDataset(EXAMPLES[:1], tokenizer, spans[1][0] - 1)     # in the second question
+    assert (cut.cut, cut.dropped, cut.n_with_eos) == (1, 0, 1)
+    assert cut[0] == (tokens[: spans[1][0] - 1], labels[: spans[1][0] - 1])
+    cut = SupervisedDataset(EXAMPLES[:1], tokenizer, spans[0][1] - 1)     # before the first eos
+    assert (cut.cut, cut.dropped, cut.n_with_eos) == (1, 0, 0)
+    with pytest.raises(ValueError, match="none of 1 examples has an answer token"):
+        SupervisedDataset(EXAMPLES[:1], tokenizer, first_target(labels))
+
+
+def test_held_out_loss_and_best_adapter_follow_the_labels(turns, run, base, data, tokenizer):
+    rows = run("out", "--val-data", str(data), "--max-steps", "2", "--epochs", "2", "--dropout", "0")
+    model, _tokenizer = load_checkpoint(base)
+    load_adapter(model.eval(), "out/best.pt")
+    held_out = load_datasets(str(data), str(data), None, 512, 0, tokenizer)[1]
+    scores = [reference(model, row) for row in held_out.rows]
+    expected = sum(score[0] for score in scores) / sum(score[1] for score in scores)
+    assert min(row["val_loss"] for row in rows if "val_loss" in row) == pytest.approx(expected, 1e-5)
+    assert evaluate(model, held_out, 200, nothing)["val_loss"] == pytest.approx(expected, 1e-5)
+
+
+def test_an_exam_asks_for_the_last_answer_and_scores_all(turns, tokenizer, monkeypatch):
+    prompts = []
+
+    def answer_rightly(model, asked, limit, eos, pool):
+        prompts.extend(asked)
+        for k in range(len(asked)):
+            for token in tokenizer.encode(EXAMPLES[k]["output"]):
+                yield k, token
+
+    monkeypatch.setattr(finetune.evaluate, "generate", answer_rightly)
+    exam = Exam(EXAMPLES[:4], tokenizer, 512)
+    model = tiny(tokenizer.vocab_size)
+    table = exam.score(model)
+    whole = [encode_turns(example, tokenizer) for example in EXAMPLES[:4]]
+    assert prompts == [tokens[: answer_spans(labels)[1][0]] for tokens, labels in whole]
+    assert table["exact_match"].tolist() == table["ended"].tolist() == [1] * 4
+    expected = [reference(model, row) for row in whole]
+    assert table["nats"].tolist() == pytest.approx([score[0] for score in expected], rel=1e-5)
+    assert exam.about()["answer_tokens"] == sum(score[1] for score in expected)
+    assert exam.choices is None
+    outputs = [example["output"] for example in EXAMPLES[:4]]
+    with pytest.raises(ValueError, match="--choices compares single answers"):
+        Exam(EXAMPLES[:4], tokenizer, 512, outputs)
+
+
+# --- forms of a file
+
+ROWS = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "output": "d\u2028"}]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize("content", [
+    LINES,
+    "\ufeff\n\n" + LINES.replace("\n", "\r\n \r\n"),
+    json.dumps(ROWS),
+    json.dumps(ROWS, indent=1),
+    json.dumps({"data": ROWS}),
+    json.dumps({"version": "1.0", "n": 2, "train": ROWS}, indent=2),
+])  # fmt: skip
+def test_a_file_is_read_by_what_is_in_it(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    assert read_examples(tmp_path / name) == ROWS
+
+
+def test_one_object_is_one_example(tmp_path):
+    for indent in (None, 1):
+        (tmp_path / "a.json").write_text(json.dumps(ROWS[0], indent=indent))
+        assert read_examples(tmp_path / "a.json") == ROWS[:1]
+
+
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"instruction,output\na,b\n", "a.json begins with 'instruction,output\\na', which is not JSON: give a list"),
+    (b"<!DOCTYPE html>", "begins with '<!DOCTYPE html>', which is not JSON"),
+    (LINES.encode("utf-16"), "a.json is UTF-16 text; save it as UTF-8"),
+    (b"\x1f\x8b\x08\0", "a.json is compressed with gzip; unpack it"),
+    (b"PAR1\x15\x04", "a.json is a Parquet table; export its rows as JSON"),
+    (b"PK\x03\x04\0", "a.json is a zip or Excel file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer, not the file; run git lfs pull"),
+    (f"{GOOD},\n{GOOD}", "a.json, line 1, column 36: not JSON (there is more after the end of a value)"),
+    (f"{GOOD}\n{GOOD}\n{{", "a.json, line 3: not JSON"),
+    (f"[{GOOD},]", "a.json, line 1, column "),
+    ('[{"instruction": "a", "output": "b", "output": "c"}]', "'output' stands twice in {\"instruction\": \"a\""),
+    ('{"train": [1], "test": [2]}', "a.json holds one object with the fields 'train', 'test': give a list"),
+    ('{"instruction": ["a"], "output": ["b"]}', "a.json holds columns, not rows: give a list"),
+    ('{"instruction": {"0": "a"}, "output": {"0": "b"}}', "a.json holds columns, not rows"),
+    ('{"system": "Be terse.", "data": [' + GOOD + "]}", "a.json: Alpaca's prompt has no place for the text in 'system'"),
+    (f"[{GOOD}, [1]]", "example 2 is a list, not an object"),
+    ('[{"text": "a"}]', "example 1 has no 'instruction'; its fields are 'text'"),
+    ('{"conversations": [{"from": "human"}], "id": 1}', "has no 'instruction'; its fields are 'conversations', 'id'"),
+    ('[{"instruction": "a", "Output": "b"}]', "has no 'output'; its fields are 'instruction', 'Output'"),
+    ('[{"instruction": "a", "input": {"x": 1}, "output": "b"}]', "example 1: 'input' is an object, not text"),
+    ('[{"instruction": "a", "output": NaN}]', "example 1: 'output' is null or NaN, as a blank cell is"),
+    ('[{"instruction": null, "input": "q", "output": "b"}]', "example 1: 'instruction' is null or NaN"),
+    ('[{"instruction": "a", "output": true}]', "example 1: 'output' is true, not text: is it True, true or yes?"),
+    ('[{"instruction": "a", "output": 1e999}]', "example 1: 'output' is the number inf, not text"),
+    ('[{"instruction": " ", "input": "\\n", "output": "b"}]', "example 1: 'instruction' is empty, and so is 'input'"),
+    ('[{"instruction": "\\ud83d", "output": "b"}]', "has an incomplete character, such as half of an emoji: '\\ud83d'"),
+    (json.dumps([{"instruction": "a", "output": output} for output in ("", " \n", "")]), "a.json: every 'output' is empty"),
+])  # fmt: skip
+def test_a_file_that_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as caught:
+        read_examples(tmp_path / "a.json")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"instruction": "a", "input": float("nan"), "output": "b"}, {"input": None}),
+    ({"instruction": "2+2", "output": 4}, {"output": "4"}),
+    ({"instruction": "a", "input": -0.5, "output": 1e-7}, {"input": "-0.5", "output": "1e-07"}),
+    ({"instruction": "", "input": "Why?", "output": "b"}, {"instruction": "Why?", "input": ""}),
+])  # fmt: skip
+def test_blank_cells_numbers_and_a_question_as_input(tmp_path, row, expected):
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    assert read_examples(tmp_path / "a.json") == [row | expected]
+
+
+# --- fields
+
+
+@pytest.mark.parametrize("name, value", [
+    ("history", [["Name a mineral.", "coal"]]), ("system", "Be terse."), ("system_prompt", "x"),
+    ("systemPrompt", "x"), ("SYSTEM", "x"), ("Input", "x"), ("input2", "x"), ("context", "x"),
+    ("retrieved_documents", [{"text": "x"}]), ("messages", [{"role": "user", "content": "x"}]),
+    ("conversations", [{"from": "human", "value": "x"}]), ("chosen", "x"), ("rejected", "x"),
+    ("tools", [{"name": "x"}]), ("images", ["a.png"]), ("options", ["yes", "no"]), ("turn_1", "x"),
+])  # fmt: skip
+def test_a_field_of_the_prompt_is_refused_by_name(tmp_path, name, value):
+    rows = [ROWS[0], {**ROWS[0], name: value}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=f"a.json, example 2: .* the text in '{name}'; move it"):
+        read_examples(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("history", []), ("history", [["", " "], []]), ("system", ""), ("system", None), ("context", 3),
+    ("id", "x1"), ("conversation_id", "x"), ("category", "qa"), ("source", "web"), ("text", "x"),
+    ("answer", "x"), ("prompt_length", 7), ("topic", "x"), ("", "x"), ("turns", 2),
+])  # fmt: skip
+def test_a_field_that_changes_nothing_is_kept(tmp_path, name, value):
+    row = {**ROWS[0], name: value}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    assert read_examples(tmp_path / "a.json") == [row]
+
+
+def test_empty_outputs_are_counted_and_train_as_before(run, base, tmp_path, capsys):
+    rows = [*EXAMPLES, *({**example, "output": output} for example, output in zip(EXAMPLES, ["", " "]))]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    run("out", "--data", "a.json", "--val-data", "a.json", "--max-steps", "1")
+    printed = capsys.readouterr().out
+    assert "14 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 14 end in eos; 2 outputs empty\n" in printed
+    assert "held out  a.json: 14 examples, 0 cut, 0 dropped; 2 outputs empty" in printed
+
+
+# --- generate.py --data
+
+
+@pytest.fixture
+def answered(tmp_path, tokenizer, monkeypatch, capsys):
+    """answered(rows) returns the rows that generate.py gives, and what it prints beside."""
+    model = tiny(tokenizer.vocab_size)
+    save_checkpoint(model, tokenizer, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generate, "load", lambda args, device, precision: (model, tokenizer, "-"))
+
+    def answered(rows, *flags):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        generate.main(["--data", "q.jsonl", "--max-new-tokens", "3", *flags])
+        printed = capsys.readouterr()
+        return list(map(json.loads, printed.out.splitlines())), printed.err
+
+    answered.model = model
+    return answered
+
+
+def test_answers_of_the_file_are_kept(answered):
+    rows = [{"instruction": "a", "answer": "GOLD", "n": 1.50}, {"instruction": "b", "output": 4}]
+    found, _err = answered(rows)
+    assert [row.pop("model_answer") for row in found] and found == rows
+    found, _err = answered([{"instruction": "a", "error": "x"}])
+    assert found[0].keys() == {"instruction", "error", "model_answer"}
+
+
+def test_fields_of_both_names_are_refused(answered, capsys):
+    with pytest.raises(SystemExit):
+        answered([{"instruction": "a", "answer": "x"}, {"instruction": "a", "model_answer": "x"}])
+    assert "rename one of the two" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(answered, capsys):
+    answered.model.args.max_seq_len = 200
+    rows = [{"instruction": "Say blue."}] * 9
+    rows[2] = {"instruction": "word " * 300}
+    found, err = answered(rows)
+    problem = found[2].pop("error")
+    assert "tokens and the model takes 200" in problem and found[2] == {**rows[2], "answer": None}
+    assert f"q.jsonl, example 3: {problem}; it is not answered\n" in err
+    alone, _err = answered(rows[:1])
+    assert [row for i, row in enumerate(found) if i != 2] == alone * 8
+    with pytest.raises(SystemExit):
+        answered([rows[2]])
+    assert "q.jsonl: no example can be answered; in the first, the prompt has" in capsys.readouterr().err
+
+
+def test_half_of_an_emoji_elsewhere_in_a_row_is_written_as_json_has_it(answered, monkeypatch):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", file)
+    answered([{"instruction": "a", "note": "\ud83d"}])
+    assert json.loads(file.buffer.getvalue())["note"] == "\ud83d"
+
+
+# --- flags and contexts
+
+
+@pytest.mark.parametrize("command, flags, message", [
+    (train, ["--data", "a", "--data=b"], "argument --data: is given twice; give it once"),
+    (train, ["--lr", "1", "--lr", "1"], "argument --lr: is given twice"),
+    (train, ["--checkpointing", "--no-checkpointing"], "argument --checkpointing/--no-checkpointing: is given twice"),
+    (train, ["--lr", "1e-46"], "--lr: 1e-46 is too small for a 32-bit float, which holds 1.2e-38 or more"),
+    (generate, ["--instruction", "a", "--instruction", "b"], "argument --instruction: is given twice"),
+    (generate, ["--temperature", "1e-46"], "--temperature: 1e-46 is too small for a 32-bit float"),
+    (generate, ["--temperature", "1e39"], "--temperature: 1e39 is out of range"),
+])  # fmt: skip
+def test_flags_that_would_be_lost_in_silence(refused, command, flags, message):
+    assert message in refused(command.main, *flags)
+
+
+def test_rows_beyond_the_context_of_the_base(refused, base, data, tmp_path, monkeypatch):
+    """Training has the limit that generate.py has, for held-out rows and for the teacher too."""
+    def short(folder):
+        args, tokenizer = read_params(folder)
+        args.max_seq_len = 100 if "short" in str(folder) else 4096
+        return args, tokenizer
+
+    read_params = finetune.preflight.read_params
+    monkeypatch.setattr(finetune.preflight, "read_params", short)
+    base.rename(tmp_path / "short")
+    (tmp_path / "one.json").write_text(json.dumps(EXAMPLES[:1]))
+    train.main(["--checkpoint", "short", "--data", "one.json", "--max-steps", "1"])
+    message = ("the longest row has 123 tokens, and short looks back at most 100; give "
+               "--max-seq-len 100, which truncates such rows")
+    rest = ["--overwrite", "--max-steps", "1"]
+    assert message in refused(train.main, "--checkpoint", "short", "--data", str(data), *rest)
+    held_out = ["--data", "one.json", "--val-data", str(data)]
+    assert message in refused(train.main, "--checkpoint", "short", *held_out, *rest)
+    save_checkpoint(*load_checkpoint(tmp_path / "short"), tmp_path / "long")
+    teacher = ["--checkpoint", "long", "--teacher", "short"]
+    assert message in refused(train.main, *teacher, "--data", str(data), *rest)
+    train.main(["--checkpoint", "short", "--data", str(data), "--max-seq-len", "100", *rest])
+    assert len(metrics(tmp_path / "out")) == 1
