@@ -3,7 +3,8 @@
     python generate.py                             the run in out/, on a few built-in instructions
     python generate.py --adapter none              the base alone, on the same instructions
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
-    python generate.py --interactive               type instructions; `:adapter PATH` switches
+    python generate.py --interactive               type instructions; `:adapter PATH` switches,
+                                                   `:new` begins a new conversation
     python generate.py --data questions.json > answers.jsonl
     python generate.py --data held_out.json --score        score base and adapter
 """
@@ -24,6 +25,7 @@ from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
+from finetune.templates import TEMPLATES, Template, template_name
 from llama.checkpoint import PROBE, load_checkpoint
 from llama.guesses import NgramPool
 from llama.peft import adapter_at, is_peft, read_config
@@ -53,20 +55,23 @@ def main(argv=None):
     with one_line_errors("generate.py"):
         args = parse_args(argv)
         device, precision = pick_hardware(args.device, args.precision)
-        rows, examples = questions_of(args)
-        model, tokenizer, summary = load_or_explain(args, device, precision)
+        with default_adapter_explained(args):
+            template = template_of(args)
+        rows, examples = questions_of(args, template)
+        with default_adapter_explained(args):
+            model, tokenizer, summary = load(args, device, precision)
         # Fail before the first answer if a prompt is too long or an output is not in --choices.
-        answerer = Answerer(model, tokenizer, args)
+        answerer = Answerer(model, tokenizer, args, template)
         exam = None
         if args.score:
             exam = Exam(examples, tokenizer, model.args.max_seq_len, args.choices,
-                        args.max_new_tokens, args.data)
+                        args.max_new_tokens, args.data, template=template)
         elif args.data:
             new_fields = free_fields(rows, args.data)
-            problems = length_problems(model, tokenizer, examples, args.data)
+            problems = length_problems(answerer, examples, args.data)
         else:
-            prompts = [encode_prompt(example, tokenizer) for example in examples]
-            tokens_left(model, prompts, args.max_new_tokens)
+            tokens_left(model, [answerer.prompt(example) for example in examples],
+                        args.max_new_tokens)
         print(summary, file=sys.stderr, flush=True)
         if args.interactive:
             interact(answerer, args)
@@ -82,14 +87,26 @@ def main(argv=None):
                 answerer.show(example)
 
 
-def questions_of(args) -> tuple[list, list]:
+def template_of(args) -> Template:
+    """Return the prompt format: --template, else the adapter's, else Alpaca's."""
+    base_info = {}
+    if args.adapter and not is_peft(args.adapter):
+        base_info = read_adapter(adapter_at(args.adapter))["base"] or {}
+    template = TEMPLATES[template_name(args.template, base_info, args.adapter)]
+    if args.score and template.continues:
+        raise ValueError("--score compares answers, and plain text has none: train.py measures the "
+                         "loss of text with --val-data")
+    return template
+
+
+def questions_of(args, template) -> tuple[list, list]:
     """Return (rows as --data has them, examples to answer)."""
     if args.instruction:
         return [], [{"instruction": args.instruction, "input": args.input}]
     if args.data:
         required = ("instruction", "output") if args.score else ("instruction",)
-        rows = read_rows(args.data)
-        return rows, to_examples(rows, args.data, required)
+        rows = read_rows(args.data, template)
+        return rows, to_examples(rows, args.data, required, template)
     return [], INSTRUCTIONS
 
 
@@ -108,15 +125,15 @@ def free_fields(rows, path) -> tuple[str, str]:
                      "model_error; rename one of the two")
 
 
-def length_problems(model, tokenizer, examples, path) -> dict[int, str]:
+def length_problems(answerer, examples, path) -> dict[int, str]:
     """Return {i: problem} for each example whose prompt leaves no space for an answer.
 
     Each is printed, too.  Raises ValueError if that is every example.
     """
-    limit = model.args.max_seq_len
+    limit = answerer.model.args.max_seq_len
     problems = {}
     for i, example in enumerate(examples):
-        n_tokens = len(encode_prompt(example, tokenizer))
+        n_tokens = len(answerer.prompt(example))
         if n_tokens >= limit:
             problems[i] = f"the prompt has {n_tokens} tokens and the model takes {limit}"
     if len(problems) == len(examples):
@@ -126,10 +143,11 @@ def length_problems(model, tokenizer, examples, path) -> dict[int, str]:
     return problems
 
 
-def load_or_explain(args, device, precision):
-    """Call `load`; if the default adapter fails, say that it was the default."""
+@contextmanager
+def default_adapter_explained(args):
+    """If the default adapter fails within the block, say that it was the default."""
     try:
-        return load(args, device, precision)
+        yield
     except (ValueError, OSError) as error:
         if not args.adapter_by_default:
             raise
@@ -178,18 +196,26 @@ def load(args, device, precision):
 
 
 class Answerer:
-    """A model, its tokenizer, how it decodes (args), and the guesses that its answers share."""
+    """A model, its tokenizer, how it decodes (args), and the guesses that its answers share.
 
-    def __init__(self, model, tokenizer, args):
+    turns: the messages of a conversation so far, if the template can say several turns.
+    """
+
+    def __init__(self, model, tokenizer, args, template):
         self.model = model
         self.tokenizer = tokenizer
         self.args = args
+        self.template = template
         self.pool = NgramPool()
+        self.turns = []
+
+    def prompt(self, example) -> list[int]:
+        return encode_prompt(example, self.tokenizer, self.template)
 
     def answer_ids(self, examples):
         """Iterate over (i, id): the next tokens of the answer to examples[i]."""
         args = self.args
-        prompts = [encode_prompt(example, self.tokenizer) for example in examples]
+        prompts = [self.prompt(example) for example in examples]
         if args.beams == 1:
             return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.eos_id,
                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -203,12 +229,25 @@ class Answerer:
             for token in answer:
                 yield i, token
 
-    def show(self, example):
-        """Print the answer to one example as it comes."""
+    def show(self, example) -> str:
+        """Print the answer to one example as it comes, and return it."""
+        answer = ""
         with counted(self.model, self.answer_ids([example]), self.args.verbose) as ids:
             for piece in stream(self.tokenizer, (token for _, token in ids)):
                 print(piece, end="", flush=True)
+                answer += piece
             print(flush=True)
+        return answer
+
+    def reply(self, question):
+        """Print the answer to a question, which follows the turns before it."""
+        if not self.template.holds_turns:
+            self.show({"instruction": question})
+            return
+        asked = [*self.turns, {"role": "user", "content": question}]
+        answer = self.show({"messages": asked})
+        if answer.strip():                           # An empty one is no turn to go on from.
+            self.turns = [*asked, {"role": "assistant", "content": answer}]
 
     def answer_file(self, rows, examples, new_fields, problems):
         """Print each row as a JSON line with its answer on stdout, and progress on stderr.
@@ -288,7 +327,10 @@ def score(model, exam, args):
 
 
 def interact(answerer, args):
-    """Read instructions from stdin until it ends; `:adapter PATH` loads another adapter."""
+    """Read instructions from stdin until it ends.
+
+    `:adapter PATH` loads another adapter, and `:new` begins a new conversation.
+    """
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")      # Invalid UTF-8 does not end the session.
     model = answerer.model
@@ -301,33 +343,39 @@ def interact(answerer, args):
             return
         words = line.split(maxsplit=1)
         try:
-            if line.strip().startswith(":"):
+            if line.strip() == ":new":
+                answerer.turns = []
+            elif line.strip().startswith(":"):
                 if words[0] != ":adapter" or len(words) < 2:
-                    print("type an instruction, or :adapter PATH, or :adapter none",
-                          file=sys.stderr, flush=True)
+                    print("type an instruction, or :adapter PATH, or :adapter none, or :new for a "
+                          "new conversation", file=sys.stderr, flush=True)
                     continue
-                has_adapter = switch_adapter(model, words[1].strip())
+                has_adapter = switch_adapter(answerer, words[1].strip())
             elif words:
                 with nullcontext() if has_adapter else lora_disabled(model):
-                    answerer.show({"instruction": line.strip()})
+                    answerer.reply(line.strip())
         except (ValueError, OSError) as error:
             print(f"generate.py: {in_one_line(error)}", file=sys.stderr, flush=True)
 
 
-def switch_adapter(model, name) -> bool:
+def switch_adapter(answerer, name) -> bool:
     """Put another adapter over the base, or none; return whether there is one now.
 
-    Raises ValueError or OSError, with the model as it was, for a file that is not an adapter.
+    The adapter's template is used from then on, unless --template was given.
+    Raises ValueError or OSError, with all as it was, for a file that is not an adapter.
     """
+    model = answerer.model
+    given_template = answerer.args.template
     source = None
     if name != "none":
         source = adapter_at(name, model.args)
-        read_adapter(source)
+        base_info = read_adapter(source)["base"] or {}
+        template = TEMPLATES[template_name(given_template, base_info, name)]
     if is_merged(model):
         unmerge_lora(model)
     if source:
         load_adapter(model, source)
-        base_info = read_adapter(source)["base"] or {}
+        answerer.template = template
         trained_quantize = base_info.get("quantize", "none")
         quantize = model.origin["quantize"]
         if trained_quantize != quantize:
@@ -398,6 +446,8 @@ def add_model_flags(group):
          help="the first N blocks only (default: the adapter's, else all)")
     flag("--quantize", choices=("none", *QUANTIZED),
          help="hold the base in 8 or 4 bits (default: as the adapter was trained, else none)")
+    flag("--template", choices=TEMPLATES,
+         help="prompt format (default: the adapter's, else alpaca)")
     flag("--merge", action="store_true", help="merge the adapter into the weights first")
 
 

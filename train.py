@@ -42,6 +42,7 @@ from finetune.preflight import (
 from finetune.ranks import Ranks, connected_ranks
 from finetune.run import ADAPTER, Run, held_out_columns, progress_line
 from finetune.signals import stop_after_step_on_signals
+from finetune.templates import template_name
 from llama.checkpoint import (
     PARAMS,
     TOKENIZER,
@@ -80,6 +81,7 @@ class Job:
     ranks: Ranks
     precision: Precision
     lora: LoRAConfig | None              # None for --method full
+    template: str                        # the prompt format, for adapter files
     quantize: str
     settings: dict                       # all options, with the values chosen for them
     adapter: dict | None                 # content of the --adapter file or folder
@@ -134,19 +136,18 @@ def prepare(options: Options, ranks: Ranks) -> Job:
                                            options.fast_matmul)
     if options.compile:
         check_compiler(device)
-    base = read_params(options.checkpoint)
-    model_args, tokenizer = base
+    model_args, tokenizer = read_params(options.checkpoint)
     if options.teacher:
-        teacher = read_params(options.teacher)
-        check_teacher(options.teacher, teacher, options.checkpoint, base)
-    train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
-                                       options.max_seq_len, options.seed, tokenizer)
-    check_data(train_set, val_set, options.max_seq_len, options.data,
-               (options.checkpoint, options.teacher))
+        check_teacher(options.teacher, model_args, tokenizer)
     adapter = None
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
-    lora, quantize = adapter_settings(options, adapter)
+    lora, quantize, template = adapter_settings(options, adapter)
+    train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
+                                       options.max_seq_len, options.seed, tokenizer,
+                                       template=template)
+    check_data(train_set, val_set, options.max_seq_len, options.data,
+               (options.checkpoint, options.teacher))
     state_bytes = optimizer_state_bytes(lambda groups: build_optimizer(groups, options))
     job = with_plan_and_shapes(Job(
         options=options,
@@ -154,7 +155,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         precision=mixed_precision(precision_name, device, lora),
         lora=lora,
         quantize=quantize,
-        settings=chosen_settings(options, device, precision_name, lora, quantize),
+        template=template,
+        settings=chosen_settings(options, device, precision_name, lora, quantize, template),
         adapter=adapter,
         tokenizer=tokenizer,
         train_set=train_set,
@@ -166,23 +168,25 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     return job
 
 
-def adapter_settings(options: Options, adapter: dict | None) -> tuple[LoRAConfig | None, str]:
-    """Return (LoRAConfig or None, quantisation), from --adapter if given, else from the flags.
+def adapter_settings(options: Options, adapter: dict | None):
+    """Return (LoRAConfig or None, quantisation, template), from --adapter if given, else the flags.
 
-    adapter: the content of the adapter file.  --quantize overrides what it says.
+    adapter: the content of the adapter file.  --quantize and --template override what it says.
     """
     if adapter is None:
-        return options.lora_config, options.quantize or "none"
+        return options.lora_config, options.quantize or "none", options.template or "alpaca"
     saved = read_adapter(adapter)
     base_info = saved["base"] or {}
-    return saved["config"], options.quantize or base_info.get("quantize") or "none"
+    return (saved["config"], options.quantize or base_info.get("quantize") or "none",
+            template_name(options.template, base_info, options.adapter))
 
 
 def chosen_settings(options: Options, device, precision: str, lora: LoRAConfig | None,
-                    quantize: str) -> dict:
+                    quantize: str, template: str) -> dict:
     """Return all options with the values chosen for them, for args.json and --resume."""
     settings = asdict(options)
-    settings |= {"device": str(device), "precision": precision, "quantize": quantize}
+    settings |= {"device": str(device), "precision": precision, "quantize": quantize,
+                 "template": template}
     if lora:
         settings |= {"method": lora.method, "r": lora.r, "alpha": lora.alpha,
                      "dropout": lora.dropout, "targets": lora.targets,
@@ -211,7 +215,7 @@ def make_plan(job: Job) -> list:
 def estimate_step_bytes(job: Job, **changes) -> int:
     """Return the bytes of tensors that a step would need if these options were changed."""
     options = replace(job.options, **changes)
-    lora, quantize = adapter_settings(options, job.adapter)
+    lora, quantize, _ = adapter_settings(options, job.adapter)
     name = options.precision or job.precision.name
     precision = mixed_precision(name, job.precision.device, lora)
     variant = replace(job, options=options, lora=lora, quantize=quantize, precision=precision)
@@ -259,6 +263,7 @@ def load_model(job: Job, device: torch.device, init: str):
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
                                options.max_seq_len, init, convert=quantizer(job.quantize))
     model.checkpointing = options.checkpointing
+    model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora) if job.lora else []
     if options.compile:
         for block in model.layers:

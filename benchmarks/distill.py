@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.arguments import number, text
-from finetune.dataset import read_examples
+from finetune.examples import read_examples
 from finetune.options import DEMO
 from finetune.run import ADAPTER
 from llama.checkpoint import PARAMS, TOKENIZER, read_params

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from finetune.arguments import text
-from finetune.dataset import read_examples
+from finetune.examples import read_examples
 from finetune.evaluate import Exam
 from finetune.options import DEMO
 from finetune.pictures import Panel, draw, panels_of_a_run, read_metrics

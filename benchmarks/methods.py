@@ -14,7 +14,8 @@ import generate
 import train
 from finetune.arguments import number
 from finetune.batches import split
-from finetune.dataset import encode_prompt, read_examples
+from finetune.dataset import encode_prompt
+from finetune.examples import read_examples
 from finetune.preflight import MIB, largest_batch_rows
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER

@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 
 from finetune.arguments import number
-from finetune.dataset import read_examples
+from finetune.examples import read_examples
 
 from .runs import flag_words
 from .tables import Table, listed, markdown, panel, report, run_fresh

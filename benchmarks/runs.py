@@ -208,8 +208,8 @@ def rows_of(workload: Workload) -> list:
     model_args, tokenizer = read_params(options.checkpoint)
     if not workload.data:
         return random_rows(model_args.vocab_size, workload.length)
-    examples = read_examples(options.data)
-    return SupervisedDataset(examples, tokenizer, options.max_seq_len, options.data).rows
+    examples = read_examples(workload.data)
+    return SupervisedDataset(examples, tokenizer, options.max_seq_len, workload.data).rows
 
 
 def plan_in_file_order(n_rows: int, workload: Workload, options: Options, n_ranks: int = 1) -> list:

@@ -25,14 +25,15 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def check_given_once(self, words: list[str]):
-        """Raise ValueError for a flag with a value, or one with a --no- form, that stands twice."""
+        """Raise ValueError for a flag with one value, or with a --no- form, that stands twice."""
         flags = words[:words.index("--")] if "--" in words else words
         seen = set()
         for word in flags:
             flag, _, _ = word.partition("=")
             action = self._option_string_actions.get(flag)
             is_switch = isinstance(action, argparse.BooleanOptionalAction)
-            if action is None or action.nargs == 0 and not is_switch:
+            collects_values = action is not None and action.nargs == "+"
+            if action is None or collects_values or action.nargs == 0 and not is_switch:
                 continue
             if action.dest in seen:
                 self.error(f"argument {'/'.join(action.option_strings)}: is given twice; give it "

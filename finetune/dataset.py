@@ -1,6 +1,5 @@
-"""Alpaca examples: make prompts of them, encode them as tokens and labels.
+"""Examples become rows of tokens and labels, as their template says.
 
-An example is a dict with "instruction", "input" (may be absent or empty) and "output", all text.
 A row is (tokens, labels), two lists of ids: labels[t] is tokens[t] where that token is a target,
 and IGNORE where it is not.  All code that reads rows follows the labels, so a row may hold several
 answers, with a question before each.
@@ -13,44 +12,59 @@ import torch
 from llama.tokenizer import Tokenizer
 
 from .examples import read_examples
+from .templates import DEFAULT, TEMPLATES, Piece, Template
 
 # The label of a token that is not a target.  It is the default of torch's cross_entropy.
 IGNORE = -100
-# Stanford Alpaca's two prompts, to the letter.  Training, evaluation and generation share them.
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-PROMPT_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:")
 
 
-def format_prompt(example: dict) -> str:
-    """Return the text before the answer."""
-    template = PROMPT_WITH_INPUT if example.get("input") else PROMPT_WITHOUT_INPUT
-    return template.format_map(example)
+def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the row of pieces, each of them encoded separately.
 
-
-def encode_prompt(example: dict, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of bos and prompt.
-
-    Prompt and answer are encoded separately, so that no token holds the end of one and the start of
-    the other.  In one text, the ":" of "Response:" and a "-" that begins the answer could become
-    one token.  Generation ends its prompt at the same place.
+    So no token holds the end of a prompt and the start of an answer.  In one text, the ":" of
+    "Response:" and a "-" that begins the answer could become one token.
     """
-    return tokenizer.encode(format_prompt(example), bos=True)
+    tokens = []
+    labels = []
+    for piece in pieces:
+        ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)
+        n_masked = len(ids)
+        if piece.is_target:
+            n_masked = 1 if piece.bos else 0
+        tokens += ids
+        labels += [IGNORE] * n_masked + ids[n_masked:]
+    return tokens, labels
 
 
-def encode_example(example: dict, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Return the row of an example, of whatever length: prompt, answer and eos.
+def encode_prompt(example: dict, tokenizer: Tokenizer, template: Template = DEFAULT) -> list[int]:
+    """Return the ids before the last answer, whether the example has that answer or not.
 
-    The labels of the prompt are IGNORE; eos is a target.
+    Generation begins where training had the answer.  Raises ValueError without a prompt.
     """
-    prompt = encode_prompt(example, tokenizer)
-    answer = tokenizer.encode(example["output"], eos=True)
-    return prompt + answer, [IGNORE] * len(prompt) + answer
+    pieces = template.pieces(example)
+    while pieces and pieces[-1].is_target:
+        pieces = pieces[:-1]
+    if not pieces:
+        raise ValueError("there is no question to answer")
+    tokens, _ = encode_pieces(pieces, tokenizer)
+    return tokens
+
+
+def encode_example(example: dict, tokenizer: Tokenizer,
+                   template: Template = DEFAULT) -> tuple[list[int], list[int]]:
+    """Return the row of an example, of whatever length.
+
+    In Alpaca's template it is prompt, answer and eos.  The labels of the prompt are IGNORE; eos is
+    a target.
+    """
+    return encode_pieces(template.pieces(example), tokenizer)
+
+
+def encode_answer(text: str, tokenizer: Tokenizer, template: Template = DEFAULT) -> list[int]:
+    """Return the ids of an answer, with eos, as the template has it after any prompt."""
+    pieces = template.pieces({"instruction": "any", "output": text})
+    tokens, _ = encode_pieces(pieces[-1:], tokenizer)
+    return tokens
 
 
 def truncate(row: tuple[list[int], list[int]],
@@ -61,6 +75,19 @@ def truncate(row: tuple[list[int], list[int]],
     """
     tokens, labels = row
     return tokens[:max_seq_len], labels[:max_seq_len]
+
+
+def cut_into_rows(row: tuple[list[int], list[int]], max_seq_len: int) -> list:
+    """Return rows of at most max_seq_len tokens that have all targets of a long row, in order.
+
+    Each further row begins with the last token of the row before, as context.
+    """
+    tokens, labels = row
+    rows = []
+    for start in range(0, len(tokens) - 1, max_seq_len - 1):
+        stop = start + max_seq_len
+        rows.append((tokens[start:stop], [IGNORE, *labels[start + 1:stop]]))
+    return rows
 
 
 def count_answer(labels: list[int]) -> int:
@@ -91,15 +118,17 @@ class SupervisedDataset(torch.utils.data.Dataset):
     """Encoded examples: dataset[i] is a row, (tokens, labels) of at most max_seq_len ids.
 
     dropped: how many examples have no target within max_seq_len; they are left out.
-    cut: how many of the others were truncated.  n_with_eos: how many have eos as a target.
-    n_empty: how many have no text to learn, only eos or white space.  numbers: the number of each
-    example in its file, by default counted from 1.  name: what an error calls the data.
+    cut: how many of the others were truncated; with a template that continues, none is.
+    n_with_eos: how many rows have eos as a target.  n_empty: how many have no text to learn, only
+    eos or white space.  numbers: the number of each row's example in its file, by default counted
+    from 1.  name: what an error calls the data.
     Raises ValueError when no example is left.
     """
 
     def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int = 512,
-                 name: str = "the data", numbers: Iterable[int] | None = None):
-        whole_rows = [encode_example(example, tokenizer) for example in examples]
+                 name: str = "the data", numbers: Iterable[int | str] | None = None,
+                 template: Template = DEFAULT):
+        whole_rows = [encode_example(example, tokenizer, template) for example in examples]
         if numbers is None:
             numbers = range(1, len(whole_rows) + 1)
         self.numbers = []
@@ -107,16 +136,20 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self.cut = 0
         self.n_with_eos = 0
         self.n_empty = 0
+        self.dropped = 0
         for number, whole_row in zip(numbers, whole_rows, strict=True):
-            tokens, labels = truncate(whole_row, max_seq_len)
-            if count_answer(labels) == 0:
-                continue
-            self.numbers.append(number)
-            self.rows.append((tokens, labels))
-            self.cut += len(tokens) < len(whole_row[0])
-            self.n_with_eos += tokenizer.eos_id in labels[1:]
-            self.n_empty += is_empty(labels, tokenizer)
-        self.dropped = len(whole_rows) - len(self.rows)
+            if template.continues:
+                rows = cut_into_rows(whole_row, max_seq_len)
+            else:
+                rows = [truncate(whole_row, max_seq_len)]
+                self.cut += len(whole_row[0]) > max_seq_len and count_answer(rows[0][1]) > 0
+            rows = [row for row in rows if count_answer(row[1]) > 0]
+            self.dropped += not rows
+            for tokens, labels in rows:
+                self.numbers.append(number)
+                self.rows.append((tokens, labels))
+                self.n_with_eos += tokenizer.eos_id in labels[1:]
+                self.n_empty += is_empty(labels, tokenizer)
         if not self.rows:
             raise ValueError(f"{name}: none of {len(whole_rows)} examples has an answer token "
                              f"within {max_seq_len} tokens; allow longer rows")
@@ -134,29 +167,51 @@ def is_empty(labels: list[int], tokenizer: Tokenizer) -> bool:
     return not tokenizer.decode(text_ids).strip()
 
 
-def load_datasets(data: str, val_data: str | None, val_fraction: float | None, max_seq_len: int,
-                  seed: int, tokenizer: Tokenizer) -> tuple:
-    """Return (training set, held-out set or None) for --data, --val-data and --val-fraction.
+def load_datasets(data: Sequence[str], val_data: Sequence[str] | None,
+                  val_fraction: float | None, max_seq_len: int, seed: int, tokenizer: Tokenizer, *,
+                  template: str) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+    """Return (training set, held-out set or None) of these files.
 
+    val_fraction: the share of all examples of `data` to hold out.  template: a name in TEMPLATES.
     Raises FileNotFoundError or ValueError for files that cannot be used.
     """
-    examples = read_examples(data)
-    numbers = None
+    template = TEMPLATES[template]
+    examples, numbers = read_files(data, template)
     held_out = None
     if val_data:
-        held_out = read_examples(val_data)
+        held_out, _ = read_files(val_data, template)
     elif val_fraction:
         n = round(len(examples) * val_fraction)
         if not 1 <= n < len(examples):
             raise ValueError(f"--val-fraction {val_fraction} of {len(examples)} examples leaves "
                              "one side empty")
         order = np.random.default_rng(seed).permutation(len(examples)).tolist()
-        numbers = [i + 1 for i in order[n:]]
         held_out = [examples[i] for i in order[:n]]
+        numbers = [numbers[i] for i in order[n:]]
         examples = [examples[i] for i in order[n:]]
-    train_set = SupervisedDataset(examples, tokenizer, max_seq_len, data, numbers)
+    train_set = SupervisedDataset(examples, tokenizer, max_seq_len, joined(data), numbers, template)
     val_set = None
     if held_out:
-        name = val_data or data
-        val_set = SupervisedDataset(held_out, tokenizer, max_seq_len, name)
+        name = joined(val_data or data)
+        val_set = SupervisedDataset(held_out, tokenizer, max_seq_len, name, template=template)
     return train_set, val_set
+
+
+def read_files(paths: Sequence[str], template: Template) -> tuple[list[dict], list[int | str]]:
+    """Return (examples of all files, the number of each in its file).
+
+    With several files the number has the file's name before it.
+    """
+    examples = []
+    numbers = []
+    for path in paths:
+        examples_of_file = read_examples(path, template=template)
+        examples += examples_of_file
+        for n in range(1, len(examples_of_file) + 1):
+            numbers.append(n if len(paths) == 1 else f"{path} {n}")
+    return examples, numbers
+
+
+def joined(paths: Sequence[str]) -> str:
+    """Return the paths as one text, for messages."""
+    return ", ".join(map(str, paths))

@@ -4,7 +4,6 @@ For the training loop it is another loss_fn.  To remove it, delete this file and
 the teacher or the distillation in train.py, and in options.py, preflight.py and run.py.
 """
 import hashlib
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,18 +19,16 @@ from .batches import Batch
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 
-def check_teacher(teacher_folder: str | Path, teacher: tuple[ModelArgs, Tokenizer],
-                  student_folder: str | Path, student: tuple[ModelArgs, Tokenizer]):
-    """Raise ValueError if teacher and student do not have the same tokens."""
-    teacher_args, teacher_tokenizer = teacher
-    student_args, student_tokenizer = student
+def check_teacher(folder: str, student_args: ModelArgs, student_tokenizer: Tokenizer):
+    """Raise ValueError if the teacher in `folder` and the student do not have the same tokens."""
+    teacher_args, teacher_tokenizer = read_params(folder)
     same_texts = pieces(student_tokenizer) == pieces(teacher_tokenizer)
     if same_texts and student_args.vocab_size == teacher_args.vocab_size:
         return
     texts = "the same texts" if same_texts else "other texts"
-    raise ValueError(f"--teacher {teacher_folder} has {teacher_args.vocab_size} tokens and "
-                     f"{student_folder} {student_args.vocab_size}, with {texts}: distillation "
-                     "compares token by token; give both the same tokenizer.model and vocab_size")
+    raise ValueError(f"--teacher {folder} has {teacher_args.vocab_size} tokens and --checkpoint "
+                     f"has {student_args.vocab_size}, with {texts}: distillation compares token by "
+                     "token; give both the same tokenizer.model and vocab_size")
 
 
 def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, device: torch.device,

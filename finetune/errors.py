@@ -19,6 +19,11 @@ def short_path(path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def short_paths(paths) -> str:
+    """Return the short paths of files as one text."""
+    return ", ".join(str(short_path(path)) for path in paths)
+
+
 def in_one_line(error) -> str:
     """Return an error's text as one line of at most LONGEST_MESSAGE printable characters.
 

@@ -19,9 +19,18 @@ from llama.sampling import generate, tokens_left
 from llama.tokenizer import Tokenizer
 
 from .batches import split
-from .dataset import IGNORE, SupervisedDataset, answer_spans, count_answer, encode_example
+from .dataset import (
+    IGNORE,
+    SupervisedDataset,
+    answer_spans,
+    count_answer,
+    encode_answer,
+    encode_example,
+)
 from .loss import CHUNK
 from .ranks import sum_over_ranks
+from .templates import DEFAULT, Template
+from .templates.conversation import last_answer_text
 
 MAX_CLASSES = 20                                     # More different answers count as text.
 SCORING_TOKENS = 2048                                # per forward that scores answers
@@ -305,20 +314,22 @@ class Exam:
     """
 
     def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int,
-                 choices: Sequence[str] | None = None, limit: int = 128, name: str = "the data"):
-        answers = [example["output"] for example in examples]
+                 choices: Sequence[str] | None = None, limit: int = 128, name: str = "the data", *,
+                 template: Template = DEFAULT):
+        self.answers = [last_answer_text(example) for example in examples]
+        answers = self.answers
         if choices:
             check_among(answers, choices, name)
-        self.examples = examples
         self.tokenizer = tokenizer
-        self.rows = [encode_example(example, tokenizer) for example in examples]
+        self.rows = [encode_example(example, tokenizer, template) for example in examples]
         self.choices = choices
         if all(map(has_one_answer, self.rows)):
             self.choices = choices or distinct_classes(answers)
         elif choices:
             raise ValueError(f"{name}: --choices compares single answers, and there are examples "
                              "with several; leave --choices out")
-        self.choice_ids = [tokenizer.encode(choice, eos=True) for choice in self.choices or ()]
+        self.choice_ids = [encode_answer(choice, tokenizer, template)
+                           for choice in self.choices or ()]
         encoded = [last_answer(row) for row in self.rows]
         self.prompts = [prompt for prompt, _ in encoded]
         self.answer_lengths = [len(answer) for _, answer in encoded]
@@ -333,13 +344,12 @@ class Exam:
 
     def about(self) -> dict:
         """Return facts about the examples that need no model."""
-        answers = [example["output"] for example in self.examples]
         n_targets = sum(count_answer(labels) for _, labels in self.rows)
-        facts = {"examples": len(answers), "answer_tokens": n_targets,
+        facts = {"examples": len(self.answers), "answer_tokens": n_targets,
                  "limit": self.limit, "choices": self.choices}
         if self.choices:
-            majority = max(self.choices, key=answers.count)
-            share = answers.count(majority) / len(answers)
+            majority = max(self.choices, key=self.answers.count)
+            share = self.answers.count(majority) / len(self.answers)
             facts["majority"] = {"answer": majority, "accuracy": share}
         return facts
 
@@ -367,7 +377,7 @@ class Exam:
             limits = tokens_left(model, prompts, self.limit)
             for i, answer, limit in zip(indices, answers, limits, strict=True):
                 text = self.tokenizer.decode(answer)
-                exact.append(text.strip() == self.examples[i]["output"].strip())
+                exact.append(text.strip() == self.answers[i].strip())
                 ended.append(len(answer) < limit)
             if report:
                 report(len(ended))

@@ -1,6 +1,7 @@
 """Read a file of examples in whatever form it has, and refuse what would be read wrongly.
 
-An example is a dict with "instruction", "input" (may be absent or empty) and "output", all text.
+An example is a dict with "instruction", "input" (may be absent or empty) and "output", all text;
+or with "messages" (templates/conversation.py), or with "text".
 """
 import json
 import math
@@ -8,7 +9,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from .templates import DEFAULT, TEMPLATES, Template
+from .templates.conversation import has_messages
+
 FIELDS = ("instruction", "input", "output")
+TEXT_FIELDS = (*FIELDS, "text", "system")
 # A further field that holds text is part of the prompt if the last word of its name is one of
 # these, as singular or plural and in any capitals.
 CONTEXT_WORDS = {
@@ -27,27 +32,29 @@ OTHER_FILES = {
 FORMS = "give a list [{...}, {...}], or one object {...} per line"
 
 
-def read_examples(path: str | Path,
-                  required: Sequence[str] = ("instruction", "output")) -> list[dict]:
+def read_examples(path: str | Path, required: Sequence[str] = ("instruction", "output"),
+                  template: Template = DEFAULT) -> list[dict]:
     """Return the examples of a file.
 
-    required: the fields that an example must have.
+    required: the fields that an example must have, where it has no messages.
     Raises FileNotFoundError, or ValueError that names the wrong line or example, counted from 1.
     """
-    return to_examples(read_rows(path), path, required)
+    return to_examples(read_rows(path, template), path, required, template)
 
 
-def read_rows(path: str | Path) -> list:
+def read_rows(path: str | Path, template: Template = DEFAULT) -> list:
     """Return the rows of a file as they stand in it, unchecked; NaN, a blank cell, is None.
 
     The file is a JSON list, one object per line, one object, or an object around one list.  Its
-    name does not matter.
+    name does not matter.  But for a template of whole texts, a .txt file is one row, its text.
     Raises FileNotFoundError, or ValueError.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no data file at {path}")
     text = read_text(path)
+    if template.continues and path.suffix.lower() == ".txt":
+        return [{"text": text}]
     beginning = text.lstrip()
     if beginning and beginning[0] not in "[{":
         raise ValueError(f"{path} begins with {beginning[:20]!r}, which is not JSON: {FORMS}")
@@ -146,35 +153,58 @@ def rows_of_object(value: dict, path: Path) -> list:
         raise ValueError(f"{path} holds columns, not rows: {FORMS}; pandas writes them with "
                          "orient='records'")
     names = [name for name, item in value.items() if isinstance(item, list | dict) and item]
-    if any(field in value for field in FIELDS) or any(map(is_context, names)):
+    if any(field in value for field in TEXT_FIELDS) or any(map(is_context, names)):
         return [value]
     if len(names) != 1 or not isinstance(value[names[0]], list):
         raise ValueError(f"{path} holds one object with the fields {quoted(value)}: {FORMS}")
-    check_context(value, str(path))
+    check_context(value, str(path), FIELDS)
     return value[names[0]]
 
 
-def to_examples(rows: Sequence, path: str | Path,
-                required: Sequence[str] = ("instruction", "output")) -> list[dict]:
+def to_examples(rows: Sequence, path: str | Path, required: Sequence[str],
+                template: Template = DEFAULT) -> list[dict]:
     """Return the examples of a file's rows.  Raises ValueError that names the wrong one."""
-    examples = [to_example(row, f"{path}, example {n}", required) for n, row in enumerate(rows, 1)]
-    if "output" in required and not any(example["output"].strip() for example in examples):
+    examples = [to_example(row, f"{path}, example {n}", required, template)
+                for n, row in enumerate(rows, 1)]
+    # Texts and messages are never empty.
+    outputs = [example.get("output", "filled") for example in examples]
+    if "output" in required and not any(output.strip() for output in outputs):
         raise ValueError(f"{path}: every 'output' is empty, so there is no answer to learn or to "
                          "score; is it the right file?")
     return examples
 
 
-def to_example(row: object, place: str, required: Sequence[str]) -> dict:
-    """Return a row with its three fields as text.
+def to_example(row: object, place: str, required: Sequence[str], template: Template) -> dict:
+    """Return a row that the template has taken, with the fields of text as text.
+
+    place: the beginning of the message.  Raises ValueError.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {kind(row)}, not an object")
+    example = dict(row)
+    if "instruction" in template.fields and not has_messages(row):
+        example = to_instruction(row, place, required)
+    check_context(row, place, template.fields)
+    try:
+        pieces = template.pieces(example)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from error
+    for piece in pieces:
+        check_characters(piece.text, place)
+    if "output" in required and not pieces[-1].is_target:
+        raise ValueError(f"{place} has no answer at its end")
+    return example
+
+
+def to_instruction(row: dict, place: str, required: Sequence[str]) -> dict:
+    """Return a row with its fields as text.
 
     place: the beginning of the message.  Fields that are not required may be absent or null.  Where
     the instruction is empty, the input is the instruction.
     Raises ValueError.
     """
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} is {kind(row)}, not an object")
     example = dict(row)
-    for field in FIELDS:
+    for field in TEXT_FIELDS:
         value = row.get(field)
         if value is not None:
             example[field] = to_text(value, f"{place}: {field!r}")
@@ -183,7 +213,6 @@ def to_example(row: object, place: str, required: Sequence[str]) -> dict:
                              "text, or remove the example")
         elif field in required:
             raise ValueError(f"{place} has no {field!r}; its fields are {quoted(row)}")
-    check_context(row, place)
     if not example["instruction"].strip():
         if not (example.get("input") or "").strip():
             raise ValueError(f"{place}: 'instruction' is empty, and so is 'input'")
@@ -201,11 +230,16 @@ def to_text(value: object, what: str) -> str:
         return json.dumps(value)
     if not isinstance(value, str):
         raise ValueError(f"{what} is {kind(value)}, not text")
+    check_characters(value, what)
+    return value
+
+
+def check_characters(value: str, what: str):
+    """Raise ValueError for a text with half of a character."""
     broken = re.search("[\ud800-\udfff]", value)
     if broken:
         raise ValueError(f"{what} has an incomplete character, such as half of an emoji: "
                          f"{ascii(broken[0])}")
-    return value
 
 
 def kind(value: object) -> str:
@@ -219,13 +253,21 @@ def kind(value: object) -> str:
     return {list: "a list", dict: "an object", str: "a text"}[type(value)]
 
 
-def check_context(row: dict, place: str) -> None:
-    """Raise ValueError for further fields whose text the prompt would lack."""
-    names = [name for name in row if name not in FIELDS and is_context(name)]
+def check_context(row: dict, place: str, fields: Sequence[str]) -> None:
+    """Raise ValueError for further fields whose text the prompt would lack.
+
+    fields: those that the template reads.
+    """
+    names = [name for name in row if name not in fields and is_context(name)]
     names = [name for name in names if holds_text(row[name])]
-    if names:
-        raise ValueError(f"{place}: Alpaca's prompt has no place for the text in {quoted(names)}; "
-                         "move it into 'instruction' or 'input', or remove the field")
+    if not names:
+        return
+    others = [other for other, template in TEMPLATES.items() if set(names) <= set(template.fields)]
+    remedy = "move it into 'instruction' or 'input', or remove the field"
+    if others:
+        remedy = f"use --template {others[0]}, or remove the field"
+    raise ValueError(f"{place}: the template has no place for the text in {quoted(names)}; "
+                     f"{remedy}")
 
 
 def is_context(name: str) -> bool:

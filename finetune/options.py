@@ -8,6 +8,7 @@ from lora.methods import METHODS
 from lora.quantize import KINDS as QUANTIZED
 
 from .arguments import Parser, add_hardware_flags, named_values, names, number, text
+from .templates import TEMPLATES
 
 DEMO = Path(__file__).parent / "demo"
 TEMPERATURE = 2.0                                    # of distillation
@@ -20,15 +21,16 @@ ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets")
 class Options:
     """What the command line asks of a run, checked; the parser's help explains each field.
 
-    None: decided later (device, precision, quantize), or not given.
+    None: decided later (template, device, precision, quantize), or not given.
     """
     # model and data
     checkpoint: str
     init: str
     layers: int | None
-    data: str
+    data: tuple[str, ...]
+    template: str | None
     max_seq_len: int
-    val_data: str | None
+    val_data: tuple[str, ...] | None
     val_fraction: float | None
     out: str | None
     seed: int
@@ -132,7 +134,7 @@ def settle_defaults(args):
     """Fill in the defaults that depend on other flags."""
     over_demo = args.checkpoint is None
     if args.data is None and args.val_data is None and args.val_fraction is None:
-        args.val_data = str(DEMO / "held_out.json")
+        args.val_data = (str(DEMO / "held_out.json"),)
     if args.lr is None:
         if args.method == "full":
             args.lr = 1e-5
@@ -141,7 +143,8 @@ def settle_defaults(args):
     if args.epochs is None:
         args.epochs = 4 if over_demo else 3
     args.checkpoint = args.checkpoint or str(DEMO)
-    args.data = args.data or str(DEMO / "train.json")
+    args.data = tuple(args.data or (str(DEMO / "train.json"),))
+    args.val_data = tuple(args.val_data) if args.val_data else None
     if args.teacher and args.distill_temperature is None:
         args.distill_temperature = TEMPERATURE
     if args.teacher and args.distill_weight is None:
@@ -172,11 +175,15 @@ def add_data_flags(group):
               "checkpoint)")
     flag("--layers", metavar="N", type=number(int, 1),
          help="keep the first N blocks only (default: all)")
-    flag("--data", metavar="FILE", type=text,
-         help="examples as JSON, a list or one per line (default: the demo's)")
+    flag("--data", metavar="FILE", type=text, nargs="+", action="extend",
+         help="examples as JSON, a list or one per line; several files are joined (default: the "
+              "demo's)")
+    flag("--template", choices=TEMPLATES,
+         help="prompt format, a page in finetune/templates/ (default: the --adapter's, else "
+              "alpaca)")
     flag("--max-seq-len", metavar="N", type=number(int, 2), default=512,
          help="maximum tokens per example; longer ones are truncated (default: 512)")
-    flag("--val-data", metavar="FILE", type=text,
+    flag("--val-data", metavar="FILE", type=text, nargs="+", action="extend",
          help="held-out examples (default: the demo's if --data is the demo's, else none)")
     flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),
          help="hold out this share of --data instead")

@@ -10,7 +10,7 @@ from llama.layout import SHORT_CONTEXT
 
 from .batches import example_indices
 from .dataset import count_answer
-from .errors import GAVE_UP, exit_with_line, short_path
+from .errors import GAVE_UP, exit_with_line, short_path, short_paths
 from .evaluate import class_answers
 from .loss import CHUNK
 
@@ -374,14 +374,14 @@ def data_line(job) -> str:
     train_set = job.train_set
     longest = max(len(tokens) for tokens, _ in train_set.rows)
     n_examples = plural(len(train_set), "example")
-    return (f"{short_path(job.options.data)}: {n_examples}, longest {longest} tokens, "
+    return (f"{short_paths(job.options.data)}: {n_examples}, longest {longest} tokens, "
             f"{train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
             f"{train_set.n_with_eos} end in eos{empty_outputs(train_set)}")
 
 
 def held_out_line(job) -> str:
     val_set = job.val_set
-    line = (f"{short_path(job.options.val_data or job.options.data)}: "
+    line = (f"{short_paths(job.options.val_data or job.options.data)}: "
             f"{plural(len(val_set), 'example')}, {val_set.cut} cut, {val_set.dropped} dropped"
             f"{empty_outputs(val_set)}")
     choices = class_answers(val_set, job.options.max_seq_len)

@@ -1,5 +1,7 @@
-"""Prompt formats, one page each.  A new one needs its page and two lines here."""
-from . import alpaca, llama2, text
+"""One file per prompt format.  To delete one, delete its file and the two lines that name it."""
+from . import alpaca
+from . import llama2
+from . import text
 from .template import Piece, Template
 
 TEMPLATES: dict[str, Template] = {
@@ -7,3 +9,17 @@ TEMPLATES: dict[str, Template] = {
     "llama2": llama2.TEMPLATE,
     "text": text.TEMPLATE,
 }
+DEFAULT = TEMPLATES["alpaca"]
+
+
+def template_name(given: str | None, base_info: dict, adapter: str) -> str:
+    """Return the name of the template to use: the given one, else the adapter's, else alpaca.
+
+    base_info: what the file `adapter` says besides its tensors.  Raises ValueError for a template
+    that is not here.
+    """
+    name = given or base_info.get("template") or "alpaca"
+    if name not in TEMPLATES:
+        raise ValueError(f"{adapter} was trained with the template {name!r}, which is not in "
+                         f"finetune/templates/; --template chooses one of {', '.join(TEMPLATES)}")
+    return name

@@ -115,6 +115,13 @@ def turns_of(messages: list[tuple[str, str]]) -> list[Turn]:
     return turns
 
 
+def last_answer_text(example: dict) -> str:
+    """Return the text of the last answer, as the example has it."""
+    if not has_messages(example):
+        return example["output"]
+    return conversation_of(example).turns[-1].answer
+
+
 def is_filled(text: object) -> bool:
     return isinstance(text, str) and bool(text.strip())
 
