@@ -7,6 +7,8 @@
     python generate.py --data questions.json > answers.jsonl
     python generate.py --data held_out.json --score        score base and adapter
 """
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import json
 import os
 import sys
@@ -18,7 +20,7 @@ import torch
 from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
 from finetune.batches import split
 from finetune.dataset import encode_prompt, read_examples
-from finetune.errors import INTERRUPTED, in_one_line, one_line_errors, short_path
+from finetune.errors import in_one_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
@@ -47,7 +49,8 @@ INSTRUCTIONS = [                                     # The demo's adapter was no
 def main(argv=None):
     """Answer what the flags ask for."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")     # whatever the terminal's own encoding is
+        # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with one_line_errors("generate.py"):
         args = parse_args(argv)
         device, precision = pick_hardware(args.device, args.precision)
@@ -389,11 +392,4 @@ def add_decoding_flags(group):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:                        # Ctrl-C ends --interactive or a long answer
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:                          # `| head` has read enough.
-        # Python must not flush into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    run_command(main, "generate.py")
