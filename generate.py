@@ -7,6 +7,8 @@
     python generate.py --data questions.json > answers.jsonl
     python generate.py --data held_out.json --score        score base and adapter
 """
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import json
 import os
 import sys
@@ -18,7 +20,7 @@ import torch
 from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
 from finetune.batches import split
 from finetune.dataset import encode_prompt
-from finetune.errors import INTERRUPTED, in_one_line, one_line_errors, short_path
+from finetune.errors import in_one_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
@@ -48,7 +50,8 @@ INSTRUCTIONS = [                                     # The demo's adapter was no
 def main(argv=None):
     """Answer what the flags ask for."""
     if hasattr(sys.stdout, "reconfigure"):
-        # Whatever the terminal's own encoding is.  Half of an emoji becomes \ud83d, as in JSON.
+        # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.  Half of
+        # an emoji becomes \ud83d, as in JSON.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with one_line_errors("generate.py"):
         args = parse_args(argv)
@@ -440,11 +443,4 @@ def add_decoding_flags(group):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:                        # Ctrl-C ends --interactive or a long answer
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:                          # `| head` has read enough.
-        # Python must not flush into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    run_command(main, "generate.py")

@@ -9,7 +9,8 @@ The second command merges the adapter into the model.  The last two write the ad
 third as PEFT's folder, the fourth in a quarter of the space.  The first folder may be in either
 layout, and --adapter takes our file or PEFT's folder.
 """
-import sys
+from .console import run_command             # First: it ends a Ctrl-C while torch loads quietly.
+
 import warnings
 from argparse import Namespace
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from lora import load_adapter, merge_report, read_adapter
 from lora.quantize import dequantize, in_int8, quantizer
 
 from .arguments import Parser, number, text
-from .errors import INTERRUPTED, one_line_errors
+from .errors import one_line_errors
 from .hardware import DTYPES
 from .preflight import plural
 
@@ -163,7 +164,4 @@ def write_int8(content: dict, model: nn.Module, probe: torch.Tensor, folder: Pat
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    run_command(main, "finetune.convert")
