@@ -2,12 +2,13 @@
 
     python -m finetune.convert llama-2-7b llama-2-7b-hf --to hf               back: --to meta
     python -m finetune.convert llama-2-7b merged --to hf --adapter out/7b/adapter.pt
-    python -m finetune.convert llama-2-7b out/7b/peft --to peft --adapter out/7b/adapter.pt
+    python -m finetune.convert llama-2-7b-hf out/7b/peft --to peft --adapter out/7b/adapter.pt
     python -m finetune.convert llama-2-7b out/7b/small --to int8 --adapter out/7b/adapter.pt
 
 The second command merges the adapter into the model.  The last two write the adapter alone: the
 third as PEFT's folder, the fourth in a quarter of the space.  The first folder may be in either
-layout, and --adapter takes our file or PEFT's folder.
+layout, and --adapter takes our file or PEFT's folder.  Tokenizer files, chat template, generation
+settings and context length come along (docs/files.md).
 """
 import sys
 import warnings
@@ -118,7 +119,7 @@ def convert(args: Namespace, folder: Path) -> list[str]:
     if content:
         lines += merge(content, model, probe, args.source)
         if tokenizer.eos_note:
-            lines.append(f"eos: {tokenizer.eos_note}")
+            lines.append(f"eos: {tokenizer.eos_note}; transformers ends texts as the configs say")
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * MEGABYTE)
     return lines + companion_lines(args, model.args.vocab_size, tokenizer)
 

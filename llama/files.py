@@ -26,7 +26,7 @@ PICKLE_BYTES = 2 ** 21
 RECORDS = 2 ** 15
 # How a file begins that stands for one which git-lfs has not fetched.
 POINTER = "version https://git-lfs.github.com/spec/"
-# What torch.compile, DDP and FSDP put before the names of a state dict, or between their parts.
+# What these add to the names of a state dict, at the beginning or in between.
 WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|"
                       r"_checkpoint_wrapped_module)\.")
 
@@ -106,11 +106,22 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(map(is_weight, state.items())):
         raise ValueError(f"{path} does not hold a dict of floating-point tensors in 16, 32 or 64 "
                          "bit")
-    tensors = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
-    if len(tensors) < len(state):
-        raise ValueError(f"{path} holds a tensor twice, with and without module. or _orig_mod. "
-                         "before its name")
-    return tensors
+    return plain_names(state, path)
+
+
+def plain_names(tensors: dict, path: Path) -> dict:
+    """Return {name: tensor} without what torch.compile, DDP and FSDP add to the names.
+
+    Raises ValueError for a name that is then there twice.
+    """
+    plain = {}
+    for name, tensor in tensors.items():
+        plain_name = WRAPPERS.sub("", name) if isinstance(name, str) else name
+        if plain_name in plain:
+            raise ValueError(f"{path} holds {plain_name} twice, with and without the prefix of a "
+                             "wrapper")
+        plain[plain_name] = tensor
+    return plain
 
 
 def is_weight(item: tuple) -> bool:

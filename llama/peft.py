@@ -18,6 +18,7 @@ from .files import (
     has_safetensors,
     listed,
     load_saved,
+    plain_names,
     read_object,
     read_tensors,
     write_json,
@@ -107,6 +108,9 @@ def adapter_at(path: str | Path, args: ModelArgs | None = None) -> dict:
     content = load_saved(path, "an adapter file")
     if not isinstance(content, dict) or not isinstance(content.get("base"), dict):
         raise ValueError(f"{path} is not an adapter file: it does not say what its base is")
+    for key in ("tensors", "scales"):
+        if isinstance(content.get(key), dict):
+            content[key] = plain_names(content[key], path)
     return {**content, "path": str(path)}
 
 

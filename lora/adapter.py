@@ -1,6 +1,5 @@
 """Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
 import os
-import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -13,10 +12,6 @@ from .layers import lora_layers
 from .lora_layer import LoRALayer
 from .matrices import different_matrices, names_in_file
 from .methods import METHODS
-
-# What torch.compile, DDP and FSDP put before the names of a state dict, or between their parts.
-WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|"
-                      r"_checkpoint_wrapped_module)\.")
 
 
 @dataclass
@@ -402,7 +397,6 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         config = LoRAConfig(**content["config"])
         tensors = rescaled(content["tensors"], content.get("scales", {}))
-        tensors = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
         matrices = dict(content.get("matrices", {}))
         base = content["base"]
         if base is not None or from_file:
