@@ -38,7 +38,7 @@ from lora.matrices import replace_matrices
 from lora.quantize import dequantize, in_int8, quantizer
 
 from .arguments import Parser, number, text
-from .errors import INTERRUPTED, one_line_errors
+from .errors import INTERRUPTED, in_one_line, one_line_errors
 from .hardware import DTYPES
 from .preflight import plural
 
@@ -52,7 +52,7 @@ def main(argv=None):
         with new_folder(args.target) as folder:
             lines = convert(args, folder)
     for line in lines:
-        print(line)
+        print(in_one_line(line))
     print(f"written   {args.target}")
 
 
@@ -118,8 +118,6 @@ def convert(args: Namespace, folder: Path) -> list[str]:
     lines = []
     if content:
         lines += merge(content, model, probe, args.source)
-        if tokenizer.eos_note:
-            lines.append(f"eos: {tokenizer.eos_note}; transformers ends texts as the configs say")
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * MEGABYTE)
     return lines + companion_lines(args, model.args.vocab_size, tokenizer)
 
@@ -130,6 +128,8 @@ def companion_lines(args: Namespace, vocab_size: int, tokenizer: Tokenizer) -> l
     if not companions:
         return []
     lines = []
+    if tokenizer.eos_note:
+        lines.append(f"eos: {tokenizer.eos_note}; transformers ends texts as the configs say")
     if args.to == "meta":
         lines.append(f"kept in {KEPT}, as Meta's layout has no place for it: "
                      f"{listed(companions.texts, 12)}; --to hf reads it")

@@ -6,6 +6,7 @@ there they are kept in one more file, huggingface.json.  fields.py lists the fie
 """
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -131,7 +132,8 @@ def beside_meta(folder: Path) -> Companions | None:
         return None
     texts = read_object(path, 2 * TOTAL_BYTES)
     for name, text in texts.items():
-        if not is_companion(name) or not isinstance(text, str):
+        is_text = isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+        if not is_companion(name) or not is_text:
             raise ValueError(f"{path} holds {name!r}, which is no text file of a tokenizer or a "
                              "config")
     return Companions(path, texts)
@@ -150,7 +152,9 @@ def add_companions(tokenizer: Tokenizer, companions: Companions, vocab_size: int
     Raises ValueError for ids that are no whole numbers.
     """
     tokenizer.companions = companions
-    tokenizer_eos = f"{tokenizer.sp.id_to_piece(tokenizer.eos_id)} ({tokenizer.eos_id})"
+    piece = tokenizer.sp.id_to_piece(tokenizer.eos_id)
+    # repr shows control characters, which would act on a terminal.
+    tokenizer_eos = f"{repr(piece[:40])[1:-1]} ({tokenizer.eos_id})"
     # A config.json that was converted from LLaMA 1 says bos 0 and eos 1, which are unk and bos.
     not_ends = {tokenizer.sp.unk_id(), tokenizer.bos_id}
     files_of = {}                                    # {ids: the files that say so}
@@ -159,18 +163,26 @@ def add_companions(tokenizer: Tokenizer, companions: Companions, vocab_size: int
     end_ids = {tokenizer.eos_id}
     notes = []
     for ids, names in files_of.items():
-        ids_text = ", ".join(map(str, sorted(ids)))
-        where = f"at {ids_text} in {' and '.join(names)}, at {tokenizer_eos} in tokenizer.model"
+        where = (f"at {first_ids(ids)} in {' and '.join(names)}, at {tokenizer_eos} in "
+                 "tokenizer.model")
         wrong = {i for i in ids if i in not_ends or not 0 <= i < vocab_size}
         end_ids |= ids - wrong
         if wrong:
-            notes.append(f"texts end {where}; {', '.join(map(str, sorted(wrong)))} cannot be an "
-                         "end of text and is ignored")
+            notes.append(f"texts end {where}; {first_ids(wrong)} cannot be an end of text and is "
+                         "ignored")
         elif ids and ids != {tokenizer.eos_id}:
             notes.append(f"texts end {where}; answers end at any of these, and training teaches "
                          f"{tokenizer_eos}")
     tokenizer.end_ids = frozenset(end_ids)
     tokenizer.eos_note = "; ".join(notes)
+
+
+def first_ids(ids: Collection[int]) -> str:
+    """Return the first ids in order as one text, and how many more there are."""
+    text = ", ".join(map(str, sorted(ids)[:6]))
+    if len(ids) > 6:
+        text += f" and {len(ids) - 6} more"
+    return text
 
 
 def eos_ids(companions: Companions, name: str) -> frozenset[int]:

@@ -168,9 +168,8 @@ def check_blocks(folder: Path, file: Path, tensors: Iterable[str], method: str) 
         blocks_of.setdefault(layer, set()).update(block[1:2])
     all_blocks = set().union(*blocks_of.values())
     selected = config.get("layers_to_transform")
-    if isinstance(selected, int):
-        selected = [selected]
-    if selected is not None and not all_blocks <= set(map(str, selected)):
+    chosen = selected if isinstance(selected, list) else [selected]
+    if selected is not None and not all_blocks <= set(map(str, chosen)):
         raise ValueError(f"{folder / CONFIG}: layers_to_transform is {selected!r}, but {file} "
                          f"adapts blocks {listed(all_blocks)}")
     targets = config.get("target_modules")

@@ -447,7 +447,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
                          f"{describe_base(origin)}")
     different = different_matrices(model, saved)
     if different:
-        names = " and ".join(names_in_file(saved, different))
+        names = first_names(names_in_file(saved, different))
         raise ValueError(f"{path} holds {names}, other than the base's own; only a merge can use "
                          f"that: python -m finetune.convert BASE NEW --to hf --adapter {path}")
     with unchanged_on_error(model) as layers:
@@ -487,7 +487,9 @@ def adapted_blocks(tensors: dict, expected: dict) -> str:
     model_blocks = block_numbers(expected)
     if blocks == model_blocks or not blocks:
         return ""
-    return f"it adapts blocks {', '.join(map(str, blocks))} of {len(model_blocks)}; "
+    *others, last = map(str, blocks)
+    text = f"blocks {', '.join(others)} and {last}" if others else f"block {last}"
+    return f"it adapts {text} of {len(model_blocks)}; "
 
 
 def block_numbers(names: Iterable[str]) -> list[int]:
@@ -500,6 +502,11 @@ def unmatched(tensors: dict, others: dict) -> str:
     """Return the names and shapes of tensors that `others` lacks or has in another shape."""
     names = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
              if name not in others or others[name].shape != tensor.shape]
+    return first_names(names)
+
+
+def first_names(names: list[str]) -> str:
+    """Return the first names as one text, and how many more there are."""
     text = ", ".join(names[:6])
     if len(names) > 6:
         text += f" and {len(names) - 6} more"

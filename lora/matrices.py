@@ -26,7 +26,8 @@ def different_matrices(model: nn.Module, saved: dict) -> list[str]:
         if weight is None:
             raise ValueError(f"{title}, which the base does not have")
         if weight.shape != matrix.shape:
-            raise ValueError(f"{title}, and the base's is {tuple(weight.shape)}")
+            raise ValueError(f"{title}, and the base's is {tuple(weight.shape)}: is the adapter of "
+                             "another base, or of one with more tokens?")
         if not weight.is_meta and not is_copy(matrix, weight.detach().cpu()):
             different.append(name)
     return different

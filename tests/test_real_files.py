@@ -273,11 +273,11 @@ def test_blocks_that_are_missing_are_named(hf, tmp_path, refused):
     peft_of(hf, tmp_path / "peft")
     select_blocks(tmp_path / "peft", 1)
     question = ["--checkpoint", str(hf), "--adapter"]
-    assert "peft does not fit; it adapts blocks 1 of 2; " in refused(
+    assert "peft does not fit; it adapts block 1 of 2; " in refused(
         generate.main, *question, "peft")  # fmt: skip
     peft_of(hf, tmp_path / "dora", method="dora")
     select_blocks(tmp_path / "dora", 1, layers_to_transform=[1])
-    assert "dora does not fit; it adapts blocks 1 of 2; " in refused(
+    assert "dora does not fit; it adapts block 1 of 2; " in refused(
         generate.main, *question, "dora")  # fmt: skip
 
 
@@ -343,7 +343,7 @@ def test_all_that_is_not_weights_comes_along(chat, tmp_path, way, capsys, monkey
         flags = ["--layers", "1", "--dtype", "bf16"]
     run(source, "new", "--to", "hf", "--bin", *flags)
     output = capsys.readouterr().out
-    assert ("; transformers ends texts as the configs say\n" in output) == ("merged" in way)
+    assert "teaches </s> (2); transformers ends texts as the configs say\n" in output
     decided = {}
     if way == "layers":
         decided = {"num_hidden_layers": 1, "torch_dtype": "bfloat16"}
@@ -461,8 +461,15 @@ def test_a_save_of_full_fine_tuning_keeps_them(chat, data, tmp_path, monkeypatch
     run("full", "back", "--to", "hf", "--bin")
     assert read(tmp_path / "back/config.json")["max_position_embeddings"] == 256
     assert texts_of(tmp_path / "back") == texts_of(chat)
-    save_checkpoint(tiny(400), tokenizer, "full")
+    train.main(["--checkpoint", "hf", "--data", str(data), "--max-steps", "1", "--out", "full",
+                "--overwrite"])  # fmt: skip
     assert not (tmp_path / "full/huggingface.json").exists()
+    save_checkpoint(*load_checkpoint("hf", max_seq_len=9), "again", "hf", ".bin")
+    assert read(tmp_path / "again/config.json")["max_position_embeddings"] == 256
+    for made_with in (load_checkpoint("hf")[1], tokenizer):
+        save_checkpoint(tiny(403), made_with, "meta")
+        is_kept = (tmp_path / "meta/huggingface.json").exists()
+        assert is_kept == bool(made_with.companions)
 
 
 @pytest.mark.parametrize("content, message", [
@@ -472,6 +479,7 @@ def test_a_save_of_full_fine_tuning_keeps_them(chat, data, tmp_path, monkeypatch
     ({"config.json": "[]"}, "huggingface.json: config.json holds a list, not an object"),
     ({"config.json": '{"max_position_embeddings": "9"}'}, "max_position_embeddings is '9', not"),
     ({"config.json": '{"eos_token_id": [2, "x"]}'}, "eos_token_id of config.json is [2, 'x'], not"),
+    ({"NOTICE": "\ud800"}, "huggingface.json holds 'NOTICE', which is no text file of a"),
     ("[1]", "huggingface.json holds a list, not an object"),
     ("{", "huggingface.json is not JSON"),
 ])  # fmt: skip
@@ -527,6 +535,7 @@ def test_several_ids_end_an_answer():
      "teaches </s> (2); texts end at 402 in generation_config.json"),
     (1, None, {2}, "texts end at 1 in config.json, at </s> (2) in tokenizer.model; 1 cannot be an "
      "end of text and is ignored"),
+    (list(range(100, 200)), None, {2, *range(100, 200)}, "100, 101, 102, 103, 104, 105 and 94 more"),
     ([0, 402, -1, 403], None, {2, 402}, "-1, 0, 403 cannot be an end of text and is ignored"),
 ])  # fmt: skip
 def test_the_ends_of_text_that_a_folder_names(hf, config, generation, end_ids, note):
@@ -563,6 +572,7 @@ def test_commands_stop_there_and_say_so(chat, data, capsys, monkeypatch, tmp_pat
         generate.main([*asked, *flags])
         output = capsys.readouterr()
         assert output.out == "\n### Name it.\n\n"
+        assert "\n0 tokens in 1 forwards" in output.err
         assert output.err.count("eos: texts end at 402 in config.json and generation_") == 1
     train.main(["--checkpoint", "hf", "--data", str(data), "--dry-run"])
     assert "\neos       texts end at 402 in config.json and gener" in capsys.readouterr().out
