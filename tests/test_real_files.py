@@ -572,7 +572,7 @@ def test_commands_stop_there_and_say_so(chat, data, capsys, monkeypatch, tmp_pat
         generate.main([*asked, *flags])
         output = capsys.readouterr()
         assert output.out == "\n### Name it.\n\n"
-        assert "\n0 tokens in 1 forwards" in output.err
+        assert "\n0 tokens in " in output.err
         assert output.err.count("eos: texts end at 402 in config.json and generation_") == 1
     train.main(["--checkpoint", "hf", "--data", str(data), "--dry-run"])
     assert "\neos       texts end at 402 in config.json and gener" in capsys.readouterr().out
