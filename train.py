@@ -43,7 +43,7 @@ from finetune.ranks import Ranks, connected_ranks
 from finetune.run import ADAPTER, Run, held_out_columns, progress_line
 from finetune.signals import stop_after_step_on_signals
 from llama.checkpoint import (
-    KEPT,
+    COMPANIONS,
     PARAMS,
     TOKENIZER,
     WEIGHTS,
@@ -412,7 +412,7 @@ def save(job: Job, out):
     """
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
-        old_results = (PARAMS, WEIGHTS, TOKENIZER, KEPT)      # from a --method full run
+        old_results = (PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)    # from a --method full run
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
             usage = "trained over random weights, which are not saved: generate.py cannot use it"

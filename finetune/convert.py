@@ -27,7 +27,7 @@ from llama.checkpoint import (
     read_params,
     save_checkpoint,
 )
-from llama.companions import KEPT, left_behind
+from llama.companions import COMPANIONS, left_behind
 from llama.files import SAFETENSORS, listed, new_folder, safetensors, write_whole
 from llama.peft import adapter_at, save_peft
 from llama.rnn import RNNArgs
@@ -131,16 +131,16 @@ def companion_lines(args: Namespace, vocab_size: int, tokenizer: Tokenizer) -> l
     if tokenizer.eos_note:
         lines.append(f"eos: {tokenizer.eos_note}; transformers ends texts as the configs say")
     if args.to == "meta":
-        lines.append(f"kept in {KEPT}, as Meta's layout has no place for it: "
+        lines.append(f"kept in {COMPANIONS}, as Meta's layout has no place for it: "
                      f"{listed(companions.texts, 12)}; --to hf reads it")
         if vocab_size > tokenizer.vocab_size:
             lines.append(f"Meta's own code reads no more rows than tokenizer.model has pieces: "
                          f"{tokenizer.vocab_size} of these {vocab_size}")
-    lost = companions.lost_fields()
+    not_copied = companions.lost_fields()
     if is_huggingface(Path(args.source)):
-        lost += left_behind(Path(args.source), companions)
-    if lost:
-        lines.append(f"not copied: {listed(lost, 12)}")
+        not_copied += left_behind(Path(args.source), companions)
+    if not_copied:
+        lines.append(f"not copied: {listed(not_copied, 12)}")
     return lines
 
 

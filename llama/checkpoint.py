@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from . import huggingface
-from .companions import KEPT, add_companions, beside_meta
+from .companions import COMPANIONS, add_companions, beside_meta
 from .files import SAFETENSORS, listed, read_object, read_tensors, write_tensors, write_whole
 from .model import ModelArgs, Transformer
 from .rnn import RNN, RNNArgs
@@ -419,6 +419,6 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
     if tokenizer.companions:
         tokenizer.companions.write_beside_meta(folder)
     else:
-        (folder / KEPT).unlink(missing_ok=True)      # of another model that was here
+        (folder / COMPANIONS).unlink(missing_ok=True)    # of another model
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
     write_whole(folder / PARAMS, lambda file: file.write(json.dumps(params).encode() + b"\n"))

@@ -21,10 +21,10 @@ from .fields import (
     TOKENIZER_CONFIG,
     fate,
 )
-from .files import JSON_BYTES, POINTER, listed, read_object, write_json, write_whole
+from .files import JSON_BYTES, POINTER, listed, read_object, write_json, write_text
 from .tokenizer import Tokenizer
 
-KEPT = "huggingface.json"          # in Meta's layout: {file name: text}
+COMPANIONS = "huggingface.json"    # in Meta's layout: {file name: text}
 TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json",
                    "added_tokens.json")
 PATTERNS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "chat_template.*",
@@ -44,6 +44,7 @@ class Companions:
 
         Raises ValueError for a file that is not a JSON object.
         """
+        self.check_text(name)
         try:
             content = json.loads(self.texts.get(name, "{}"))
         except (ValueError, RecursionError) as error:
@@ -62,8 +63,8 @@ class Companions:
         """Return "FIELD of FILE" for each field that is not copied."""
         names = []
         for file in FIELDS:
-            lost = self.fields(file).keys() - self.copied_fields(file).keys()
-            names += [f"{field} of {file}" for field in sorted(lost)]
+            lost_names = self.fields(file).keys() - self.copied_fields(file).keys()
+            names += [f"{field} of {file}" for field in sorted(lost_names)]
         return names
 
     def context(self) -> int:
@@ -73,12 +74,16 @@ class Companions:
             raise ValueError(f"{self.source}: {CONTEXT} is {length!r}, not a number of tokens")
         return length
 
+    def check_text(self, name: str):
+        """Raise ValueError for a text that only stands for the file."""
+        if self.texts.get(name, "").startswith(POINTER):
+            raise ValueError(f"{self.source / name} is a git-lfs pointer, not the file: git lfs "
+                             "pull")
+
     def check(self):
         """Raise ValueError for a text that must not be copied, because it is not the file."""
-        for name, text in self.texts.items():
-            if text.startswith(POINTER):
-                raise ValueError(f"{self.source / name} is a git-lfs pointer, not the file: "
-                                 "git lfs pull")
+        for name in self.texts:
+            self.check_text(name)
         self.lost_fields()                           # It reads all the JSON.
 
     def write(self, folder: Path):
@@ -90,11 +95,11 @@ class Companions:
             if name in FIELDS and self.copied_fields(name) != self.fields(name):
                 write_json(folder / name, self.copied_fields(name))
             else:
-                write_whole(folder / name, lambda file, text=text: file.write(text.encode()))
+                write_text(folder / name, text)
 
     def write_beside_meta(self, folder: Path):
         """Write the one file that keeps them in Meta's layout."""
-        write_json(folder / KEPT, self.texts)
+        write_json(folder / COMPANIONS, self.texts)
 
 
 def is_companion(name: str) -> bool:
@@ -127,7 +132,7 @@ def from_huggingface(folder: Path) -> Companions:
 
 def beside_meta(folder: Path) -> Companions | None:
     """Return what is kept beside a checkpoint in Meta's layout, or None.  Raises ValueError."""
-    path = folder / KEPT
+    path = folder / COMPANIONS
     if not path.exists():
         return None
     texts = read_object(path, 2 * TOTAL_BYTES)
@@ -163,15 +168,15 @@ def add_companions(tokenizer: Tokenizer, companions: Companions, vocab_size: int
     end_ids = {tokenizer.eos_id}
     notes = []
     for ids, names in files_of.items():
-        where = (f"at {first_ids(ids)} in {' and '.join(names)}, at {tokenizer_eos} in "
-                 "tokenizer.model")
-        wrong = {i for i in ids if i in not_ends or not 0 <= i < vocab_size}
-        end_ids |= ids - wrong
-        if wrong:
-            notes.append(f"texts end {where}; {first_ids(wrong)} cannot be an end of text and is "
-                         "ignored")
+        places = (f"at {first_ids(ids)} in {' and '.join(names)}, at {tokenizer_eos} in "
+                  "tokenizer.model")
+        wrong_ids = {i for i in ids if i in not_ends or not 0 <= i < vocab_size}
+        end_ids |= ids - wrong_ids
+        if wrong_ids:
+            notes.append(f"texts end {places}; {first_ids(wrong_ids)} cannot be an end of text and "
+                         "is ignored")
         elif ids and ids != {tokenizer.eos_id}:
-            notes.append(f"texts end {where}; answers end at any of these, and training teaches "
+            notes.append(f"texts end {places}; answers end at any of these, and training teaches "
                          f"{tokenizer_eos}")
     tokenizer.end_ids = frozenset(end_ids)
     tokenizer.eos_note = "; ".join(notes)

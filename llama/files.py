@@ -290,6 +290,11 @@ def write_json(path: Path, content: Any) -> None:
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, with line ends as they are."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
 def write_whole(path: Path, write: Callable, previous: Path | None = None) -> None:
     """Call write(file) on a new file beside `path`, then rename it: no half-written file remains.
 
