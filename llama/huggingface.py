@@ -329,14 +329,18 @@ def config_with(companions: Companions, sizes: dict) -> dict:
     """Return the config.json of a model of these sizes that a Hugging Face folder came with.
 
     The context length is the base's own: a run may have loaded the model with a shorter one.
+    Raises ValueError for a feature that this model lacks.
     """
-    config = companions.copied_fields(CONFIG)
+    config = companions.copied_fields(CONFIG) | sizes
     config.pop("dtype", None)                        # the new name of torch_dtype
-    # transformers 5 has theta here as well.
-    rope = config.get("rope_parameters")
-    if rope:
-        config["rope_parameters"] = {**rope, "rope_theta": sizes["rope_theta"]}
-    return config | sizes | {CONTEXT: companions.context()}
+    check_features(config, companions.source)
+    rope_theta(config, companions.source)            # It checks the parameters of RoPE.
+    if config.get("rope_parameters"):                # transformers 5 has theta here as well.
+        config["rope_parameters"]["rope_theta"] = sizes["rope_theta"]
+    if config.get("head_dim"):
+        config["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+    config[CONTEXT] = companions.context()
+    return config
 
 
 def save_shards(state: dict[str, torch.Tensor], args: ModelArgs, folder: Path, suffix: str,

@@ -1,5 +1,6 @@
 """Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
 import os
+import re
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -436,7 +437,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
     If both have the same config, only the tensors are replaced.  source, load: see read_adapter.
     Raises ValueError, and leaves the model as it was, if the file belongs to another base, if its
     tensors do not fit, or if an adapter is merged.  If the file's base is unknown, only names and
-    shapes are compared.
+    shapes are compared, and whole weights that the file brings must be the base's own.
     """
     saved = read_adapter(source, load)
     path = saved["path"]
@@ -494,8 +495,8 @@ def adapted_blocks(tensors: dict, expected: dict) -> str:
 
 def block_numbers(names: Iterable[str]) -> list[int]:
     """Return the numbers in "layers.NUMBER." of these names, in order."""
-    parts = [name.split(".") for name in names]
-    return sorted({int(part[1]) for part in parts if part[0] == "layers" and part[1].isdecimal()})
+    matches = [re.match(r"layers\.(\d{1,4})\.", name) for name in names]
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def unmatched(tensors: dict, others: dict) -> str:

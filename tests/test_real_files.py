@@ -302,6 +302,14 @@ def test_prefixes_of_wrappers_are_taken_off(base, hf, tmp_path, prefix):
         assert torch.equal(other(TOKENS), model(TOKENS))
 
 
+def test_an_adapter_with_a_name_of_no_layer(hf, tmp_path, refused):
+    peft_of(hf, tmp_path / "peft")
+    content = torch.load(tmp_path / "peft.pt", weights_only=True)
+    content["tensors"]["layers"] = torch.ones(1)
+    torch.save(content, tmp_path / "odd.pt")
+    assert "odd.pt does not fit; " in refused(generate.main, "--adapter", "odd.pt")
+
+
 def test_a_name_that_is_there_with_and_without_a_prefix(base, refused):
     weights = stored(base)
     weights["module.norm.weight"] = weights["norm.weight"] + 1
@@ -488,6 +496,29 @@ def test_a_file_of_companions_that_is_wrong(base, tmp_path, refused, content, me
     assert message in refused(generate.main, "--checkpoint", str(base), "--adapter", "none")
     assert message in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
     assert not list(tmp_path.glob("*evil*"))
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"rope_parameters": [1]}, "rope_parameters is [1], which this model does not support"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters is {'rope_type': 'llama3'}"),
+    ({"sliding_window": 7}, "huggingface.json: sliding_window is 7, which this model does not"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which this"),
+])  # fmt: skip
+def test_a_kept_config_of_another_kind_of_model(base, refused, fields, message):
+    write(base / "huggingface.json", {"config.json": json.dumps(fields)})
+    assert message in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
+
+
+def test_a_kept_config_says_what_the_model_is(base, tmp_path):
+    fields = {"head_dim": 99, "rope_parameters": {"rope_theta": 9.0}, "hidden_size": 5,
+              "rope_scaling": {"type": "linear"}, "attention_bias": True}  # fmt: skip
+    write(base / "huggingface.json", {"config.json": json.dumps(fields)})
+    run(base, tmp_path / "new", "--to", "hf", "--bin")
+    written = read(tmp_path / "new/config.json")
+    assert written["head_dim"] == 8 and written["hidden_size"] == 32
+    assert written["rope_parameters"] == {"rope_theta": 10000.0}
+    assert torch.equal(load_checkpoint(base)[0](TOKENS % 400),
+                       load_checkpoint(tmp_path / "new")[0](TOKENS % 400))  # fmt: skip
 
 
 def test_names_of_companions():
