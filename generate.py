@@ -159,6 +159,9 @@ def load(args, device, precision):
     if base_info.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which "
                          "were not kept")
+    if not args.checkpoint and base_info and not os.path.isdir(folder):
+        raise FileNotFoundError(f"no checkpoint folder at {folder}, which {args.adapter} names as "
+                                "its base; if it has moved, name its folder with --checkpoint")
     quantize = args.quantize or base_info.get("quantize", "none")
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize))
@@ -173,6 +176,8 @@ def load(args, device, precision):
                     f"{','.join(config.targets)}")
         if is_peft(args.adapter):
             summary += ", whose base PEFT does not record"
+    if tokenizer.eos_note:
+        summary += f"\neos: {tokenizer.eos_note}"
     if args.merge:
         probe = torch.tensor([tokenizer.encode(PROBE, bos=True)], device=device)
         summary += "\n" + merge_report(model, probe, "--precision fp32")
@@ -194,7 +199,7 @@ class Answerer:
         args = self.args
         prompts = [encode_prompt(example, self.tokenizer) for example in examples]
         if args.beams == 1:
-            return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.eos_id,
+            return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.end_ids,
                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                             no_repeat_ngram=args.no_repeat_ngram, seed=args.seed, pool=self.pool)
         return self.beam_ids(prompts)
@@ -202,7 +207,7 @@ class Answerer:
     def beam_ids(self, prompts):
         for i, prompt in enumerate(prompts):
             answer = beam_search(self.model, prompt, self.args.max_new_tokens,
-                                 self.tokenizer.eos_id, self.args.beams, self.args.no_repeat_ngram)
+                                 self.tokenizer.end_ids, self.args.beams, self.args.no_repeat_ngram)
             for token in answer:
                 yield i, token
 

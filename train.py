@@ -45,6 +45,7 @@ from finetune.printed import held_out_columns, progress_line
 from finetune.run import ADAPTER, Run
 from finetune.signals import stop_after_step_on_signals
 from llama.checkpoint import (
+    COMPANIONS,
     PARAMS,
     TOKENIZER,
     WEIGHTS,
@@ -412,7 +413,7 @@ def save(job: Job, out):
     """
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
-        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # from a --method full run
+        old_results = (PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)    # from a --method full run
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
             usage = "trained over random weights, which are not saved: generate.py cannot use it"

@@ -347,6 +347,8 @@ def describe(job):
     """Print the few lines that say what is trained, on what, and what memory it takes."""
     print(f"base      {base_line(job)}")
     print(f"data      {data_line(job)}")
+    if job.tokenizer.eos_note:
+        print(f"eos       {job.tokenizer.eos_note}")
     if job.val_set:
         print(f"held out  {held_out_line(job)}")
     print(f"{job.options.method if not job.lora else job.lora.method:<9} {method_line(job)}")

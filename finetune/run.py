@@ -16,7 +16,7 @@ except ImportError:                                  # Windows: two runs in one 
 
 import torch
 
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS
+from llama.checkpoint import COMPANIONS, PARAMS, TOKENIZER, WEIGHTS
 from llama.files import write_json
 
 from .batches import example_indices
@@ -45,7 +45,7 @@ METRICS = "metrics.jsonl"
 ADAPTER = "adapter.pt"
 BEST = "best.pt"
 PICTURE = "loss.png"
-RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER)
+RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)
 RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs leave in --out
 # Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
 # examples of a step are cut into micro-batches.
