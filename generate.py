@@ -8,6 +8,8 @@
     python generate.py --data questions.json > answers.jsonl
     python generate.py --data held_out.json --score        score base and adapter
 """
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import json
 import os
 import sys
@@ -19,7 +21,7 @@ import torch
 from finetune.arguments import Parser, add_hardware_flags, number, text, utf8
 from finetune.batches import split
 from finetune.dataset import encode_prompt
-from finetune.errors import INTERRUPTED, in_one_line, one_line_errors, short_path
+from finetune.errors import in_one_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
@@ -50,7 +52,8 @@ INSTRUCTIONS = [                                     # The demo's adapter was no
 def main(argv=None):
     """Answer what the flags ask for."""
     if hasattr(sys.stdout, "reconfigure"):
-        # Whatever the terminal's own encoding is.  Half of an emoji becomes \ud83d, as in JSON.
+        # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.  Half of
+        # an emoji becomes \ud83d, as in JSON.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     with one_line_errors("generate.py"):
         args = parse_args(argv)
@@ -174,6 +177,9 @@ def load(args, device, precision):
     if base_info.get("init") == "random":
         raise ValueError(f"{args.adapter} was trained over random weights (--init random), which "
                          "were not kept")
+    if not args.checkpoint and base_info and not os.path.isdir(folder):
+        raise FileNotFoundError(f"no checkpoint folder at {folder}, which {args.adapter} names as "
+                                "its base; if it has moved, name its folder with --checkpoint")
     quantize = args.quantize or base_info.get("quantize", "none")
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize))
@@ -188,6 +194,8 @@ def load(args, device, precision):
                     f"{','.join(config.targets)}")
         if is_peft(args.adapter):
             summary += ", whose base PEFT does not record"
+    if tokenizer.eos_note:
+        summary += f"\neos: {tokenizer.eos_note}"
     if args.merge:
         probe = torch.tensor([tokenizer.encode(PROBE, bos=True)], device=device)
         summary += "\n" + merge_report(model, probe, "--precision fp32")
@@ -217,7 +225,7 @@ class Answerer:
         args = self.args
         prompts = [self.prompt(example) for example in examples]
         if args.beams == 1:
-            return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.eos_id,
+            return generate(self.model, prompts, args.max_new_tokens, self.tokenizer.end_ids,
                             temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                             no_repeat_ngram=args.no_repeat_ngram, seed=args.seed, pool=self.pool)
         return self.beam_ids(prompts)
@@ -225,7 +233,7 @@ class Answerer:
     def beam_ids(self, prompts):
         for i, prompt in enumerate(prompts):
             answer = beam_search(self.model, prompt, self.args.max_new_tokens,
-                                 self.tokenizer.eos_id, self.args.beams, self.args.no_repeat_ngram)
+                                 self.tokenizer.end_ids, self.args.beams, self.args.no_repeat_ngram)
             for token in answer:
                 yield i, token
 
@@ -490,11 +498,4 @@ def add_decoding_flags(group):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:                        # Ctrl-C ends --interactive or a long answer
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:                          # `| head` has read enough.
-        # Python must not flush into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    run_command(main, "generate.py")

@@ -9,9 +9,10 @@
 Begin to read at `main`.  Method, precision, quantisation and teacher are chosen before the loop,
 and the loop does not branch on them.
 """
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.distill import Distillation, check_teacher, load_teacher
-from finetune.errors import INTERRUPTED, one_line_errors
+from finetune.errors import one_line_errors
 from finetune.evaluate import SCORING_TOKENS, evaluate
 from finetune.hardware import DTYPES, Precision, check_compiler, peak_memory_mb, pick_hardware
 from finetune.loss import answer_loss
@@ -40,10 +41,12 @@ from finetune.preflight import (
     optimizer_state_bytes,
 )
 from finetune.ranks import Ranks, connected_ranks
-from finetune.run import ADAPTER, Run, held_out_columns, progress_line
+from finetune.printed import held_out_columns, progress_line
+from finetune.run import ADAPTER, Run
 from finetune.signals import stop_after_step_on_signals
 from finetune.templates import template_name
 from llama.checkpoint import (
+    COMPANIONS,
     PARAMS,
     TOKENIZER,
     WEIGHTS,
@@ -104,12 +107,10 @@ def main(argv=None):
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
             run = Run.open(options, ranks)                    # new, or the last save with --resume
-            if run.progress.finished:
-                print(f"resume    {run.out} is finished, after step {run.progress.step}: nothing "
-                      "is left to do, nothing was changed")
-                return
             job = prepare(options, ranks)                     # every check that needs no weights
             run.check_same_run(job)
+            if run.progress.finished:
+                return
             describe(job)
             advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
             if options.dry_run:
@@ -314,8 +315,8 @@ def train(job: Job, run: Run):
     upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
     for step, window in enumerate(prefetch(upcoming), run.progress.step + 1):
         notes = begin_step(model, step, run.progress.loss)    # the loss of the step before
-        # progress.taken does not count skipped steps, so they do not advance the schedule.
-        factor = lr_factor(run.progress.taken, n_steps, warmup, options.schedule)
+        # progress.updates does not count skipped steps, so they do not advance the schedule.
+        factor = lr_factor(run.progress.updates, n_steps, warmup, options.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
         loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)
@@ -417,7 +418,7 @@ def save(job: Job, out):
     """
     if job.lora:
         save_adapter(job.model, out / ADAPTER)
-        old_results = (PARAMS, WEIGHTS, TOKENIZER)            # from a --method full run
+        old_results = (PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)    # from a --method full run
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
             usage = "trained over random weights, which are not saved: generate.py cannot use it"
@@ -440,8 +441,4 @@ def report_end(out, device: torch.device, seconds: float, ranks: Ranks):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("train.py: interrupted; the last save is intact", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run_command(main, "train.py", "interrupted; the last save is intact", outlives_output=True)

@@ -14,12 +14,14 @@ Every cell is measured in a new process, warmed up, as the median of its repeats
 printed as Markdown and written to --out, with a picture if matplotlib is installed.  Each cell is
 saved there as soon as it is measured, so the same command goes on after a kill.
 """
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import shlex
 import sys
 from pathlib import Path
 
 from finetune.arguments import Parser, text
-from finetune.errors import INTERRUPTED, one_line_errors
+from finetune.errors import one_line_errors
 from llama.files import write_whole
 
 from . import ablation, distill, front, methods, peers, ranks, roofline, scaling, search
@@ -81,8 +83,4 @@ def make_table(args, page, argv: list) -> Table:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("benchmarks: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    run_command(main, "benchmarks", "interrupted; the same command goes on from here")

@@ -2,14 +2,16 @@
 
     python -m finetune.convert llama-2-7b llama-2-7b-hf --to hf               back: --to meta
     python -m finetune.convert llama-2-7b merged --to hf --adapter out/7b/adapter.pt
-    python -m finetune.convert llama-2-7b out/7b/peft --to peft --adapter out/7b/adapter.pt
+    python -m finetune.convert llama-2-7b-hf out/7b/peft --to peft --adapter out/7b/adapter.pt
     python -m finetune.convert llama-2-7b out/7b/small --to int8 --adapter out/7b/adapter.pt
 
 The second command merges the adapter into the model.  The last two write the adapter alone: the
 third as PEFT's folder, the fourth in a quarter of the space.  The first folder may be in either
-layout, and --adapter takes our file or PEFT's folder.
+layout, and --adapter takes our file or PEFT's folder.  Tokenizer files, chat template, generation
+settings and context length come along (docs/files.md).
 """
-import sys
+from .console import run_command             # First: it ends a Ctrl-C while torch loads quietly.
+
 import warnings
 from argparse import Namespace
 from dataclasses import asdict
@@ -18,15 +20,26 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from llama.checkpoint import PROBE, SHARD, load_checkpoint, read_params, save_checkpoint
-from llama.files import SAFETENSORS, new_folder, safetensors, write_whole
+from llama.checkpoint import (
+    PROBE,
+    SHARD,
+    is_huggingface,
+    load_checkpoint,
+    read_params,
+    save_checkpoint,
+)
+from llama.companions import COMPANIONS, left_behind
+from llama.files import SAFETENSORS, listed, new_folder, safetensors, write_whole
 from llama.peft import adapter_at, save_peft
 from llama.rnn import RNNArgs
-from lora import load_adapter, merge_report, read_adapter
+from llama.tokenizer import Tokenizer
+from lora import load_adapter, lora_state_dict, merge_report, read_adapter
+from lora.adapter import all_blocks
+from lora.matrices import replace_matrices
 from lora.quantize import dequantize, in_int8, quantizer
 
 from .arguments import Parser, number, text
-from .errors import INTERRUPTED, one_line_errors
+from .errors import in_one_line, one_line_errors
 from .hardware import DTYPES
 from .preflight import plural
 
@@ -38,9 +51,9 @@ def main(argv=None):
     with one_line_errors("finetune.convert"):
         args = parse_args(argv)
         with new_folder(args.target) as folder:
-            report = convert(args, folder)
-    if report:
-        print(report)
+            lines = convert(args, folder)
+    for line in lines:
+        print(in_one_line(line))
     print(f"written   {args.target}")
 
 
@@ -71,12 +84,12 @@ def parse_args(argv=None) -> Namespace:
     return args
 
 
-def convert(args: Namespace, folder: Path) -> str | None:
-    """Write what the flags ask for to `folder`; return a line about what it lost, if anything.
+def convert(args: Namespace, folder: Path) -> list[str]:
+    """Write what the flags ask for to `folder`; return lines about what it changed or lost.
 
     Raises FileNotFoundError or ValueError.
     """
-    sizes, _ = read_params(args.source)
+    sizes, tokenizer = read_params(args.source)
     suffix = ".bin" if args.bin else SAFETENSORS
     if args.to in ("hf", "peft"):
         if isinstance(sizes, RNNArgs):
@@ -84,6 +97,8 @@ def convert(args: Namespace, folder: Path) -> str | None:
                              f"{args.to}")
         if suffix == SAFETENSORS:
             safetensors(args.target)                 # Fail before any weights are loaded.
+    if args.to in ("hf", "meta") and tokenizer.companions:
+        tokenizer.companions.check()
     content = None
     base = {}
     if args.adapter:
@@ -92,9 +107,7 @@ def convert(args: Namespace, folder: Path) -> str | None:
     layers = args.layers or base.get("layers")
     quantize = base.get("quantize", "none")
     if args.to == "peft":
-        sizes_kept = check_fits(args.source, layers, content)
-        save_peft(read_adapter(content), sizes_kept, args.source, folder, suffix)
-        return limits_of_peft(sizes_kept.n_layers, sizes.n_layers, quantize)
+        return write_peft(args, layers, content, sizes.n_layers, folder)
     # An adapter of a quantised base is merged into the dequantised weights, because it was trained
     # on those.  The error of int8 is measured in fp32.
     dtype = torch.float32 if args.to == "int8" else DTYPES.get(args.dtype)
@@ -102,47 +115,92 @@ def convert(args: Namespace, folder: Path) -> str | None:
     model.eval()
     probe = torch.tensor([tokenizer.encode(PROBE, bos=True)])
     if args.to == "int8":
-        return write_int8(content, model, probe, folder)
-    report = None
+        return [write_int8(content, model, probe, folder)]
+    lines = []
     if content:
-        report = merge(content, model, probe, args.source)
+        lines += merge(content, model, probe, args.source)
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * MEGABYTE)
-    return report
+    return lines + companion_lines(args, model.args.vocab_size, tokenizer)
 
 
-def check_fits(source: str, layers: int | None, content: dict):
-    """Raise ValueError unless the adapter fits the base; return the base's ModelArgs."""
-    model, _ = load_checkpoint(source, layers, device="meta")        # No weight is read.
+def companion_lines(args: Namespace, vocab_size: int, tokenizer: Tokenizer) -> list[str]:
+    """Return lines about the files beside the weights: kept elsewhere, or not copied."""
+    companions = tokenizer.companions
+    if not companions:
+        return []
+    lines = []
+    if tokenizer.eos_note:
+        lines.append(f"eos: {tokenizer.eos_note}; transformers ends texts as the configs say")
+    if args.to == "meta":
+        lines.append(f"kept in {COMPANIONS}, as Meta's layout has no place for it: "
+                     f"{listed(companions.texts, 12)}; --to hf reads it")
+        if vocab_size > tokenizer.vocab_size:
+            lines.append(f"Meta's own code reads no more rows than tokenizer.model has pieces: "
+                         f"{tokenizer.vocab_size} of these {vocab_size}")
+    not_copied = companions.lost_fields()
+    if is_huggingface(Path(args.source)):
+        not_copied += left_behind(Path(args.source), companions)
+    if not_copied:
+        lines.append(f"not copied: {listed(not_copied, 12)}")
+    return lines
+
+
+def write_peft(args: Namespace, layers: int | None, content: dict, n_layers_of_source: int,
+               folder: Path) -> list[str]:
+    """Write the adapter as PEFT's folder; return lines about what that cannot say.
+
+    Raises ValueError unless the adapter fits the base.
+    """
+    # Weights are needed only to be compared with those that the adapter brings.
+    adapter = read_adapter(content)
+    model, _ = load_checkpoint(args.source, layers, device="cpu" if adapter["matrices"] else "meta")
     with warnings.catch_warnings(action="ignore"):   # torch warns that it copies nothing to meta.
         load_adapter(model, content)
-    return model.args
+    adapter["tensors"] = all_blocks(adapter, lora_state_dict(model))
+    n_layers = model.args.n_layers
+    base = None
+    if is_huggingface(Path(args.source)) and n_layers == n_layers_of_source:
+        base = args.source
+    save_peft(adapter, model.args, base, folder, ".bin" if args.bin else SAFETENSORS)
+    return limits_of_peft(n_layers, n_layers_of_source, adapter["base"] or {}, base)
 
 
-def limits_of_peft(n_layers: int, n_layers_of_source: int, quantize: str) -> str:
-    """Return a line about what PEFT's folder cannot say; it may be empty."""
-    notes = []
+def limits_of_peft(n_layers: int, n_layers_of_source: int, base: dict,
+                   base_named: str | None) -> list[str]:
+    """Return lines about what PEFT's folder does not say."""
+    lines = []
+    quantize = base.get("quantize", "none")
     if n_layers < n_layers_of_source:
-        notes.append(f"PEFT needs a base of {plural(n_layers, 'layer')} for it: --to hf --layers "
+        lines.append(f"PEFT needs a base of {plural(n_layers, 'layer')} for it: --to hf --layers "
                      f"{n_layers}")
+    elif not base_named:
+        lines.append("it names no base, because PEFT cannot load Meta's layout: load it over what "
+                     "--to hf writes")
     if quantize != "none":
-        notes.append(f"it was trained over the base in {quantize}, which PEFT does not say")
-    return "; ".join(notes)
+        lines.append(f"it was trained over the base in {quantize}, which PEFT does not say")
+    return lines
 
 
-def merge(content: dict, model: nn.Module, probe: torch.Tensor, source: str) -> str:
-    """Merge an adapter into the weights; return a line about how much of it survived.
+def merge(content: dict, model: nn.Module, probe: torch.Tensor, source: str) -> list[str]:
+    """Merge an adapter into the weights; return lines about what replaced or survived.
 
     Raises ValueError for weights of several dtypes, because each dtype rounds the update otherwise.
     """
+    # A quantised layer's dtype is that of its dtype_holder.
     dtypes = {tensor.dtype for name, tensor in model.state_dict().items()
-              if name.endswith(("weight", "like"))}  # like: the dtype of a quantised layer
+              if name.endswith(("weight", "dtype_holder"))}
     if len(dtypes) > 1:
         raise ValueError(f"{source} has weights of several dtypes; name the one to merge in with "
                          "--dtype")
+    lines = []
+    replaced = replace_matrices(model, read_adapter(content))
+    if replaced:
+        dtype = str(*dtypes).removeprefix("torch.")
+        lines.append(f"replaced by the adapter's own, in {dtype}: {listed(replaced)}")
     load_adapter(model, content)
-    report = merge_report(model, probe, "--dtype fp32", keep_base=False)
+    lines.append(merge_report(model, probe, "--dtype fp32", keep_base=False))
     dequantize(model)
-    return report
+    return lines
 
 
 @torch.no_grad()
@@ -151,19 +209,16 @@ def write_int8(content: dict, model: nn.Module, probe: torch.Tensor, folder: Pat
     adapter = read_adapter(content)
     load_adapter(model, content)
     before = model(probe).float()
-    tensors, scales = in_int8(adapter["tensors"])
+    tensors, scales = in_int8(all_blocks(adapter, lora_state_dict(model)))
     config = asdict(adapter["config"])
     config["targets"] = list(adapter["config"].targets)
-    small = {"config": config, "base": adapter["base"] or model.origin, "tensors": tensors,
-             "scales": scales}
-    write_whole(folder / "adapter.pt", lambda file: torch.save(small, file))
+    int8 = {"config": config, "base": adapter["base"] or model.origin, "tensors": tensors,
+            "scales": scales}
+    write_whole(folder / "adapter.pt", lambda file: torch.save(int8, file))
     load_adapter(model, adapter_at(folder / "adapter.pt"))
-    moved = (model(probe).float() - before).abs().max()
-    return f"int8: logits of up to {before.abs().max():.3g} move by up to {moved:.2g}"
+    change = (model(probe).float() - before).abs().max()
+    return f"int8: logits of up to {before.abs().max():.3g} move by up to {change:.2g}"
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    run_command(main, "finetune.convert")

@@ -8,7 +8,6 @@ from .ranks import SINGLE_PROCESS, RankError, exit_together, exit_now
 RANK_FAILED = 1                                      # another rank died or hung
 BAD_INPUT = 2                                        # or a file that cannot be written
 GAVE_UP = 3                                          # out of memory, or too many bad steps
-INTERRUPTED = 130                                    # stopped by a signal
 
 LONGEST_MESSAGE = 1000                               # characters
 

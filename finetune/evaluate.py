@@ -372,7 +372,7 @@ class Exam:
         for indices in split(range(len(self.rows)), ANSWERED_AT_ONCE):
             prompts = [self.prompts[i] for i in indices]
             answers = [[] for _ in indices]
-            for k, token in generate(model, prompts, self.limit, self.tokenizer.eos_id, pool=pool):
+            for k, token in generate(model, prompts, self.limit, self.tokenizer.end_ids, pool=pool):
                 answers[k].append(token)
             limits = tokens_left(model, prompts, self.limit)
             for i, answer, limit in zip(indices, answers, limits, strict=True):

@@ -32,6 +32,15 @@ OTHER_FILES = {
 FORMS = "give a list [{...}, {...}], or one object {...} per line"
 
 
+class Number(float):
+    """A number of a file that remembers how it is written there: 1.50 is not 1.5."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
 def read_examples(path: str | Path, required: Sequence[str] = ("instruction", "output"),
                   template: Template = DEFAULT) -> list[dict]:
     """Return the examples of a file.
@@ -78,6 +87,10 @@ def read_text(path: Path) -> str:
     for beginning, kind in OTHER_FILES.items():
         if first_bytes.startswith(beginning):
             raise ValueError(f"{path} is {kind}")
+    if b"\0" in first_bytes:
+        place = first_bytes.index(0)
+        raise ValueError(f"{path} is not UTF-8 text: byte {place} is 0, as in UTF-16; save it as "
+                         "UTF-8")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,7 +132,8 @@ def is_json(text: str) -> bool:
 
 def load(text: str) -> object:
     """Return the value of a JSON text, with None for NaN.  Raises ValueError or RecursionError."""
-    return json.loads(text, parse_constant=number_or_none, object_pairs_hook=to_object)
+    return json.loads(text, parse_constant=number_or_none, parse_float=Number,
+                      object_pairs_hook=to_object)
 
 
 def number_or_none(constant: str) -> float | None:
@@ -222,12 +236,14 @@ def to_instruction(row: dict, place: str, required: Sequence[str]) -> dict:
 
 
 def to_text(value: object, what: str) -> str:
-    """Return a text, or a number as JSON writes it.  Raises ValueError for all else."""
+    """Return a text, or a number as the file has it.  Raises ValueError for all else."""
     if isinstance(value, bool):
         raise ValueError(f"{what} is {kind(value)}, not text: is it True, true or yes? Write the "
                          "text in quotes")
-    if isinstance(value, int | float) and math.isfinite(value):
-        return json.dumps(value)
+    if isinstance(value, Number) and math.isfinite(value):
+        return value.text
+    if isinstance(value, int):
+        return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{what} is {kind(value)}, not text")
     check_characters(value, what)

@@ -37,12 +37,18 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{local_rank}"
-    if device.partition(":")[0] not in ("cpu", "cuda", "mps"):
+    kind = device.partition(":")[0]
+    is_available = {"cpu": True, "cuda": torch.cuda.is_available(),
+                    "mps": torch.backends.mps.is_available()}
+    if kind not in is_available:
         raise ValueError(f"--device {device} cannot be used here: use cpu, cuda, cuda:N or mps")
+    if not is_available[kind]:
+        raise ValueError(f"--device {device} cannot be used here: this machine has no {kind} "
+                         f"device, or this torch is built without {kind}; use cpu")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]   # The rest is about torch itself.
         raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     device = torch.device(device)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast_matmul else "ieee"

@@ -272,7 +272,7 @@ def add_cost_flags(group):
 def add_saving_flags(group):
     flag = group.add_argument
     flag("--save-every", metavar="N", type=number(int, 0), default=100,
-         help="save every N optimizer steps; 0: only at the end and on SIGTERM or Ctrl-C "
+         help="save every N optimizer steps; 0: only at the end and on SIGTERM, SIGHUP or Ctrl-C "
               "(default: 100)")
     flag("--resume", action="store_true",
          help="continue the run in --out from its last save; start it if there is none")

@@ -2,6 +2,8 @@
 
     python -m finetune.pictures out            draw out/loss.png again, also while the run goes on
 """
+from .console import run_command             # First: it ends a Ctrl-C while torch loads quietly.
+
 import io
 import json
 import math
@@ -311,9 +313,9 @@ def picture_of(out: Path) -> str:
     try:
         return str(draw_run(out))
     except MissingPackage:
-        return f"skipped: pip install matplotlib, then {command}"
+        return f"not drawn, because that needs matplotlib: pip install matplotlib, then {command}"
     except Exception as error:       # Packages that do not fit each other raise anything.
-        return f"skipped: {in_one_line(error)}; to try again: {command}"
+        return f"not drawn: {in_one_line(error)}; to try again: {command}"
 
 
 def main(argv=None):
@@ -325,4 +327,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "finetune.pictures")

@@ -115,7 +115,8 @@ def check_gradients(model, wrapped, loss: Callable):
             raise ValueError("every gradient is zero before the first step: are the weight files "
                              "complete?")
         counted = plural(len(parts), "adapter" if wrapped else "parameter")
-        print(f"checked   one micro-batch backward: a gradient reaches every one of {counted}")
+        print(f"checked   one backward pass: {counted}, each with a gradient (without one it would "
+              "not learn)")
     finally:
         model.train(was_training)
         for parameter, grad in saved_grads:
@@ -346,6 +347,8 @@ def describe(job):
     """Print the few lines that say what is trained, on what, and what memory it takes."""
     print(f"base      {base_line(job)}")
     print(f"data      {data_line(job)}")
+    if job.tokenizer.eos_note:
+        print(f"eos       {job.tokenizer.eos_note}")
     if job.val_set:
         print(f"held out  {held_out_line(job)}")
     print(f"{job.options.method if not job.lora else job.lora.method:<9} {method_line(job)}")
@@ -355,8 +358,11 @@ def describe(job):
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
+    more = ""
+    if job.precision.device.type != "cuda":
+        more = "; the MiB in the lines below also count Python and torch themselves"
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, peak {where}: "
-          f"{listed}", flush=True)
+          f"{listed}{more}", flush=True)
 
 
 def base_line(job) -> str:
@@ -374,15 +380,26 @@ def data_line(job) -> str:
     train_set = job.train_set
     longest = max(len(tokens) for tokens, _ in train_set.rows)
     n_examples = plural(len(train_set), "example")
-    return (f"{short_paths(job.options.data)}: {n_examples}, longest {longest} tokens, "
-            f"{train_set.cut} cut at {job.options.max_seq_len}, {train_set.dropped} dropped; "
-            f"{train_set.n_with_eos} end in eos{empty_outputs(train_set)}")
+    return (f"{short_paths(job.options.data)}: {n_examples}, the longest has {longest} tokens; "
+            f"{fit_line(train_set, job.options.max_seq_len)}{empty_outputs(train_set)}")
+
+
+def fit_line(dataset, max_seq_len: int) -> str:
+    """Return how many examples were too long, and what became of them."""
+    notes = []
+    if dataset.cut:
+        notes.append(f"{plural(dataset.cut, 'answer')} cut off at --max-seq-len {max_seq_len}, "
+                     "without the end that teaches the model to stop")
+    if dataset.dropped:
+        notes.append(f"{plural(dataset.dropped, 'example')} left out, because the prompt alone "
+                     f"fills --max-seq-len {max_seq_len}")
+    return "; ".join(notes) or f"every answer ends within --max-seq-len {max_seq_len}"
 
 
 def held_out_line(job) -> str:
     val_set = job.val_set
     line = (f"{short_paths(job.options.val_data or job.options.data)}: "
-            f"{plural(len(val_set), 'example')}, {val_set.cut} cut, {val_set.dropped} dropped"
+            f"{plural(len(val_set), 'example')}; {fit_line(val_set, job.options.max_seq_len)}"
             f"{empty_outputs(val_set)}")
     choices = class_answers(val_set, job.options.max_seq_len)
     if choices:
@@ -409,7 +426,7 @@ def method_line(job) -> str:
     lora = job.lora
     settings = "".join(f", {name} {value}" for name, value in lora.options.items())
     return (f"r {lora.r}, alpha {lora.alpha:g}{settings} on {','.join(lora.targets)}: "
-            f"{plural(len(job.adapter_paths), 'layer')} wrapped, {line}")
+            f"{plural(len(job.adapter_paths), 'adapter')}, {line}")
 
 
 def teacher_line(job) -> str:

@@ -26,14 +26,14 @@ LARGEST = 2 ** 53                                    # no count or measure of a 
 class Progress:
     """How far a run has come.
 
-    loss: of the last step, over all ranks; None where it was not finite.  taken: steps that moved
-    the weights.  bad: steps in a row without a finite loss and gradient.  skipped: such steps in
-    the whole run.  best: the lowest held-out loss, after step best_step.  worse: measurements since
-    then without a better one.  seconds: spent in training.
+    loss: of the last step, over all ranks; None where it was not finite.  updates: steps that
+    moved the weights.  bad: steps in a row without a finite loss and gradient.  skipped: such steps
+    in the whole run.  best: the lowest held-out loss, after step best_step.  worse: measurements
+    since then without a better one.  seconds: spent in training.
     """
     step: int = 0
     loss: float | None = None
-    taken: int = 0
+    updates: int = 0
     bad: int = 0
     skipped: int = 0
     best: float = math.inf
@@ -92,8 +92,10 @@ def read_save(path: Path, warning=None) -> Save:
         if not isinstance(content, dict) or not isinstance(content.get("counters"), dict):
             raise ValueError("it has no counters")
         counters = dict(content["counters"])
-        if "taken" not in counters:                  # An earlier version saved it elsewhere.
-            counters["taken"] = content["parts"]["schedule"]["last_epoch"]
+        if "taken" in counters:                      # An earlier version called it that,
+            counters["updates"] = counters.pop("taken")
+        if "updates" not in counters:                # and one before it saved it elsewhere.
+            counters["updates"] = content["parts"]["schedule"]["last_epoch"]
         settings = json.loads(json.dumps(content["args"]))     # refuses tensors, makes keys text
         save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],
                     content["launch"], content["parts"], content["random"], warning)

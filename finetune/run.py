@@ -16,11 +16,12 @@ except ImportError:                                  # Windows: two runs in one 
 
 import torch
 
-from llama.checkpoint import PARAMS, TOKENIZER, WEIGHTS
+from llama.checkpoint import COMPANIONS, PARAMS, TOKENIZER, WEIGHTS
 from llama.files import write_json
 
 from .batches import example_indices
-from .errors import GAVE_UP, INTERRUPTED, in_one_line
+from .console import INTERRUPTED
+from .errors import GAVE_UP, in_one_line
 from .ranks import exit_together, sum_over_ranks
 from .resume import (
     PREVIOUS,
@@ -44,7 +45,7 @@ METRICS = "metrics.jsonl"
 ADAPTER = "adapter.pt"
 BEST = "best.pt"
 PICTURE = "loss.png"
-RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER)
+RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)
 RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs leave in --out
 # Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
 # examples of a step are cut into micro-batches.
@@ -102,6 +103,7 @@ class Run:
         self.example_numbers = job.train_set.numbers
         self.settings = json.loads(json.dumps(job.settings))
         changes = self.changed_settings()
+        self.reopen_if_stopped_early()
         self.note_and_compare("ranks", self.ranks.size, "each rank has its own random numbers; "
                               "start as many as it was begun with")
         datasets = [part for part in (job.train_set, job.val_set) if part]
@@ -112,21 +114,37 @@ class Run:
                               "its steps would not hold the same examples; keep the product of "
                               "--batch-size and --accumulation-steps")
         n_steps = len(self.plan)
-        if not 0 <= self.progress.taken <= self.progress.step <= n_steps:
+        if not 0 <= self.progress.updates <= self.progress.step <= n_steps:
             raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
-                             f"{n_steps}, and that {self.progress.taken} moved the weights")
+                             f"{n_steps}, and that {self.progress.updates} moved the weights")
         common = set(self.settings) - MAY_DIFFER_BETWEEN_RANKS
         self.ranks.agree({name: self.settings[name] for name in common}, "their flags")
         self.ranks.agree(self.fingerprints, "their examples")
-        if self.last_save:
-            if self.last_save.warning:
-                print(f"resume    {in_one_line(self.last_save.warning)}; the one before it is used")
+        if self.resumes:
+            self.report_resume(changes, n_steps)
+
+    def reopen_if_stopped_early(self):
+        """Let a run go on that --early-stop has ended, if its new value does not end it there."""
+        progress = self.progress
+        patience = self.options.early_stop
+        if progress.step < len(self.plan) and not (patience and progress.worse >= patience):
+            progress.finished = False
+
+    def report_resume(self, changes: list, n_steps: int):
+        """Print where the run goes on, and which settings have changed."""
+        if not self.last_save:
+            print(f"resume    {self.out} has no save yet: starting from step 1")
+            return
+        if self.last_save.warning:
+            print(f"resume    {in_one_line(self.last_save.warning)}; the one before it is used")
+        if self.progress.finished:
+            print(f"resume    {self.out} is finished, after step {self.progress.step}: nothing is "
+                  "left to do, nothing was changed")
+        else:
             print(f"resume    {self.last_save.path}: {self.progress.step} of {n_steps} steps are "
                   "done")
-            for change in changes:
-                print(f"changed   {in_one_line(change)}")
-        elif self.resumes:
-            print(f"resume    {self.out} has no save yet: starting from step 1")
+        for change in changes:
+            print(f"changed   {in_one_line(change)}")
 
     def changed_settings(self) -> list:
         """Return a line for each setting that has changed.
@@ -148,15 +166,30 @@ class Run:
                 refused.append(line)
         if refused:
             changed = "; ".join(refused)
-            raise ValueError(f"{self.out} was begun with {changed}: a resumed run cannot change "
-                             "this; give the old values, or another --out")
+            raise ValueError(f"{self.out} was begun with {changed}: {self.advice_on_change()}")
         return allowed
+
+    def advice_on_change(self) -> str:
+        """Return why a resumed run cannot be another one, and what to do instead."""
+        if not self.progress.finished:
+            return "a resumed run cannot change this; give the old values, or another --out"
+        settings = self.last_save.settings
+        advice = ("the run is finished, and its learning rate has come to the end of its schedule, "
+                  "so it is neither changed nor made longer; ")
+        if settings.get("method") == "full":
+            return advice + f"to train on from its result: --checkpoint {self.out}, another --out"
+        if settings.get("init") == "random":
+            return advice + "begin another one with another --out"
+        return advice + (f"to train on from its result: --adapter {self.out / ADAPTER}, another "
+                         "--out, no --resume")
 
     def note_and_compare(self, name, value, problem):
         """Note a fingerprint of the run.  Raises ValueError if the save holds another value."""
         before = self.last_save.fingerprints.get(name) if self.last_save else value
         if type(before) is not type(value) or before != value:
-            raise ValueError(f"{self.out} cannot go on: {problem} ({name} {before}, now {value})")
+            advice = f"; {self.advice_on_change()}" if self.progress.finished else ""
+            raise ValueError(f"{self.out} cannot go on: {problem} ({name} {before}, now {value})"
+                             f"{advice}")
         self.fingerprints[name] = value
 
     def begin(self, job):
@@ -272,7 +305,7 @@ class Run:
             self.first_step = progress.step, time.perf_counter()
         remark = ""
         if is_finite:
-            progress.taken += 1
+            progress.updates += 1
             progress.bad = 0
         elif overflow and progress.loss is not None and row["loss_scale"] > 1:
             remark = " | overflow, step skipped"
@@ -368,10 +401,24 @@ class Run:
             return
         (self.out / PREVIOUS).unlink(missing_ok=True)
         if self.progress.best_step:
-            print(f"best      {self.out / BEST}: held-out loss {self.progress.best:.4f}, after "
-                  f"step {self.progress.best_step}")
+            print(f"best      {self.best_line()}")
         else:
             (self.out / BEST).unlink(missing_ok=True)            # An earlier run left it.
+
+    def best_line(self) -> str:
+        """Return what best.pt is, and how to use it where generate.py takes another file."""
+        progress = self.progress
+        path = self.out / BEST
+        result = WEIGHTS if self.settings["method"] == "full" else ADAPTER
+        line = f"{path}: held-out loss {progress.best:.4f}, after step {progress.best_step}"
+        if progress.best_step == progress.step:
+            return f"{line}, the last; the same as {result}"
+        line += f"; {result} is from step {progress.step}, the last"
+        if result == WEIGHTS:
+            return f"{line}; to use the best, copy {BEST} over {result}"
+        if self.settings["init"] == "random":
+            return line                              # No file has the base of this adapter.
+        return f"{line}; to use the best: python generate.py --adapter {path}"
 
     def seconds_left(self) -> float | None:
         """Return an estimate of the time left; None before the second step of this process.
@@ -445,31 +492,3 @@ def none_if_not_finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
-    """Return a step's row as one line of fixed columns."""
-    columns = [
-        f"step {row['step']:>{len(str(n_steps))}}/{n_steps}",
-        f"epoch {row['epoch']:.2f}",
-        f"loss {row['loss']:.4f}",
-        f"lr {row['lr']:.1e}",
-        f"grad norm {row['grad_norm']:.2f}",
-        f"{row['tokens_per_second']:,.0f} tokens/s",
-    ]
-    if row["peak_memory_mb"] is not None:
-        columns.append(f"{row['peak_memory_mb']:,.0f} MiB")
-    if seconds_left is not None:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        columns.append(f"{minutes}:{seconds:02} left")
-    if "val_loss" in row:
-        columns.append(held_out_columns(row))
-    return " | ".join(columns)
-
-
-def held_out_columns(row: dict) -> str:
-    """Return what was measured on held-out examples as columns of the progress line."""
-    text = f"held-out loss {row['val_loss']:.4f}"
-    if "val_accuracy" in row:
-        text += f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}"
-    return text

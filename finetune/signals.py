@@ -5,6 +5,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+from .console import write_error
 from .errors import BAD_INPUT, RANK_FAILED, exit_with_line
 
 # A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
@@ -12,7 +13,7 @@ GRACE_SECONDS = 20
 
 
 class StopRequest:
-    """The handler of SIGTERM and SIGINT, which notes when the first one came."""
+    """The handler of the stop signals, which notes when the first one came."""
 
     def __init__(self, ranks):
         self.ranks = ranks
@@ -27,26 +28,24 @@ class StopRequest:
         if self.received_at is None:
             self.received_at = now
             if self.ranks.is_first:                  # The signal may have interrupted a print.
-                os.write(2, b"train.py: told to stop: finishing and saving this step first\n")
+                write_error("train.py: told to stop: finishing and saving this step first\n")
         elif number == signal.SIGINT and self.ranks.size == 1 and now - self.received_at > 1:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def stop_after_step_on_signals(run):
-    """In the block, let SIGTERM and SIGINT end the run after the current step.
+    """In the block, let SIGTERM, SIGINT and SIGHUP end the run after the current step.
 
     A file that cannot be written ends the run in one line and exit code 2.
     """
     handlers = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         handlers[number] = signal.signal(number, run.stop_request.handle)
     if run.ranks.size > 1:
         start_exit_timer_on_signal()
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
         message = " ".join(str(error).split())
         exit_with_line(f"train.py: {message}; the last save is intact: --resume continues from it",
@@ -57,6 +56,18 @@ def stop_after_step_on_signals(run):
         signal.set_wakeup_fd(-1)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def stop_signals() -> list:
+    """Return the signals that end a run.
+
+    SIGHUP says that the terminal or the SSH session has ended.  It is left out where it was ignored
+    at the start, as nohup does, and on Windows, which lacks it.
+    """
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def start_exit_timer_on_signal():
@@ -72,8 +83,8 @@ def start_exit_timer_on_signal():
     def watch():
         os.read(read_fd, 1)
         time.sleep(GRACE_SECONDS)
-        os.write(2, b"train.py: told to stop, but this step does not end: another rank is probably "
-                    b"gone; exiting without a save\n")
+        write_error("train.py: told to stop, but this step does not end: another rank is probably "
+                    "gone; exiting without a save\n")
         os._exit(RANK_FAILED)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,6 +1,7 @@
 """Load and save models as folders, in Meta's layout or in Hugging Face's.
 
-Meta's layout is params.json, consolidated.00.pth (or several shards) and tokenizer.model.
+Meta's layout is params.json, consolidated.00.pth (or several shards) and tokenizer.model, with
+huggingface.json where the model came from Hugging Face's (companions.py).
 Hugging Face's layout is in huggingface.py.
 """
 import hashlib
@@ -13,6 +14,7 @@ import torch
 import torch.nn as nn
 
 from . import huggingface
+from .companions import COMPANIONS, add_companions, beside_meta
 from .files import SAFETENSORS, listed, read_object, read_tensors, write_tensors, write_whole
 from .model import ModelArgs, Transformer
 from .rnn import RNN, RNNArgs
@@ -21,7 +23,8 @@ from .tokenizer import Tokenizer
 PARAMS = "params.json"
 WEIGHTS = "consolidated.00.pth"
 TOKENIZER = "tokenizer.model"
-CONTEXT = 4096                     # tokens that LLaMA 2 can look back; params.json does not say it
+# Tokens that LLaMA 2 can look back.  params.json does not say it; huggingface.json does.
+CONTEXT = 4096
 PROBE = "Below is an instruction that describes a task."      # a text to try a merged model on
 SHARD = 5 * 10 ** 9                # bytes per file in Hugging Face's layout
 
@@ -84,8 +87,8 @@ def read_params(folder: str | Path,
                 max_seq_len: int | None = None) -> tuple[ModelArgs | RNNArgs, Tokenizer]:
     """Return (sizes, tokenizer) of a folder in either layout.
 
-    max_seq_len: by default 4096 in Meta's layout, and what config.json says in Hugging Face's.  In
-    Meta's layout a vocab_size of -1 means the tokenizer's.
+    max_seq_len: by default what config.json says in Hugging Face's layout, and 4096 in Meta's if
+    there is no huggingface.json.  In Meta's layout a vocab_size of -1 means the tokenizer's.
     Raises FileNotFoundError, or ValueError for params that are not JSON, do not fit each other, or
     name a feature that this model lacks, as LLaMA 3.1's use_scaled_rope: without the feature it
     would be another model.
@@ -111,8 +114,13 @@ def read_params(folder: str | Path,
     if params["vocab_size"] < tokenizer.vocab_size:
         raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's "
                          f"{tokenizer.vocab_size}")
+    companions = beside_meta(folder)
+    context = CONTEXT
+    if companions:
+        add_companions(tokenizer, companions, params["vocab_size"])
+        context = companions.context()
     try:
-        return kind(**params, max_seq_len=max_seq_len or CONTEXT), tokenizer
+        return kind(**params, max_seq_len=max_seq_len or context), tokenizer
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -122,7 +130,7 @@ def check_params(params: dict, kind: type, path: Path):
     types = {field.name: accepted_types(field) for field in fields(kind)}
     for key, value in params.items():
         if key not in types or key == "tie_embeddings":
-            raise ValueError(f"{path} has {key!r}, which this model does not know")
+            raise ValueError(f"{path} has {key!r}, which this model does not support")
         if value is None and key in ("n_kv_heads", "ffn_dim_multiplier"):
             continue
         if isinstance(value, bool) or not isinstance(value, types[key]):
@@ -157,7 +165,7 @@ class StoredWeights:
     """The weights in a folder's files, under the model's names.
 
     The files are mapped: nothing is in memory until it is used, and no pickled code runs.  A
-    tensor may be cut into pieces, one per shard.  is_tied: whether the output matrix is the
+    tensor may be cut into parts, one per shard.  is_tied: whether the output matrix is the
     embedding's.
     Raises FileNotFoundError or ValueError.
     """
@@ -167,12 +175,12 @@ class StoredWeights:
         self.args = args
         self.is_huggingface = is_huggingface(folder)
         if self.is_huggingface:
-            self.pieces = huggingface.read_weights(folder)
-            huggingface.drop_tied(self.pieces, args, folder)
+            self.parts = huggingface.read_weights(folder)
+            huggingface.drop_tied(self.parts, args, folder)
             self.is_tied = args.tie_embeddings
         else:
-            self.pieces = read_shards(folder)
-            self.is_tied = "output.weight" not in self.pieces
+            self.parts = read_shards(folder)
+            self.is_tied = "output.weight" not in self.parts
 
     def file_name(self, name: str) -> str:
         """Return what the files call a tensor of the model."""
@@ -186,13 +194,13 @@ class StoredWeights:
         expected = {self.file_name(name): parameter.shape
                     for name, parameter in model.named_parameters()}
         misfits = set()
-        for name in expected.keys() & self.pieces.keys():
+        for name in expected.keys() & self.parts.keys():
             try:
-                joined_dim(self.pieces[name], expected[name])
+                joined_dim(self.parts[name], expected[name])
             except ValueError as error:
                 misfits.add(f"{name} {error}")
-        problems = {"missing": expected.keys() - self.pieces.keys(),
-                    "unexpected": self.pieces.keys() - expected.keys(),
+        problems = {"missing": expected.keys() - self.parts.keys(),
+                    "unexpected": self.parts.keys() - expected.keys(),
                     "of another shape": misfits}
         lines = [f"{problem}: {listed(names)}" for problem, names in problems.items() if names]
         if lines:
@@ -216,23 +224,22 @@ class StoredWeights:
              device: torch.device | str) -> torch.Tensor:
         """Return one tensor of the model, with its rows in Meta's order, as a copy in memory."""
         file_name = self.file_name(name)
-        pieces = self.pieces[file_name]
-        tensor = join(pieces, shape, dtype, device)
-        if not tensor.is_meta and not all(map(is_finite, pieces)):
-            raise ValueError(f"{self.folder} holds values that are not finite numbers, in "
-                             f"{file_name}")
+        parts = self.parts[file_name]
+        tensor = join(parts, shape, dtype, device)
+        if not tensor.is_meta and not all(map(is_finite, parts)):
+            raise ValueError(f"{self.folder} has values that are not finite, in {file_name}")
         if self.is_huggingface:
-            return huggingface.as_pairs(tensor, huggingface.heads(name, self.args))
+            return huggingface.as_pairs(tensor, huggingface.heads_in_rows(name, self.args))
         return tensor
 
     def as_stored(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Return one tensor as it is in the files; if it is one piece, without a copy."""
-        pieces = self.pieces[self.file_name(name)]
-        return pieces[0] if len(pieces) == 1 else join(pieces, shape, None, "cpu")
+        """Return one tensor as it is in the files; if it is one part, without a copy."""
+        parts = self.parts[self.file_name(name)]
+        return parts[0] if len(parts) == 1 else join(parts, shape, None, "cpu")
 
 
 def read_shards(folder: Path) -> dict[str, list[torch.Tensor]]:
-    """Return {name: pieces} from consolidated.00.pth, consolidated.01.pth and so on, mapped.
+    """Return {name: parts} from consolidated.00.pth, consolidated.01.pth and so on, mapped.
 
     Raises FileNotFoundError for a shard that is missing, or ValueError.
     """
@@ -241,54 +248,54 @@ def read_shards(folder: Path) -> dict[str, list[torch.Tensor]]:
     for path in expected:
         if path not in shards:
             raise FileNotFoundError(f"no {path.name} in {folder}")
-    pieces = {}
+    parts = {}
     for path in shards:
-        for name, piece in read_tensors(path).items():
-            pieces.setdefault(name, []).append(piece)
-    pieces.pop("rope.freqs", None)                   # Not needed: the model makes its own.
-    uneven = [name for name, parts in pieces.items() if len(parts) < len(shards)]
+        for name, part in read_tensors(path).items():
+            parts.setdefault(name, []).append(part)
+    parts.pop("rope.freqs", None)                   # Not needed: the model makes its own.
+    uneven = [name for name in parts if len(parts[name]) < len(shards)]
     if uneven:
         raise ValueError(f"the shards in {folder} do not hold the same tensors: {listed(uneven)}")
-    return pieces
+    return parts
 
 
-def joined_dim(pieces: list[torch.Tensor], shape: torch.Size) -> int | None:
-    """Return the dim along which the pieces make up `shape`; None if each piece is whole.
+def joined_dim(parts: list[torch.Tensor], shape: torch.Size) -> int | None:
+    """Return the dim along which the parts make up `shape`; None if each part is whole.
 
     Norms are whole in every shard.  Meta cuts wq, wk, wv, w1, w3 and output by rows, and wo, w2 and
     (in LLaMA 2) tok_embeddings by columns.  No name is needed: the shapes show the dim.
-    Raises ValueError for pieces that do not make up the shape.
+    Raises ValueError for parts that do not make up the shape.
     """
-    shapes = [piece.shape for piece in pieces]
-    if all(piece_shape == shape for piece_shape in shapes):
+    shapes = [part.shape for part in parts]
+    if all(part_shape == shape for part_shape in shapes):
         return None
     for dim in range(len(shape)):
-        are_parts = all(differs_only_in(piece_shape, shape, dim) for piece_shape in shapes)
-        if are_parts and sum(piece_shape[dim] for piece_shape in shapes) == shape[dim]:
+        are_parts = all(differs_only_in(part_shape, shape, dim) for part_shape in shapes)
+        if are_parts and sum(part_shape[dim] for part_shape in shapes) == shape[dim]:
             return dim
-    listed_shapes = " + ".join(str(tuple(piece_shape)) for piece_shape in shapes)
+    listed_shapes = " + ".join(str(tuple(part_shape)) for part_shape in shapes)
     raise ValueError(f"{listed_shapes} for {tuple(shape)}")
 
 
-def differs_only_in(piece_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
+def differs_only_in(part_shape: torch.Size, shape: torch.Size, dim: int) -> bool:
     """Return whether two shapes are equal in all dimensions except `dim`."""
-    if len(piece_shape) != len(shape):
+    if len(part_shape) != len(shape):
         return False
-    return piece_shape[:dim] == shape[:dim] and piece_shape[dim + 1:] == shape[dim + 1:]
+    return part_shape[:dim] == shape[:dim] and part_shape[dim + 1:] == shape[dim + 1:]
 
 
-def join(pieces: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype | None,
+def join(parts: list[torch.Tensor], shape: torch.Size, dtype: torch.dtype | None,
          device: torch.device | str) -> torch.Tensor:
-    """Return the pieces as one tensor in `dtype` (None: the file's), a copy in memory."""
-    dim = joined_dim(pieces, shape)
-    tensor = torch.empty(shape, dtype=dtype or pieces[0].dtype, device=device)
+    """Return the parts as one tensor in `dtype` (None: the file's), a copy in memory."""
+    dim = joined_dim(parts, shape)
+    tensor = torch.empty(shape, dtype=dtype or parts[0].dtype, device=device)
     if dim is None:
-        if not all(torch.equal(piece, pieces[0]) for piece in pieces[1:]):
+        if not all(torch.equal(part, parts[0]) for part in parts[1:]):
             raise ValueError("the shards differ where they should be alike: are they of one model?")
-        return tensor.copy_(pieces[0])
-    places = tensor.split([piece.shape[dim] for piece in pieces], dim)
-    for place, piece in zip(places, pieces, strict=True):
-        place.copy_(piece)
+        return tensor.copy_(parts[0])
+    places = tensor.split([part.shape[dim] for part in parts], dim)
+    for place, part in zip(places, parts, strict=True):
+        place.copy_(part)
     return tensor
 
 
@@ -409,5 +416,9 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
     # Meta's reader sets max_seq_len for each run, and does not know tie_embeddings.
     del params["max_seq_len"], params["tie_embeddings"]
     write_tensors(folder / WEIGHTS, state)
+    if tokenizer.companions:
+        tokenizer.companions.write_beside_meta(folder)
+    else:
+        (folder / COMPANIONS).unlink(missing_ok=True)    # of another model
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
     write_whole(folder / PARAMS, lambda file: file.write(json.dumps(params).encode() + b"\n"))

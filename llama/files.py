@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -23,6 +24,11 @@ SAFETENSORS = ".safetensors"
 JSON_BYTES = 2 ** 24
 PICKLE_BYTES = 2 ** 21
 RECORDS = 2 ** 15
+# How a file begins that stands for one which git-lfs has not fetched.
+POINTER = "version https://git-lfs.github.com/spec/"
+# What these add to the names of a state dict, at the beginning or in between.
+WRAPPERS = re.compile(r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|"
+                      r"_checkpoint_wrapped_module)\.")
 
 
 def listed(keys: Iterable[str], limit: int = 6) -> str:
@@ -40,8 +46,15 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def read_object(path: Path) -> dict:
-    """Return the JSON object in a file.
+def check_pointer(path: Path):
+    """Raise ValueError for a file of git-lfs that only says which file belongs there."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER.encode():
+            raise ValueError(f"{path} is a git-lfs pointer, not the file: git lfs pull")
+
+
+def read_object(path: Path, limit: int = JSON_BYTES) -> dict:
+    """Return the JSON object in a file of at most `limit` bytes.
 
     Raises FileNotFoundError, or ValueError for a file that holds anything else.
     """
@@ -49,8 +62,9 @@ def read_object(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no file at {path}")
     size = path.stat().st_size
-    if size > JSON_BYTES:
+    if size > limit:
         raise ValueError(f"{path} has {size:,} bytes: it describes no model or adapter")
+    check_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -79,8 +93,8 @@ def safetensors(path: Path):
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return {name: tensor} from a .safetensors file or from a file that torch.save wrote.
 
-    The tensors are mapped: they come into memory as they are used.  Raises ValueError for a file
-    that holds anything else.
+    The tensors are mapped: they come into memory as they are used.  Names lose what torch.compile
+    or DDP put before them.  Raises ValueError for a file that holds anything else.
     """
     if path.suffix == SAFETENSORS:
         package = safetensors(path)
@@ -92,7 +106,22 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(map(is_weight, state.items())):
         raise ValueError(f"{path} does not hold a dict of floating-point tensors in 16, 32 or 64 "
                          "bit")
-    return state
+    return plain_names(state, path)
+
+
+def plain_names(tensors: dict, path: Path) -> dict:
+    """Return {name: tensor} without what torch.compile, DDP and FSDP add to the names.
+
+    Raises ValueError for a name that is then there twice.
+    """
+    plain = {}
+    for name, tensor in tensors.items():
+        plain_name = WRAPPERS.sub("", name) if isinstance(name, str) else name
+        if plain_name in plain:
+            raise ValueError(f"{path} holds {plain_name} twice, with and without the prefix of a "
+                             "wrapper")
+        plain[plain_name] = tensor
+    return plain
 
 
 def is_weight(item: tuple) -> bool:
@@ -130,6 +159,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise ValueError(f"{path} is not {what}: it is no file")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is not {what}: it is empty")
+    check_pointer(path)
     try:
         yield
     except Exception as error:
@@ -258,6 +288,11 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write content as JSON, one line per item."""
     write_whole(path, lambda file: file.write(json.dumps(content, indent=1).encode() + b"\n"))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text in UTF-8, with line ends as they are."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_whole(path: Path, write: Callable, previous: Path | None = None) -> None:

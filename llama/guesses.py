@@ -160,13 +160,13 @@ class Guesses:
         rows: {i: ids}.  After a call, each row that it answered comes again with one more token, or
         no more.  The others come as they are and wait: one forward then reads all rows together.
         """
-        known = {}
+        logits_after = {}
         for i, row in rows.items():
             walk = self.walks.get(i)
             logits = walk.step(row[-1]) if walk else None
             if logits is not None:
-                known[i] = logits
-        return known or self.compute(rows)
+                logits_after[i] = logits
+        return logits_after or self.compute(rows)
 
     def compute(self, rows):
         """Return {i: logits (V,) after rows[i]} from one forward, which reads new guesses too."""

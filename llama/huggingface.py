@@ -11,6 +11,14 @@ from pathlib import Path, PureWindowsPath
 
 import torch
 
+from .companions import (
+    CONTEXT,
+    TOKENIZER_FILES,
+    Companions,
+    add_companions,
+    from_huggingface,
+)
+from .fields import CONFIG, DEFAULTS, FEATURES, FRACTIONS, GENERATION_CONFIG, SIZES
 from .files import (
     SAFETENSORS,
     has_safetensors,
@@ -24,7 +32,6 @@ from .model import ModelArgs
 from .tokenizer import Tokenizer
 from .tokenizer_json import tokenizer_json
 
-CONFIG = "config.json"
 INDEX = ".index.json"
 TOKENIZER = "tokenizer.model"
 # Meta's names of layers -> Hugging Face's: outside the blocks, and in a block.
@@ -35,23 +42,6 @@ BLOCK = {
     "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
     "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-# Keys of config.json -> fields of ModelArgs.  The width of SwiGLU goes into multiple_of at first;
-# with_width replaces it.
-SIZES = {
-    "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
-    "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size",
-    "intermediate_size": "multiple_of", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
-    "max_position_embeddings": "max_seq_len"}
-FRACTIONS = ("rms_norm_eps", "rope_theta")           # the sizes that need not be whole numbers
-DEFAULTS = {"num_key_value_heads": None, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-            "max_position_embeddings": 2048}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Keys that can describe another kind of model -> the values that this model accepts, besides null.
-FEATURES = {
-    "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
-    "mlp_bias": (False,), "sliding_window": (), "quantization_config": (),
-    "partial_rotary_factor": (1,), "rope_interleaved": (False,),
-    "tie_word_embeddings": (False, True), "dtype": DTYPES, "torch_dtype": DTYPES}
 
 
 def hf_name(name: str) -> str:
@@ -79,7 +69,7 @@ def meta_name(name: str) -> str | None:
     return None
 
 
-def heads(name: str, args: ModelArgs) -> int | None:
+def heads_in_rows(name: str, args: ModelArgs) -> int | None:
     """Return the number of heads in the rows of a layer that RoPE turns; None for other layers.
 
     name: Meta's, of the layer or of its weight.
@@ -137,7 +127,8 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> tuple[ModelArgs
     head_dim = args.dim // args.n_heads
     if config.get("head_dim") not in (None, head_dim):
         raise ValueError(f"{path}: head_dim is {config['head_dim']!r}, which this model does not "
-                         f"know; there is hidden_size / num_attention_heads = {head_dim}")
+                         f"support; supported: hidden_size / num_attention_heads = {head_dim}")
+    add_companions(tokenizer, from_huggingface(folder), args.vocab_size)
     return args, tokenizer
 
 
@@ -149,10 +140,10 @@ def check_features(config: dict, path: Path):
         value = config.get(key)
         if value is None or value in accepted:
             continue
-        known = ""
+        choices = ""
         if accepted:
-            known = f"; there is {', '.join(map(str, accepted))}"
-        raise ValueError(f"{path}: {key} is {value!r}, which this model does not know{known}")
+            choices = f"; supported: {', '.join(map(str, accepted))}"
+        raise ValueError(f"{path}: {key} is {value!r}, which this model does not support{choices}")
 
 
 def rope_theta(config: dict, path: Path) -> float:
@@ -165,8 +156,8 @@ def rope_theta(config: dict, path: Path) -> float:
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key) or {}
         if not is_plain_rope(rope):
-            raise ValueError(f"{path}: {key} is {rope!r}, which this model does not know; there is "
-                             "rope_type default")
+            raise ValueError(f"{path}: {key} is {rope!r}, which this model does not support; "
+                             "supported: rope_type default")
         theta = rope.get("rope_theta", theta)
     return theta
 
@@ -266,29 +257,29 @@ def read_weights(folder: Path) -> dict[str, list[torch.Tensor]]:
     The files are mapped: nothing is in memory until it is used.
     Raises FileNotFoundError or ValueError.
     """
-    pieces = {}
+    parts = {}
     for path in weight_files(folder):
         for name, tensor in read_tensors(path).items():
-            if name in pieces:
+            if name in parts:
                 raise ValueError(f"{path} holds {name}, and another shard does too")
             if not name.endswith("rotary_emb.inv_freq"):     # an old table: the model makes its own
-                pieces[name] = [tensor]
-    return pieces
+                parts[name] = [tensor]
+    return parts
 
 
-def drop_tied(pieces: dict[str, list[torch.Tensor]], args: ModelArgs, folder: Path):
+def drop_tied(parts: dict[str, list[torch.Tensor]], args: ModelArgs, folder: Path):
     """Remove the second copy of a tied matrix.
 
     Raises ValueError if it is not a copy: readers could use either of the two.
     """
-    output = pieces.get("lm_head.weight")
-    embeddings = pieces.get("model.embed_tokens.weight")
+    output = parts.get("lm_head.weight")
+    embeddings = parts.get("model.embed_tokens.weight")
     if not args.tie_embeddings or not output or not embeddings:
         return
     if not torch.equal(output[0], embeddings[0]):
         raise ValueError(f"{folder / CONFIG} ties lm_head.weight to model.embed_tokens.weight, but "
                          "the weights differ")
-    del pieces["lm_head.weight"]
+    del parts["lm_head.weight"]
 
 
 def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, folder: Path,
@@ -304,18 +295,52 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
         raise ValueError(f"{folder} holds a model already ({old_files[0].name}); write to another "
                          "folder")
     save_shards(state, args, folder, suffix, shard_bytes)
+    companions = tokenizer.companions
+    texts = companions.texts if companions else {}
+    if not texts.keys() & set(TOKENIZER_FILES):
+        save_tokenizer(tokenizer, folder)
+    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    save_tokenizer(tokenizer, folder)
-    write_json(folder / "generation_config.json", ids)
-    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    if companions:
+        companions.write(folder)
+    else:
+        write_json(folder / GENERATION_CONFIG, ids)
     config = {                    # the keys of transformers 4, which others read too
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-    config |= {key: getattr(args, field) for key, field in SIZES.items()}
-    config |= {
-        "intermediate_size": args.hidden_dim, "tie_word_embeddings": "output.weight" not in state,
-        "torch_dtype": str(dtype).removeprefix("torch."), **ids}
+    config |= sizes_of(state, args)
+    if companions:
+        config = config_with(companions, config)
+    else:
+        config |= ids
     write_json(folder / CONFIG, config)
+
+
+def sizes_of(state: dict[str, torch.Tensor], args: ModelArgs) -> dict:
+    """Return the fields of config.json that a model's own sizes and dtypes decide."""
+    sizes = {key: getattr(args, field) for key, field in SIZES.items()}
+    dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})
+    return sizes | {
+        "intermediate_size": args.hidden_dim, "tie_word_embeddings": "output.weight" not in state,
+        "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
+def config_with(companions: Companions, sizes: dict) -> dict:
+    """Return the config.json of a model of these sizes that a Hugging Face folder came with.
+
+    The context length is the base's own: a run may have loaded the model with a shorter one.
+    Raises ValueError for a feature that this model lacks.
+    """
+    config = companions.copied_fields(CONFIG) | sizes
+    config.pop("dtype", None)                        # the new name of torch_dtype
+    check_features(config, companions.source)
+    rope_theta(config, companions.source)            # It checks the parameters of RoPE.
+    if config.get("rope_parameters"):                # transformers 5 has theta here as well.
+        config["rope_parameters"]["rope_theta"] = sizes["rope_theta"]
+    if config.get("head_dim"):
+        config["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+    config[CONTEXT] = companions.context()
+    return config
 
 
 def save_shards(state: dict[str, torch.Tensor], args: ModelArgs, folder: Path, suffix: str,
@@ -330,7 +355,7 @@ def save_shards(state: dict[str, torch.Tensor], args: ModelArgs, folder: Path, s
             file = f"{stem}-{i:05}-of-{len(shards):05}{suffix}"
         tensors = {}
         for name in names:
-            tensors[hf_name(name)] = as_halves(state[name], heads(name, args))
+            tensors[hf_name(name)] = as_halves(state[name], heads_in_rows(name, args))
             weight_map[hf_name(name)] = file
         write_tensors(folder / file, tensors)
     if len(shards) > 1:
@@ -353,8 +378,7 @@ def split_by_bytes(state: dict[str, torch.Tensor], shard_bytes: int) -> list[lis
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path):
-    """Write tokenizer.model, tokenizer.json and tokenizer_config.json."""
-    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
+    """Write tokenizer.json and tokenizer_config.json for a tokenizer.model."""
     ids = {"unk_token": tokenizer.sp.unk_id(), "bos_token": tokenizer.bos_id,
            "eos_token": tokenizer.eos_id}
     special = {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items()}

@@ -40,11 +40,11 @@ class Layout:
 
     def to(self, device) -> "Layout":
         """Return a copy on the device; a transfer to a GPU is asynchronous."""
-        moved = copy.copy(self)
-        moved.positions = self.positions.to(device, non_blocking=True)
-        moved.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
-        moved.masks = {}
-        return moved
+        on_device = copy.copy(self)
+        on_device.positions = self.positions.to(device, non_blocking=True)
+        on_device.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
+        on_device.masks = {}
+        return on_device
 
     @torch.compiler.disable          # It has many shapes, and a block would be compiled for each.
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

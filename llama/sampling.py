@@ -3,7 +3,7 @@
 Without a KV cache each forward computes the whole row again: simple, and right.  The rows of a
 batch are packed, and a beginning that several of them share is computed once.
 """
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from itertools import accumulate
 
@@ -15,20 +15,22 @@ from .layout import Layout, arrange
 from .tokenizer import Tokenizer
 
 
-def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, eos_id: int, *,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-             no_repeat_ngram: int = 0, seed: int = 0,
+def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int,
+             eos_id: int | Collection[int], *, temperature: float = 0.0, top_k: int = 0,
+             top_p: float = 1.0, no_repeat_ngram: int = 0, seed: int = 0,
              pool: NgramPool | None = None) -> Iterator[tuple[int, int]]:
     """Return an iterator over (i, id): the next token of the answer to prompts[i], a list of ids.
 
-    An answer ends before eos, which is not given, or at max_seq_len.  Temperature 0 takes the
-    likeliest token.  Above 0 one is drawn from `filtered`, for each prompt by a generator of its
-    own from the same seed.  With no_repeat_ngram n above 0 no answer repeats n tokens in a row.
+    An answer ends before eos (one id or several), which is not given, or at max_seq_len.
+    Temperature 0 takes the likeliest token.  Above 0 one is drawn from `filtered`, for each prompt
+    by a generator of its own from the same seed.  With no_repeat_ngram n above 0 no answer repeats
+    n tokens in a row.
     A prompt gets the same text alone, in any batch and with any pool; in 16 bits up to rounding.
     pool: what earlier calls with this model learnt, which makes greedy text faster (guesses.py).
     Raises ValueError, at once, for a prompt that leaves no space for an answer.
     """
     limits = tokens_left(model, prompts, max_new_tokens)
+    ends_of_text = end_ids(eos_id)
 
     def logits_after(rows):
         """Return {i: logits (V,)} of what follows each of the rows {i: ids}."""
@@ -50,16 +52,22 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int, eo
             rows = {i: prompts[i] + answers[i] for i in unfinished}
             for i, logits in logits_after(rows).items():
                 logits[repeats(answers[i], no_repeat_ngram)] = -torch.inf
-                token = eos_id
-                if not logits.isneginf().all():
+                is_over = bool(logits.isneginf().all())      # Every token would repeat something.
+                if not is_over:
                     token = choose(logits, temperature, top_k, top_p, generators[i])
-                if token != eos_id:
+                    is_over = token in ends_of_text
+                if not is_over:
                     answers[i].append(token)
                     yield i, token
-                if token == eos_id or len(answers[i]) == limits[i]:
+                if is_over or len(answers[i]) == limits[i]:
                     unfinished.remove(i)
 
     return answer_tokens()
+
+
+def end_ids(eos_id: int | Collection[int]) -> Collection[int]:
+    """Return the ids that end a text: an id alone as a tuple of one."""
+    return (eos_id,) if isinstance(eos_id, int) else eos_id
 
 
 def tokens_left(model: nn.Module, prompts: list[list[int]], max_new_tokens: int) -> list[int]:
@@ -108,8 +116,8 @@ def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[tor
     layout = Layout(segments, tree_masks).to(device)
     logits = model(tokens, rows=places, layout=layout).float().cpu()
     if not logits.max() < torch.inf:                 # The maximum is nan if one of them is.
-        raise ValueError("the model's logits are no finite numbers: are its weights, or the "
-                         "adapter's?")
+        raise ValueError("the model's logits are not finite: are its weights, or the adapter's, "
+                         "damaged?")
     return logits.split(counts)
 
 
@@ -153,8 +161,8 @@ def repeats(answer: list[int], n: int) -> list[int]:
 
 
 @torch.inference_mode()
-def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int, eos_id: int, beams: int,
-                no_repeat_ngram: int = 0) -> list[int]:
+def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int,
+                eos_id: int | Collection[int], beams: int, no_repeat_ngram: int = 0) -> list[int]:
     """Return the best answer found: the one with the highest mean log p of its tokens.
 
     eos counts as a token where it ends the answer, and is not returned.  `beams` unfinished answers
@@ -163,6 +171,7 @@ def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int, eos_id
     Raises ValueError for a prompt that leaves no space for an answer.
     """
     limit = tokens_left(model, [prompt], max_new_tokens)[0]
+    ends_of_text = end_ids(eos_id)
     unfinished = [(0.0, [])]                         # (log p, answer), the highest log p first
     finished = []                                    # (mean log p, answer)
     while unfinished:
@@ -179,7 +188,7 @@ def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int, eos_id
                 break                                # Every other token is banned.
             beam, token = divmod(place, logits.shape[1])
             _, answer = unfinished[beam]
-            if token == eos_id:
+            if token in ends_of_text:
                 finished.append((score / (len(answer) + 1), answer))
             else:
                 extended.append((score, [*answer, token]))

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
+from .files import check_pointer
+
 
 class Tokenizer:
     """A sentencepiece `tokenizer.model`, given as a path or as its bytes.
@@ -20,6 +22,7 @@ class Tokenizer:
             if not path.is_file():
                 raise FileNotFoundError(f"no tokenizer at {path}: a sentencepiece tokenizer.model "
                                         "belongs there")
+            check_pointer(path)
             model = path.read_bytes()
         if not model:                                # sentencepiece would take b"" for no model yet
             raise ValueError(f"{name} is empty")
@@ -38,6 +41,11 @@ class Tokenizer:
         # LLaMA has no pad id, and -1 is not a row of the embedding.  Any id serves: the causal mask
         # hides padding on the right from every real token, and the labels of padding are masked.
         self.pad_id = self.eos_id
+        # A Hugging Face folder can hold more (companions.py): other ids that end an answer, a line
+        # to print about them, and what save_checkpoint writes again.
+        self.end_ids = frozenset([self.eos_id])
+        self.eos_note = ""
+        self.companions = None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Return the ids of a text, with bos before and eos behind it if asked for.

@@ -1,6 +1,7 @@
 """Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch.nn as nn
 
 from .layers import lora_layers
 from .lora_layer import LoRALayer
+from .matrices import different_matrices, names_in_file
 from .methods import METHODS
 
 
@@ -140,6 +142,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 def base_type(module: nn.Module) -> type:
     """Return the type under which methods know `module`: nn.Linear for a quantised layer."""
     return getattr(module, "stands_for", type(module))
+
+
+def path_of(name: str) -> str:
+    """Return what stands before the last dot: the layer of a tensor's name."""
+    return name.rpartition(".")[0]
 
 
 def last_part(path: str) -> str:
@@ -374,6 +381,9 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
 
     source: the path of an adapter file, or a dict with the content of one and a "path" to name in
     messages, as readers of other formats return it.  In a dict "base" is None if it is unknown.
+    Other formats have more, which is returned too: "matrices", {name: tensor} of whole weights to
+    replace the base's; "names_in_file", {name: what the file calls it}; and "skips_blocks", whether
+    the adapter may leave out blocks.
     load: load(path) returns the content of a file, or raises ValueError.  The default runs no code
     of the file, but uses as much memory as the file asks for; llama.files.load_saved limits that.
     Raises FileNotFoundError, or ValueError for a file that is not an adapter's.
@@ -388,19 +398,23 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         config = LoRAConfig(**content["config"])
         tensors = rescaled(content["tensors"], content.get("scales", {}))
+        matrices = dict(content.get("matrices", {}))
         base = content["base"]
         if base is not None or from_file:
             base = dict(base)
-    for name, tensor in tensors.items():
+    for name, tensor in (tensors | matrices).items():
         if not (isinstance(name, str) and is_dense(tensor)):
             raise ValueError(f"{path} is not an adapter file: it holds something else among its "
                              "tensors")
         if not tensor.float().isfinite().all():
-            raise ValueError(f"{path} holds values that are no finite numbers, in {name}")
+            raise ValueError(f"{path} has values that are not finite, in {name}")
     values = base.values() if base else ()
     if not all(isinstance(value, (str, int, float, type(None))) for value in values):
-        raise ValueError(f"{path} is not an adapter file: it names its base by nonsense")
-    return {"path": str(path), "config": config, "base": base, "tensors": tensors}
+        raise ValueError(f"{path} is not an adapter file: what it says of its base is not text "
+                         "or numbers")
+    return {"path": str(path), "config": config, "base": base, "tensors": tensors,
+            "matrices": matrices, "names_in_file": content.get("names_in_file", {}),
+            "skips_blocks": content.get("skips_blocks", False)}
 
 
 def rescaled(tensors: dict, scales: dict) -> dict:
@@ -423,15 +437,20 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
     If both have the same config, only the tensors are replaced.  source, load: see read_adapter.
     Raises ValueError, and leaves the model as it was, if the file belongs to another base, if its
     tensors do not fit, or if an adapter is merged.  If the file's base is unknown, only names and
-    shapes are compared.
+    shapes are compared, and whole weights that the file brings must be the base's own.
     """
     saved = read_adapter(source, load)
     path = saved["path"]
     base = saved["base"]
     origin = getattr(model, "origin", {})
     if base is not None and base.get("fingerprint") != origin.get("fingerprint"):
-        raise ValueError(f"{path} was trained on another base: {_name(base)}, this one is "
-                         f"{_name(origin)}")
+        raise ValueError(f"{path} was trained on another base: {describe_base(base)}, this one is "
+                         f"{describe_base(origin)}")
+    different = different_matrices(model, saved)
+    if different:
+        names = first_names(names_in_file(saved, different))
+        raise ValueError(f"{path} holds {names}, other than the base's own; only a merge can use "
+                         f"that: python -m finetune.convert BASE NEW --to hf --adapter {path}")
     with unchanged_on_error(model) as layers:
         if any(layer.merged for layer in layers.values()):
             raise ValueError("an adapter is merged into the weights; unmerge it first")
@@ -439,26 +458,63 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
             remove_lora(model)
             add_lora(model, saved["config"])
         expected = lora_state_dict(model)
-        in_model = unmatched(expected, saved["tensors"])
-        in_file = unmatched(saved["tensors"], expected)
+        tensors = all_blocks(saved, expected)
+        in_model = unmatched(expected, tensors)
+        in_file = unmatched(tensors, expected)
         if in_model or in_file:
-            raise ValueError(f"{path} does not fit; the model expects {in_model or 'none'}; "
-                             f"the file has {in_file or 'none'}")
+            raise ValueError(f"{path} does not fit; {adapted_blocks(tensors, expected)}the model "
+                             f"expects {in_model or 'none'}; the file has {in_file or 'none'}")
     # strict=True would raise an error, because the base's weights are not in the file.
-    model.load_state_dict(saved["tensors"], strict=False)
+    model.load_state_dict(tensors, strict=False)
+
+
+def all_blocks(saved: dict, expected: dict) -> dict:
+    """Return an adapter's tensors, with zeros for the layers of `expected` that it leaves out.
+
+    With A and B zero a layer computes what its base does, and their gradients are zero too.
+    """
+    tensors = dict(saved["tensors"])
+    if saved["skips_blocks"]:
+        adapted = {path_of(name) for name in tensors}
+        for name, tensor in expected.items():
+            if path_of(name) not in adapted:
+                tensors[name] = torch.zeros(tensor.shape)
+    return tensors
+
+
+def adapted_blocks(tensors: dict, expected: dict) -> str:
+    """Return "it adapts blocks 0, 1 of 4; " if a file has other blocks than the model, or ""."""
+    blocks = block_numbers(tensors)
+    model_blocks = block_numbers(expected)
+    if blocks == model_blocks or not blocks:
+        return ""
+    *others, last = map(str, blocks)
+    text = f"blocks {', '.join(others)} and {last}" if others else f"block {last}"
+    return f"it adapts {text} of {len(model_blocks)}; "
+
+
+def block_numbers(names: Iterable[str]) -> list[int]:
+    """Return the numbers in "layers.NUMBER." of these names, in order."""
+    matches = [re.match(r"layers\.(\d{1,4})\.", name) for name in names]
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def unmatched(tensors: dict, others: dict) -> str:
     """Return the names and shapes of tensors that `others` lacks or has in another shape."""
     names = [f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()
              if name not in others or others[name].shape != tensor.shape]
+    return first_names(names)
+
+
+def first_names(names: list[str]) -> str:
+    """Return the first names as one text, and how many more there are."""
     text = ", ".join(names[:6])
     if len(names) > 6:
         text += f" and {len(names) - 6} more"
     return text
 
 
-def _name(origin: dict) -> str:
+def describe_base(origin: dict) -> str:
     """Return how a message refers to a base."""
     if not origin:
         return "one that does not say what it is"

@@ -164,8 +164,8 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 def reference_tensor(layer: nn.Module) -> torch.Tensor:
     """Return a tensor that has the dtype and the device that `layer` computes with."""
-    # A quantised layer computes its weight anew on each access, so its buffer `like` is used.
-    return layer.like if hasattr(layer, "like") else layer.weight
+    # A quantised layer computes its weight anew on each access, so its dtype_holder is used.
+    return layer.dtype_holder if hasattr(layer, "dtype_holder") else layer.weight
 
 
 def with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:

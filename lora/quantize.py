@@ -11,9 +11,9 @@ TINY = 1e-30                    # The least divisor: it replaces a magnitude of 
 class QuantizedLinear(nn.Module):
     """y = W x + b, with a frozen W in fewer bits.  x (..., d_in) -> y (..., d_out) in x's dtype.
 
-    A subclass keeps W in buffers and defines `dequantize`.  The buffer `like`, one number, has the
-    dtype and the device that the model computes with.  `weight` is W in that dtype, computed anew
-    on each access.
+    A subclass keeps W in buffers and defines `dequantize`.  The buffer `dtype_holder`, one number,
+    has the dtype and the device that the model computes with.  `weight` is W in that dtype,
+    computed anew on each access.
 
     Quantise the weight in the dtype of its file, and cast the layer afterwards with `.to(dtype)`.
     A weight that was cast first would give other codes.
@@ -24,7 +24,7 @@ class QuantizedLinear(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
-        self.register_buffer("like", linear.weight.detach().new_zeros(()))
+        self.register_buffer("dtype_holder", linear.weight.detach().new_zeros(()))
         self.bias = linear.bias
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
@@ -33,7 +33,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.dequantize(self.like.dtype)
+        return self.dequantize(self.dtype_holder.dtype)
 
     def with_weight(self, weight: torch.Tensor) -> nn.Linear:
         """Return a frozen nn.Linear with this weight and the same bias; a merge needs one."""
@@ -44,15 +44,15 @@ class QuantizedLinear(nn.Module):
         return linear.train(self.training)
 
     def _apply(self, fn, recurse=True):
-        """Move all buffers to another device, but cast only `like` to another dtype.
+        """Move all buffers to another device, but cast only `dtype_holder` to another dtype.
 
         Module.to and Module.half call this.  A cast would lose digits of codes and scales.
         """
         exact = dict(self.named_buffers(recurse=False))
-        del exact["like"]
+        del exact["dtype_holder"]
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
-            setattr(self, name, buffer.to(self.like.device))
+            setattr(self, name, buffer.to(self.dtype_holder.device))
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -273,6 +273,7 @@ def build(folder):
     for suffix in (".bin", ".safetensors")[:1 + bool(find_spec("safetensors"))]:
         save_checkpoint(model, bpe, folder / f"hf{suffix}", "hf", suffix)
         save_checkpoint(model, bpe, folder / f"shards{suffix}", "hf", suffix, 20_000)
+    convert.main([str(folder / "hf.bin"), str(folder / "kept"), "--to", "meta"])
     for method in ("lora", "dora", "vera", "dylora"):
         model, _ = load_checkpoint(folder / "base")
         add_lora(model, LoRAConfig(method=method, r=2, alpha=4))
@@ -298,11 +299,12 @@ def build(folder):
     def base(path):
         train = ["train", "--r", "2", "--checkpoint", path, "--data", "data.json"]
         return [train, train + ["--init", "random"] if path == "base" else train + ["--method", "full"], ["generate", "--checkpoint", path, "--adapter", "none"],
-                ["checkpoint", path, "new", "--to", "hf" if path in ("base", "cut") else "meta", *["--bin"] * (path in ("base", "cut"))]]
+                ["checkpoint", path, "new", "--to", "hf" if path in ("base", "cut", "kept") else "meta",
+                 *["--bin"] * (path in ("base", "cut", "kept"))]]
 
     def adapter(path):
         return [["train", "--checkpoint", "base", "--data", "data.json", "--adapter", path], ["generate", "--adapter", path, "--checkpoint", "base"],
-                ["generate", "--adapter", path, "--merge"], ["checkpoint", "base", "new", "--to", "meta", "--adapter", path]]
+                ["generate", "--adapter", path, "--checkpoint", "base", "--merge"], ["checkpoint", "base", "new", "--to", "meta", "--adapter", path]]
 
     def data(path):
         return [["train", "--r", "2", "--checkpoint", "base", "--data", path], ["train", "--r", "2", "--checkpoint", "base", "--data", "data.json", "--val-data", path],
@@ -310,7 +312,7 @@ def build(folder):
     what = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.name not in ("generation_config.json", "tokenizer_config.json", "args.json", "state.previous.pt"):
+        if path.is_file() and name.name not in ("args.json", "state.previous.pt"):
             top = name.parts[0]
             lines = [["train", *begin, "--resume"]] if top == "half" else data(top) if top.startswith("data") else adapter(str(name) if top == "small" else top) if top.startswith("peft") or \
                 name.suffix == ".pt" else base(top)
@@ -359,7 +361,7 @@ def run(line, log, most):
         os.close(error_output)
         shutil.rmtree("new", ignore_errors=True)
     said = os.pread(log, 10 ** 6, 0).decode(errors="replace")
-    lines = [line for line in said.splitlines() if not line.startswith(("base ", "merged: ")) and not line.endswith(" answered")]
+    lines = [line for line in said.splitlines() if not line.startswith(("base ", "merged: ", "eos: ")) and not line.endswith(" answered")]
     fine = code == 0 and not lines or code == 2 and len(lines) == 1 and len(lines[0]) < 1200
     if "memory" in said or before < most_held() > most:           # granted or not: it asked for too much
         fine = False

@@ -1,6 +1,7 @@
 """Bad input to the command lines: one clear line (what, where), exit code 2, no traceback, nothing written over."""
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -179,7 +180,8 @@ def test_an_adapter_file_that_names_its_base_by_nonsense(refused, base, data, tm
     content = torch.load("run/adapter.pt", weights_only=True)
     for wrong in (dict(folder=5), dict(layers="x"), dict(layers=[1])):
         torch.save({**content, "base": {**content["base"], **wrong}}, "run/adapter.pt")
-        assert "is not an adapter file: it names its base by" in refused(generate.main, "--adapter", "run/adapter.pt")
+        message = refused(generate.main, "--adapter", "run/adapter.pt")
+        assert re.search("adapter file: (it names its base by|what it says of its base)", message)
 
 
 def test_a_base_that_has_moved_is_named(refused, base, data, tmp_path):
@@ -206,7 +208,7 @@ def test_a_base_that_has_moved_is_named(refused, base, data, tmp_path):
     ("params.json", dict(norm_eps=-1), "params.json: norm_eps is -1"),
     ("params.json", dict(rope_theta=float("nan")), "params.json: rope_theta is nan"),
     ("params.json", dict(ffn_dim_multiplier=float("inf")), "params.json: ffn_dim_multiplier is inf"),
-    ("params.json", dict(rope_scaling={"factor": 2}), "has 'rope_scaling', which this model does not know"),
+    ("params.json", dict(rope_scaling={"factor": 2}), "has 'rope_scaling', which this model does not support"),
     ("params.json", dict(n_kv_heads=4), "of another shape: layers.0.attention.wk.weight"),
     ("params.json", "folder", "no params.json in"),
     ("tokenizer.model", b"", "tokenizer.model is empty"),

@@ -200,7 +200,7 @@ def without(key):
     (None, dict(n_layers=True), "n_layers is True"),
     (None, dict(n_heads=5), "params.json: dim 32 must be n_heads 5 times an even head width"),
     (None, dict(vocab_size=399), "vocab_size 399 is less than the tokenizer's 400"),
-    (None, dict(use_scaled_rope=True), "has 'use_scaled_rope', which this model does not know"),
+    (None, dict(use_scaled_rope=True), "has 'use_scaled_rope', which this model does not support"),
 ])
 def test_what_does_not_fit_is_named(base, change, params, message):
     rewrite(base, change, **params)

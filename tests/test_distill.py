@@ -389,7 +389,7 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, tmp_p
 
 def test_what_is_no_recurrent_student_ends_in_one_line(run, lstm, tmp_path, capsys):
     whole = {"rnn": "lstm", "dim": 32, "n_layers": 2}
-    for params, why in ((whole | {"rnn": "elman"}, "must be gru or lstm"), (whole | {"n_heads": 4}, "'n_heads', which this model does not know"),
+    for params, why in ((whole | {"rnn": "elman"}, "must be gru or lstm"), (whole | {"n_heads": 4}, "'n_heads', which this model does not support"),
                         ({"rnn": "lstm", "dim": 32}, "lacks ['n_layers']"), (whole | {"rnn": 3}, "rnn is 3"), (whole | {"dim": 0}, "dim is 0"),
                         (whole, "no layer named wq, wv to adapt; the model has output, tok_embeddings")):
         (tmp_path / "lstm/params.json").write_text(json.dumps(params))

@@ -348,7 +348,7 @@ def score(capsys, *flags):
 
 def test_train_and_generate_agree(feelings, base, capsys):
     rows, printed = feelings
-    assert "held out  feelings.json: 6 examples, 0 cut, 0 dropped; answers of 2 classes\n" in printed
+    assert "held out  feelings.json: 6 examples; every answer ends within --max-seq-len 512; answers of 2 classes\n" in printed
     found = score(capsys)
     assert [found[key] for key in ("data", "examples", "choices", "seed")] == ["feelings.json", 6, ["happy", "sad"], 0]
     assert found["majority"] == {"answer": "happy", "accuracy": 0.5}

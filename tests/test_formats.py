@@ -265,7 +265,7 @@ def test_a_peft_folder_by_hand(base, tmp_path):
     assert torch.equal(tensors[name + "k_proj.lora_A.weight"], attention.wk.lora_A)
     assert torch.equal(tensors[name + "v_proj.lora_B.weight"], attention.wv.lora_B)
     assert json.loads((tmp_path / "peft/adapter_config.json").read_text()) == dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=3, lora_alpha=7, lora_dropout=0.1,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=3, lora_alpha=7, lora_dropout=0.1,
         target_modules=["embed_tokens", "k_proj", "v_proj"], bias="none", fan_in_fan_out=False, inference_mode=True)
 
 
@@ -364,7 +364,8 @@ def test_a_merge_says_what_it_lost_and_what_helps(base, tmp_path, capsys, monkey
 
 def test_generate_takes_a_peft_folder(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    peft_folder(base, tmp_path / "peft")
+    adapter_of(base, tmp_path / "peft.pt")
+    run(to_hf(base), tmp_path / "peft", "--to", "peft", "--adapter", "peft.pt", "--bin")
     capsys.readouterr()
     asked = ["--instruction", "Name a colour.", "--max-new-tokens", "12"]
     generate.main(["--adapter", "peft.pt", *asked])
@@ -439,19 +440,19 @@ WEIGHTS = {"pytorch_model.bin": None}                           # a file to take
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(model_type="mistral"), "config.json: model_type is 'mistral', which this model does not know; there is llama"),
+    (dict(model_type="mistral"), "config.json: model_type is 'mistral', which this model does not support; supported: llama"),
     (dict(model_type="drop"), "config.json lacks model_type"),
     (dict(rope_scaling=dict(type="linear", factor=2.0)), "config.json: rope_scaling is {'type': 'linear', 'factor': 2.0}, which this model"),
     (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "config.json: rope_parameters is {'rope_type': 'llama3'"),
     (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "config.json: rope_parameters is"),
     (dict(rope_scaling=[1]), "config.json: rope_scaling is [1]"),
-    (dict(attention_bias=True), "config.json: attention_bias is True, which this model does not know; there is False"),
+    (dict(attention_bias=True), "config.json: attention_bias is True, which this model does not support; supported: False"),
     (dict(mlp_bias=True), "config.json: mlp_bias is True"),
-    (dict(sliding_window=4096), "config.json: sliding_window is 4096, which this model does not know"),
+    (dict(sliding_window=4096), "config.json: sliding_window is 4096, which this model does not support"),
     (dict(hidden_act="gelu"), "config.json: hidden_act is 'gelu'"),
     (dict(quantization_config=dict(bits=4)), "config.json: quantization_config is {'bits': 4}"),
-    (dict(head_dim=16), "config.json: head_dim is 16, which this model does not know; there is hidden_size / num_attention_heads = 8"),
-    (dict(torch_dtype="float8_e4m3fn"), "config.json: torch_dtype is 'float8_e4m3fn', which this model does not know; there is float32"),
+    (dict(head_dim=16), "config.json: head_dim is 16, which this model does not support; supported: hidden_size / num_attention_heads = 8"),
+    (dict(torch_dtype="float8_e4m3fn"), "config.json: torch_dtype is 'float8_e4m3fn', which this model does not support; supported: float32"),
     (dict(dtype="int8"), "config.json: dtype is 'int8'"),
     (dict(tie_word_embeddings="yes"), "config.json: tie_word_embeddings is 'yes'"),
     (dict(hidden_size="drop"), "config.json lacks ['hidden_size']"),
@@ -499,16 +500,16 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(use_rslora=True, use_dora=True), "adapter_config.json: use_rslora and use_dora together, which the adapters here do not know"),
-    (dict(use_qalora=True), "adapter_config.json: use_qalora is True, which the adapters here do not know"),
-    (dict(bias="all"), "bias is 'all', which the adapters here do not know; there is none"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save is ['lm_head']"),
+    (dict(use_rslora=True, use_dora=True), "adapter_config.json: use_rslora and use_dora together, which the adapters here do not support"),
+    (dict(use_qalora=True), "adapter_config.json: use_qalora is True, which the adapters here do not support"),
+    (dict(bias="all"), "bias is 'all', which the adapters here do not support; supported: none"),
+    (dict(modules_to_save=["lm_head"]), "modules_to_save is ['lm_head'], but"),
     (dict(rank_pattern={"q_proj": 8}), "rank_pattern is {'q_proj': 8}"),
     (dict(alpha_pattern={"q_proj": 8}), "alpha_pattern is"),
-    (dict(layers_to_transform=[0]), "layers_to_transform is [0]"),
+    (dict(layers_to_transform=[0]), "layers_to_transform is [0], but"),
     (dict(fan_in_fan_out=True), "fan_in_fan_out is True"),
     (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    (dict(peft_type="LOHA"), "peft_type is 'LOHA', which the adapters here do not know; there is LORA"),
+    (dict(peft_type="LOHA"), "peft_type is 'LOHA', which the adapters here do not support; supported: LORA"),
     (dict(something_new={"a": 1}), "something_new is {'a': 1}"),
     (dict(lora_alpha="drop"), "adapter_config.json lacks ['lora_alpha']"),
     (dict(r="3"), "r is '3', must be a whole number from 1"),
@@ -521,14 +522,14 @@ def test_a_hugging_face_folder_that_is_wrong(refused, base, data, change, messag
     ({"adapter_model.bin": saved({})}, "targets are (), must be names of layers"),
     *[({"adapter_model.bin": saved({name: torch.ones(shape)})}, f"adapter_model.bin holds {name}")
       for name, shape in (("x", (1, 1)), ("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector", (32, 1)),
-                          ("base_model.model.model.norm.weight", (32,)), ("base_model.model.lm_head.weight", (400, 32)),
-                          ("base_model.model.model.embed_tokens.base_layer.weight", (500, 32)),
+                          ("base_model.model.model.norm.bias", (32,)), ("base_model.model.lm_head.weight", (400,)),
+                          ("base_model.model.model.norm.weight", (1, 32)), ("base_model.model.lm_head.original_module.weight", (400, 32)),
                           ("base_model.model.model.embed_tokens.lora_A.weight", (3, 400)),
                           ("base_model.model.lm_head.lora_embedding_A", (3, 32)))],
     ({"adapter_model.bin": saved({"base_model.model.model.norm.lora_A.weight": torch.ones(3, 32)})}, "no layer named norm to adapt"),
     ({"adapter_model.bin": saved({f"base_model.model.model.layers.{i}.self_attn.{name}.lora_A.weight": torch.ones(3, 32)
                                   for i, name in ((0, "q_proj"), (1, "q_proj"), (1, "v_proj"))})},
-     "adapts wv in 1 of 2 blocks: the adapters here wrap all of a name"),
+     "adapts wv in 1 of 2 blocks, and no setting of it leaves out any"),
     ({"adapter_model.bin": saved({"base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": torch.ones(31, 3)})}, "peft does not fit"),
     ({"adapter_model.bin": saved({"base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": torch.ones(32)})}, "peft does not fit"),
 ])

@@ -66,8 +66,8 @@ def test_the_adapter_answers_without_dropout(base, data, tmp_path, monkeypatch):
 
 def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
     content = torch.load("out/adapter.pt", weights_only=True)
-    for value, message in ((float("nan"), "out/adapter.pt holds values that are no finite numbers, in layers.0.attention.wq.lora_B"),
-                           (3e38, "the model's logits are no finite numbers")):
+    for value, message in ((float("nan"), "out/adapter.pt has values that are not finite, in layers.0.attention.wq.lora_B"),
+                           (3e38, "the model's logits are not finite")):
         content["tensors"]["layers.0.attention.wq.lora_B"].fill_(value)
         torch.save(content, "out/adapter.pt")
         for flags in ([], ["--temperature", "1"], ["--beams", "2"], ["--data", "examples.json"]):

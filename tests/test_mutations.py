@@ -43,8 +43,8 @@ MUTATIONS = {
     ),
     "schedule_counts_windows": (
         "train.py",
-        "lr_factor(run.progress.taken, n_steps, warmup, options.schedule)",
-        "lr_factor(run.progress.taken, n_steps * options.accumulation_steps, warmup, "
+        "lr_factor(run.progress.updates, n_steps, warmup, options.schedule)",
+        "lr_factor(run.progress.updates, n_steps * options.accumulation_steps, warmup, "
         "options.schedule)",
     ),
     "no_answer_in_the_batch": (
@@ -223,7 +223,7 @@ MUTATIONS = {
     ),
     "unscaling_fp16_gradients": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "clip_before_unscale": ("train.py", "precision.scaler.unscale_(optimizer)", "pass"),
-    "schedule_on_skipped_steps": ("train.py", "run.progress.taken", "step - 1"),
+    "schedule_on_skipped_steps": ("train.py", "run.progress.updates", "step - 1"),
     "rope_tables_in_16_bit": (
         "llama/model.py",
         "layer(h, rope, attend)",

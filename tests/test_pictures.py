@@ -129,10 +129,10 @@ def test_a_run_ends_well_without_a_picture(base, data, tmp_path, monkeypatch, ca
         monkeypatch.setitem(sys.modules, name, None)
     train.main(run)
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("picture")]
-    assert line == f"picture   skipped: pip install matplotlib, then python -m finetune.pictures {tmp_path / 'run'}"
+    assert line == f"picture   not drawn, because that needs matplotlib: pip install matplotlib, then python -m finetune.pictures {tmp_path / 'run'}"
     assert not (tmp_path / "run" / "loss.png").exists()
     monkeypatch.setattr(pictures, "draw", lambda *_: 1 / 0)
-    assert pictures.picture_of(tmp_path / "run").startswith("skipped: division by zero; to try again: python -m finetune.pictures ")
+    assert pictures.picture_of(tmp_path / "run").startswith("not drawn: division by zero; to try again: python -m finetune.pictures ")
 
 
 def test_the_command_line(tmp_path, monkeypatch, capsys):

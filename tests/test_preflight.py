@@ -174,8 +174,8 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, cap
     before = sorted(tmp_path.rglob("*"))
     train.main([*no_weights, "--r", "4", "--batch-size", "3", "--accumulation-steps", "2", "--out", "not/yet"])
     said, error = capsys.readouterr()
-    assert "12 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 12 end in eos" in said
-    assert "4 layers wrapped" in said and "a gradient reaches every one of 4 adapters" in said
+    assert "12 examples, the longest has 123 tokens; every answer ends within --max-seq-len 512" in said
+    assert " on wq,wv: 4 adapters, " in said and "checked   one backward pass: 4 adapters, each with a gradient" in said
     assert "3 examples x 2 micro-batches x 1 rank = 6 examples per step; 6 steps, 3 epochs" in said
     assert "MiB of tensors" in said and said.endswith("nothing was trained, nothing was written\n") and error == ""
     assert sorted(tmp_path.rglob("*")) == before

@@ -108,7 +108,7 @@ def test_bits_a_weight(dtype):
     layer = linear(1024, 2048, dtype)
 
     def bits(packed):
-        return 8 * sum(b.nbytes for name, b in packed.named_buffers() if name not in ("like", "pairs", "mean")) / layer.weight.numel()
+        return 8 * sum(b.nbytes for name, b in packed.named_buffers() if name not in ("dtype_holder", "pairs", "mean")) / layer.weight.numel()
     assert bits(Int8Linear(layer)) == 8 + 32 / 2048
     assert bits(NF4Linear(layer)) == 4 + 8 / 64 + 32 / (64 * 256) and bits(NF4Linear(layer, double=False)) == 4.5
 

@@ -270,7 +270,8 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
 def test_a_finished_run_changes_nothing(flags, capsys):
     before = {name: (os.stat(f"whole/{name}").st_mtime_ns, data) for name, data in contents("whole").items()}
     train.main([*flags, "--out", "whole", "--resume"])
-    assert capsys.readouterr().out == "resume    whole is finished, after step 6: nothing is left to do, nothing was changed\n"
+    said = capsys.readouterr().out
+    assert "resume    whole is finished, after step 6: nothing is left to do, nothing was changed\n" in said
     assert before == {name: (os.stat(f"whole/{name}").st_mtime_ns, data) for name, data in contents("whole").items()}
 
 
@@ -331,7 +332,7 @@ def test_what_does_not_go_with_a_save(flags, half, capfd, name, change, said):
     (("parts", "optimizer", "state", 0, "exp_avg"), torch.ones(3), "optimizer, exp_avg does not match this run"),
     (("parts", "optimizer", "state", 9), {}, "a parameter that is not trained here"), (("parts", "optimizer", "state", 0, "exp_avg"), None, "optimizer, exp_avg does not match"),
     (("parts", "model", "tensors", "layers.0.attention.wq.lora_B"), torch.full((32, 4), math.nan), "model, tensors, layers.0.attention.wq.lora_B"),
-    (("counters", "taken"), 4, "claims step 3 of 6, and that 4 moved the weights"), (("counters", "taken"), 2 ** 60, "taken is 1152921504606846976"),
+    (("counters", "updates"), 4, "claims step 3 of 6, and that 4 moved the weights"), (("counters", "updates"), 2 ** 60, "updates is 1152921504606846976"),
     (("counters", "finished"), 1, "finished is 1"), (("parts", "scaler"), {"scale": 1.0}, "scaler does not match this run"),
 ])
 def test_a_save_that_lies(flags, half, capfd, keys, value, said):
@@ -484,7 +485,7 @@ def test_best_and_last(flags, monkeypatch, capsys):
     assert saved == ["best.pt", "best.pt", "adapter.pt"] and kept["best.pt"] != kept["adapter.pt"]
     said = capsys.readouterr().out
     assert "stopped   after step 12 of 27: no better held-out loss in 2 measurements\n" in said
-    assert "best      early/best.pt: held-out loss 3.0000, after step 6\n" in said
+    assert "best      early/best.pt: held-out loss 3.0000, after step 6; adapter.pt is from step 12, the last; to use the best: python generate.py --adapter early/best.pt\n" in said
     train.main([*argv, "--resume"])
     assert "is finished" in capsys.readouterr().out
 

@@ -315,7 +315,7 @@ def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
 def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
     rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1", "--max-steps", "8")
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
-    assert " 9 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 9 end in eos\nheld out  examples.json: 3 examples, 0 cut, 0 dropped" in capsys.readouterr().out
+    assert " 9 examples, the longest has 123 tokens; every answer ends within --max-seq-len 512\nheld out  examples.json: 3 examples; every answer" in capsys.readouterr().out
 
 
 def test_held_out_examples_are_not_trained_on(base, data):

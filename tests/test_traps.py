@@ -24,7 +24,7 @@ from finetune.ranks import SINGLE_PROCESS
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, lora_state_dict, merge_lora, save_adapter, unmerge_lora)
 
-from .helpers import EXAMPLES, ROOT, adapter_tensors, epoch_windows, metrics, tiny, torchrun
+from .helpers import EXAMPLES, ROOT, adapter_tensors, epoch_windows, given_once, metrics, tiny, torchrun
 from .memory import saved_bytes
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0", "--batch-size", "2", "--accumulation-steps", "4", "--epochs", "2", "--clip-grad-norm", "0"]
@@ -47,7 +47,8 @@ def run(base, data, tmp_path, monkeypatch):
 
     def run(*flags):
         out = tmp_path / f"run{next(names)}"
-        train.main(["--checkpoint", str(base), "--data", str(data), *FLAGS, *flags, "--out", str(out)])
+        base_and_data = ["--checkpoint", str(base), "--data", str(data)]
+        train.main(given_once([*base_and_data, *FLAGS, *flags, "--out", str(out)]))
         return metrics(out)
     return run
 
@@ -598,8 +599,9 @@ def noted(model, *rest):
 train.evaluate = noted
 train.main(sys.argv[1:])
 """)
-    flags = ["--checkpoint", "base", "--data", "data.json", "--val-data", "data.json", *FLAGS, "--lr", "1e-2"]
-    done = torchrun(folder, folder / "launch.py", *flags, "--accumulation-steps", "2", "--out", "two")
+    flags = ["--checkpoint", "base", "--data", "data.json", "--val-data", "data.json", *FLAGS]
+    argv = given_once([*flags, "--accumulation-steps", "2", "--out", "two"])
+    done = torchrun(folder, folder / "launch.py", *argv)
     assert done.returncode == 0, done.stderr[-3000:]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

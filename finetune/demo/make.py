@@ -25,6 +25,8 @@ answers.  The held-out questions ask about other words, so that the model can an
 from what the base has read.
 """
 
+from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+
 import io
 import json
 import math
@@ -323,8 +325,13 @@ def make(folder: Path):
     print(f"{folder}: {len(text)} rows of text, {len(train)} + {len(held_out)} questions")
 
 
-if __name__ == "__main__":
+def main():
+    """Make the demo in the folder that the command line names."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m finetune.demo.make DIR", file=sys.stderr)
         sys.exit(2)
     make(Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    run_command(main, "finetune.demo.make")
