@@ -169,7 +169,7 @@ def is_empty(labels: list[int], tokenizer: Tokenizer) -> bool:
 
 def load_datasets(data: Sequence[str], val_data: Sequence[str] | None,
                   val_fraction: float | None, max_seq_len: int, seed: int, tokenizer: Tokenizer, *,
-                  template: str) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+                  template: str = "alpaca") -> tuple[SupervisedDataset, SupervisedDataset | None]:
     """Return (training set, held-out set or None) of these files.
 
     val_fraction: the share of all examples of `data` to hold out.  template: a name in TEMPLATES.

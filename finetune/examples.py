@@ -167,7 +167,7 @@ def rows_of_object(value: dict, path: Path) -> list:
         raise ValueError(f"{path} holds columns, not rows: {FORMS}; pandas writes them with "
                          "orient='records'")
     names = [name for name, item in value.items() if isinstance(item, list | dict) and item]
-    if any(field in value for field in TEXT_FIELDS) or any(map(is_context, names)):
+    if any(field in value for field in (*FIELDS, "text")) or any(map(is_context, names)):
         return [value]
     if len(names) != 1 or not isinstance(value[names[0]], list):
         raise ValueError(f"{path} holds one object with the fields {quoted(value)}: {FORMS}")
@@ -202,7 +202,7 @@ def to_example(row: object, place: str, required: Sequence[str], template: Templ
     try:
         pieces = template.pieces(example)
     except ValueError as error:
-        raise ValueError(f"{place} {error}") from error
+        raise ValueError(f"{place}: {error}") from error
     for piece in pieces:
         check_characters(piece.text, place)
     if "output" in required and not pieces[-1].is_target:

@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from finetune.dataset import encode_example, encode_prompt, format_prompt, SupervisedDataset, truncate
+from finetune.dataset import encode_example, encode_prompt, SupervisedDataset, truncate
+from finetune.templates.alpaca import format_prompt
 from finetune.examples import read_examples
 
 _ = -100

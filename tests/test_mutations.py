@@ -87,8 +87,8 @@ MUTATIONS = {
     ),
     "prompt_is_no_target": (
         "finetune/dataset.py",
-        "[IGNORE] * len(prompt) + answer",
-        "prompt + answer",
+        "n_masked = len(ids)",
+        "n_masked = 0",
     ),
     "eos_is_a_target": (
         "finetune/batches.py",
@@ -99,9 +99,9 @@ MUTATIONS = {
         """,
     ),
     "eos_as_text": (
-        "finetune/dataset.py",
-        'tokenizer.encode(example["output"], eos=True)',
-        'tokenizer.encode(example["output"] + "</s>")',
+        "finetune/templates/alpaca.py",
+        "Piece(answer, is_target=True, eos=True)",
+        "Piece(answer + '</s>', is_target=True)",
     ),
     "eos_after_a_cut": (
         "finetune/dataset.py",
@@ -110,21 +110,26 @@ MUTATIONS = {
     ),
     "prompt_boundary": (
         "finetune/dataset.py",
-        'answer = tokenizer.encode(example["output"], eos=True)',
+        "return tokens, labels",
         """
-        whole = tokenizer.encode(format_prompt(example) + example["output"], bos=True, eos=True)
-        prompt, answer = whole[:len(prompt)], whole[len(prompt):]
+        text = "".join(piece.text for piece in pieces)
+        n_prompt = labels.count(IGNORE)
+        tokens = tokenizer.encode(text, bos=pieces[0].bos, eos=pieces[-1].eos)
+        return tokens, [IGNORE] * n_prompt + tokens[n_prompt:]
         """,
     ),
     "answer_cut_away": (
         "finetune/dataset.py",
-        "count_answer(labels) == 0",
-        "False",
+        "count_answer(row[1]) > 0",
+        "True",
     ),
     "double_bos": (
         "finetune/dataset.py",
-        "tokenizer.encode(format_prompt(example), bos=True)",
-        "[tokenizer.bos_id] + tokenizer.encode(format_prompt(example), bos=True)",
+        "ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)",
+        """
+        ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)
+        ids = [tokenizer.bos_id] * piece.bos + ids
+        """,
     ),
     "token_by_token_decoding": (
         "llama/sampling.py",

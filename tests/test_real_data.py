@@ -97,7 +97,7 @@ def test_losses_follow_the_labels(collate):
     assert guide(model, batch)[0].item() == pytest.approx(0.5 * nats, rel=1e-10)
 
 
-def encode_turns(example, tokenizer):
+def encode_turns(example, tokenizer, template=None):
     """Encode an example as three turns: its question and answer, a further question, its answer."""
     begin = tokenizer.encode(example["instruction"], bos=True)
     answer = tokenizer.encode(example["output"], eos=True)
@@ -135,7 +135,7 @@ def test_held_out_loss_and_best_adapter_follow_the_labels(turns, run, base, data
     )
     model, _tokenizer = load_checkpoint(base)
     load_adapter(model.eval(), "out/best.pt")
-    held_out = load_datasets(str(data), str(data), None, 512, 0, tokenizer)[1]
+    held_out = load_datasets([str(data)], [str(data)], None, 512, 0, tokenizer)[1]
     scores = [reference(model, row) for row in held_out.rows]
     expected = sum(score[0] for score in scores) / sum(score[1] for score in scores)
     assert min(row["val_loss"] for row in rows if "val_loss" in row) == pytest.approx(
@@ -236,13 +236,13 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ('{"instruction": {"0": "a"}, "output": {"0": "b"}}', "a.json holds columns, not rows"),
         (
             '{"system": "Be terse.", "data": [' + GOOD + "]}",
-            "a.json: Alpaca's prompt has no place for the text in 'system'",
+            "a.json: the template has no place for the text in 'system'",
         ),
         (f"[{GOOD}, [1]]", "example 2 is a list, not an object"),
         ('[{"text": "a"}]', "example 1 has no 'instruction'; its fields are 'text'"),
         (
             '{"conversations": [{"from": "human"}], "id": 1}',
-            "has no 'instruction'; its fields are 'conversations', 'id'",
+            "example 1: 'conversations', message 1: 'value' is None, not text",
         ),
         (
             '[{"instruction": "a", "Output": "b"}]',
@@ -342,7 +342,7 @@ def test_a_number_is_written_as_the_file_has_it(tmp_path):
 def test_a_field_of_the_prompt_is_refused_by_name(tmp_path, name, value):
     rows = [ROWS[0], {**ROWS[0], name: value}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match=f"a.json, example 2: .* the text in '{name}'; move it"):
+    with pytest.raises(ValueError, match=f"a.json, example 2: .*'{name}'"):
         read_examples(tmp_path / "a.json")
 
 
@@ -380,11 +380,9 @@ def test_empty_outputs_are_counted_and_train_as_before(run, base, tmp_path, caps
     (tmp_path / "a.json").write_text(json.dumps(rows))
     run("out", "--data", "a.json", "--val-data", "a.json", "--max-steps", "1")
     printed = capsys.readouterr().out
-    assert (
-        "14 examples, longest 123 tokens, 0 cut at 512, 0 dropped; 14 end in eos; 2 outputs empty\n"
-        in printed
-    )
-    assert "held out  a.json: 14 examples, 0 cut, 0 dropped; 2 outputs empty" in printed
+    fits = "every answer ends within --max-seq-len 512; 2 outputs empty\n"
+    assert f"data      a.json: 14 examples, the longest has 123 tokens; {fits}" in printed
+    assert f"held out  a.json: 14 examples; {fits}" in printed
 
 
 # --- generate.py --data
@@ -453,7 +451,7 @@ def test_half_of_an_emoji_elsewhere_in_a_row_is_written_as_json_has_it(answered,
 @pytest.mark.parametrize(
     "command, flags, message",
     [
-        (train, ["--data", "a", "--data=b"], "argument --data: is given twice; give it once"),
+        (train, ["--out", "a", "--out=b"], "argument --out: is given twice; give it once"),
         (train, ["--lr", "1", "--lr", "1"], "argument --lr: is given twice"),
         (
             train,

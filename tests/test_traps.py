@@ -15,7 +15,8 @@ import generate
 import train
 from llama import load_checkpoint, save_checkpoint
 from finetune.batches import Batch, DataCollatorForSupervisedDataset
-from finetune.dataset import count_answer, encode_example, encode_prompt, format_prompt, IGNORE, SupervisedDataset, truncate
+from finetune.dataset import count_answer, encode_example, encode_prompt, IGNORE, SupervisedDataset, truncate
+from finetune.templates.alpaca import format_prompt
 from finetune.distill import Distillation
 from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss

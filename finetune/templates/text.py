@@ -6,11 +6,12 @@ from .template import Piece, Template
 
 
 def pieces(example: dict) -> list[Piece]:
-    """Return the document, or for an example with an instruction the text to continue.
+    """Return the document, or, for an instruction without an answer, the text to continue.
 
     Raises ValueError without either.
     """
-    if "text" not in example and isinstance(example.get("instruction"), str):
+    is_question = "instruction" in example and "output" not in example
+    if "text" not in example and is_question:
         return [Piece(example["instruction"], bos=True)]
     document = example.get("text")
     if not isinstance(document, str):

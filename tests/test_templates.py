@@ -1,0 +1,304 @@
+"""finetune/templates/: tokens and labels written out by hand, conversations, several files."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import generate
+import train
+from finetune.dataset import (
+    SupervisedDataset,
+    count_answer,
+    encode_example,
+    encode_prompt,
+    load_datasets,
+)
+from finetune.evaluate import Exam, evaluate
+from finetune.examples import read_examples
+from finetune.options import DEMO
+from finetune.templates import TEMPLATES
+
+from .helpers import ONE_THREAD, ROOT, tiny
+
+LLAMA2 = TEMPLATES["llama2"]
+TEXT = TEMPLATES["text"]
+
+
+class Characters:
+    """A tokenizer with an id per character, bos 1 and eos 2, which shows rows as text."""
+
+    bos_id, eos_id, vocab_size = 1, 2, 0x110000
+
+    def encode(self, text, bos=False, eos=False):
+        ids = [ord(character) for character in text]
+        if bos:
+            ids = [1, *ids]
+        if eos:
+            ids = [*ids, 2]
+        return ids
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i > 2)
+
+
+def written(row):
+    """Return a row as text, with what is a target in {braces}."""
+    text = ""
+    within = False
+    for token, label in zip(*row, strict=True):
+        is_target = label != -100
+        assert not is_target or label == token
+        if is_target != within:
+            text += "{" if is_target else "}"
+        within = is_target
+        text += {1: "<s>", 2: "</s>"}.get(token, chr(token))
+    return text + "}" if within else text
+
+
+def chat(*texts, system=None):
+    """Return an example of messages: user, assistant, user and so on."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for i, text in enumerate(texts):
+        messages.append({"role": "assistant" if i % 2 else "user", "content": text})
+    return {"messages": messages}
+
+
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": "A"},
+    ]
+}
+ALPACA_FORM = {
+    "instruction": "Q2",
+    "input": "I",
+    "output": "A2",
+    "system": "S",
+    "history": [["Q1", "A1"]],
+}
+
+
+@pytest.mark.parametrize(
+    "example, expected",
+    [
+        (chat("Q", "A"), "<s>[INST] Q [/INST]{A </s>}"),
+        (
+            chat("Q", "A", "R", "B", "T", "C"),
+            "<s>[INST] Q [/INST]{A </s>}<s>[INST] R [/INST]{B </s>}<s>[INST] T [/INST]{C </s>}",
+        ),
+        (chat("Q", "A", system="S"), "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"),
+        (chat("Q", "A", system=""), "<s>[INST] <<SYS>>\n\n<</SYS>>\n\nQ [/INST]{A </s>}"),
+        (chat(" Q\n", "\tA "), "<s>[INST] Q [/INST]{A </s>}"),
+        (chat("[INST] </s>", "[/INST] <s>"), "<s>[INST] [INST] </s> [/INST]{[/INST] <s> </s>}"),
+        (SHAREGPT, "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"),
+        (
+            ALPACA_FORM,
+            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]{A1 </s>}<s>[INST] Q2\nI [/INST]{A2 </s>}",
+        ),
+        ({"instruction": "Q", "input": "", "output": ""}, "<s>[INST] Q [/INST]{ </s>}"),
+    ],
+)
+def test_llama2_by_hand(example, expected):
+    assert written(encode_example(example, Characters(), LLAMA2)) == expected
+
+
+def test_a_cut_answer_has_no_eos_and_the_next_turn_is_gone():
+    data = SupervisedDataset([chat("Q", "ABC", "R", "D")], Characters(), 20, template=LLAMA2)
+    assert written(data[0]) == "<s>[INST] Q [/INST]{ABC}"
+    assert (data.cut, data.dropped, data.n_with_eos) == (1, 0, 0)
+
+
+def test_a_prompt_ends_where_the_last_answer_begins():
+    for example in (chat("Q", "A", "R"), chat("Q", "A", "R", "B")):
+        prompt = encode_prompt(example, Characters(), LLAMA2)
+        row = (prompt, [-100] * len(prompt))
+        assert written(row) == "<s>[INST] Q [/INST]A </s><s>[INST] R [/INST]"
+
+
+def test_metas_encoding_as_one_text_gives_the_same_ids(tokenizer):
+    """Meta encodes question and answer of a turn as one text; no token crosses "[/INST]"."""
+    turns = [("Name a colour.", "blue"), (" What [INST] is </s>?\n", "- a list\n- of things")]
+    expected = []
+    for question, answer in turns:
+        text = f"[INST] {question.strip()} [/INST] {answer.strip()} "
+        expected += tokenizer.encode(text, bos=True, eos=True)
+    texts = [text for turn in turns for text in turn]
+    assert encode_example(chat(*texts), tokenizer, LLAMA2)[0] == expected
+
+
+def test_text_goes_on_in_further_rows_and_loses_nothing():
+    documents = [{"text": "abcdefg"}, {"text": "xy"}]
+    data = SupervisedDataset(documents, Characters(), 4, template=TEXT)
+    rows = [written(data[i]) for i in range(len(data))]
+    assert rows == ["<s>{abc}", "c{def}", "f{g</s>}", "<s>{xy</s>}"]
+    assert data.numbers == [1, 1, 1, 2]
+    assert (data.cut, data.dropped, data.n_with_eos) == (0, 0, 2)
+    for max_seq_len in range(2, 12):
+        data = SupervisedDataset(documents, Characters(), max_seq_len, template=TEXT)
+        assert sum(count_answer(labels) for _, labels in data.rows) == 7 + 1 + 2 + 1
+
+
+def test_alpaca_takes_one_turn_of_messages():
+    single = {"instruction": "Q", "input": "", "output": "A"}
+    assert encode_example(chat("Q", "A"), Characters()) == encode_example(single, Characters())
+
+
+REFUSED = {
+    "a role that is unknown": ({"messages": [{"role": "bot", "content": "Q"}]}, "unknown role"),
+    "two questions": (
+        {"messages": [{"role": "user", "content": "Q"}] * 2},
+        "a message of user stands where one of assistant is expected",
+    ),
+    "an answer first": ({"messages": [{"role": "assistant", "content": "A"}]}, "must alternate"),
+    "a late system prompt": (
+        {"messages": [*chat("Q", "A")["messages"], {"role": "system", "content": "S"}]},
+        "must alternate",
+    ),
+    "no answer at the end": (chat("Q", "A", "R"), "has no answer at its end"),
+    "an empty message": (chat("Q", " "), "message 2: 'content' is empty"),
+    "no message": ({"messages": []}, "not a list of messages"),
+    "a system prompt alone": (chat(system="S"), "has a system prompt alone"),
+    "two forms": (chat("Q", "A") | {"instruction": "Q"}, "has both 'messages' and 'instruction'"),
+    "two lists": (chat("Q", "A") | SHAREGPT, "has both 'messages' and 'conversations'"),
+    "parts of a message": (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "message 1: 'content' is [{'type': 'text'}], not text",
+    ),
+    "a message that is text": ({"messages": ["Q"]}, "message 1 is 'Q', not an object"),
+    "half of an emoji": (chat("Q", "\ud83d"), "has an incomplete character"),
+    "a wrong history": (
+        {"instruction": "Q", "output": "A", "history": [["Q"]]},
+        "'history', turn 1, is ['Q'], not [question, answer]",
+    ),
+    "no field at all": ({"title": "Q"}, "has no 'instruction'"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
+    example, message = REFUSED[kind]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n".join(map(json.dumps, [chat("Q", "A"), example])))
+    with pytest.raises(ValueError) as error:
+        read_examples(path, template=LLAMA2)
+    assert message in str(error.value) and f"{path}, example 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "template, example, message",
+    [
+        ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
+        ("alpaca", chat("Q", "A", system="S"), "has a system prompt"),
+        ("alpaca", ALPACA_FORM, "use --template llama2"),
+        ("text", {"instruction": "Q", "output": "A"}, "has no 'text'"),
+        ("text", {"text": " "}, "'text' is empty"),
+    ],
+)
+def test_what_a_template_cannot_say_is_refused(template, example, message, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([example]))
+    with pytest.raises(ValueError, match="data.json, example 1") as error:
+        read_examples(path, template=TEMPLATES[template])
+    assert message in str(error.value)
+
+
+def test_several_files_are_one_set_whose_numbers_name_the_file(tmp_path, tokenizer):
+    names = ["a.json", "b.json"]
+    for name in names:
+        rows = [{"instruction": f"{name} {i}", "output": "yes"} for i in range(3)]
+        (tmp_path / name).write_text(json.dumps(rows))
+    paths = [str(tmp_path / name) for name in names]
+    training, held_out = load_datasets(paths, None, 0.5, 512, 0, tokenizer)
+    assert len(training) == len(held_out) == 3
+    whole, _ = load_datasets(paths, None, None, 512, 0, tokenizer)
+    expected = [f"{path} {n}" for path in paths for n in (1, 2, 3)]
+    assert whole.numbers == expected and set(training.numbers) < set(expected)
+
+
+def slow_loss(model, rows):
+    """Return the mean of -log p over all targets, by one plain forward per row."""
+    total = 0.0
+    count = 0
+    for tokens, labels in rows:
+        log_p = model(torch.tensor([tokens]))[0].log_softmax(-1)
+        for t, label in enumerate(labels[1:]):
+            if label != -100:
+                total -= log_p[t, label].item()
+                count += 1
+    return total / count
+
+
+@torch.no_grad()
+def test_held_out_loss_of_several_turns_is_the_slow_one(tokenizer):
+    model = tiny(tokenizer.vocab_size, max_seq_len=256).double()
+    examples = [chat("Name a colour.", "blue", "Again?", "blue blue"), chat("One?", "two")]
+    data = SupervisedDataset(examples, tokenizer, 256, template=LLAMA2)
+    expected = slow_loss(model, data.rows)
+    autocast = torch.autocast("cpu", enabled=False)
+    assert evaluate(model, data, 512, autocast)["val_loss"] == pytest.approx(expected, rel=1e-9)
+    exam = Exam(examples, tokenizer, 256, limit=3, template=LLAMA2)
+    table = exam.score(model)
+    assert table["nats"].sum() / table["tokens"].sum() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory):
+    """Return the folder of a short run of the demo's chat examples."""
+    out = tmp_path_factory.mktemp("chat")
+    data = str(DEMO / "chat.json")
+    train.main(["--template", "llama2", "--data", data, "--layers", "1", "--max-steps", "3",
+                "--batch-size", "2", "--accumulation-steps", "1", "--out", str(out)])  # fmt: skip
+    return out
+
+
+def test_the_adapter_carries_its_template(chat_run):
+    content = torch.load(chat_run / "adapter.pt", weights_only=True)
+    assert content["base"]["template"] == "llama2"
+    assert json.loads((chat_run / "args.json").read_text())["template"] == "llama2"
+    args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt")])
+    assert generate.template_of(args) is LLAMA2
+    args.template = "alpaca"
+    assert generate.template_of(args) is TEMPLATES["alpaca"]
+
+
+def test_an_adapter_of_an_unknown_template_is_refused(chat_run, tmp_path, capsys):
+    content = torch.load(chat_run / "adapter.pt", weights_only=True)
+    content["base"]["template"] = "gone"
+    torch.save(content, tmp_path / "adapter.pt")
+    for main in (generate.main, train.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--adapter", str(tmp_path / "adapter.pt")])
+        assert end.value.code == 2
+        assert "was trained with the template 'gone'" in capsys.readouterr().err
+
+
+def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):
+    """What --interactive answers to the third question, one prompt of three turns answers too."""
+    args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
+    model, tokenizer, _ = generate.load(args, torch.device("cpu"), "fp32")
+    session = generate.Answerer(model, tokenizer, args, LLAMA2)
+    for question in ("What comes after Monday?", "And after that?", "Say it once more."):
+        session.reply(question)
+    answers = [message["content"] for message in session.turns if message["role"] == "assistant"]
+    assert len(answers) == 3
+    prompt = {"messages": session.turns[:-1]}
+    tokens = [token for _, token in session.answer_ids([prompt])]
+    assert tokenizer.decode(tokens).strip() == answers[-1].strip()
+
+
+def test_deleting_a_page_and_its_lines_leaves_the_rest(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("llama", "lora", "finetune"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tree)
+    (tree / "finetune/templates/llama2.py").unlink()
+    pages = tree / "finetune/templates/__init__.py"
+    lines = pages.read_text().splitlines(keepends=True)
+    pages.write_text("".join(line for line in lines if "llama2" not in line))
+    command = [sys.executable, "train.py", "--layers", "1", "--dry-run"]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, env=ONE_THREAD)
