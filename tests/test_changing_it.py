@@ -101,6 +101,8 @@ def changed_method(folder, rows, printed, plain_rows, plain_printed):
 def changed_prompt(folder, rows, printed, plain_rows, plain_printed):
     assert rows[0]["answer_tokens"] == plain_rows[0]["answer_tokens"]
     assert rows[0]["tokens"] != plain_rows[0]["tokens"]
+    content = torch.load(folder / "out/adapter.pt", weights_only=True)
+    assert content["base"]["template"] == "vicuna"
 
 
 def changed_to_sgd(folder, rows, printed, plain_rows, plain_printed):

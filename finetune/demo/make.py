@@ -12,6 +12,7 @@ Three commands make the demo.  The second trains the base, the third stores it i
 The first command writes these files, with the same bytes every time:
 
     text.jsonl       plain prose about a small world, for the base model
+    prose.jsonl      the first of that prose as documents, for --template text
     train.json       questions with short answers, for instruction tuning
     held_out.json    questions about words and events that train.json never asks about
     chat.json        conversations of two turns; the second question is about the first answer
@@ -63,6 +64,7 @@ from finetune.templates.alpaca import format_prompt
 
 SEED = 7
 TEXT_ROWS = 24000
+DOCUMENTS = 2000                                     # in prose.jsonl
 CHATS = 600                                          # conversations in chat.json
 VOCAB = 1280
 PARAMS = {"dim": 128, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4,
@@ -313,6 +315,8 @@ def make(folder: Path):
     chats, held_out_chats = all_chats(random.Random(SEED), kinds)
     lines = [json.dumps(row) + "\n" for row in text]
     (folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+    documents = [json.dumps({"text": row["output"]}) + "\n" for row in text[:DOCUMENTS]]
+    (folder / "prose.jsonl").write_text("".join(documents), encoding="utf-8")
     write_json(folder / "train.json", train)
     write_json(folder / "held_out.json", held_out)
     write_json(folder / "chat.json", chats)
