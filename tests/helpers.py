@@ -11,6 +11,7 @@ import torch
 
 from finetune.batches import plan_epoch, windows
 from llama import ModelArgs, Transformer
+from lora import LoRAConfig, add_lora, lora_state_dict
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("llama", "lora", "finetune", "benchmarks")
@@ -29,20 +30,7 @@ CORPUS = [
     "Is this sentence happy or sad?",
     "happy sad yes no",
 ]
-WORDS = (
-    "blue",
-    "cold",
-    "one",
-    "two",
-    "three",
-    "green",
-    "happy",
-    "sad",
-    "yes",
-    "no",
-    "sky",
-    "grass",
-)
+WORDS = "blue cold one two three green happy sad yes no sky grass".split()
 TIMED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no run repeats
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -78,6 +66,26 @@ def tiny(vocab_size=400, **sizes):
     return model.eval()
 
 
+class GivenLogits(torch.nn.Module):
+    """A model whose logits at each row are given."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.as_tensor(logits, dtype=torch.float64))
+        self.output = torch.nn.Identity()
+
+    def forward(self, tokens, rows, layout=None):
+        return self.output(self.logits[rows])
+
+
+def adapt(model, std=0.1, **settings):
+    """Add an adapter whose tensors are all random, as after training; return the model."""
+    add_lora(model, LoRAConfig(**({"dropout": 0.0} | settings)))
+    for tensor in lora_state_dict(model).values():
+        torch.nn.init.normal_(tensor, std=std)
+    return model
+
+
 def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0, rank=0,
                   world_size=1, tokens_per_batch=None):  # fmt: skip
     """Return the windows of one epoch of (tokens, labels) rows, as train.py has them."""
@@ -89,10 +97,7 @@ def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0
 
 
 def given_once(words):
-    """Return a command line in which each flag stands once, with the last of its values.
-
-    The command lines refuse a flag that is given twice.
-    """
+    """Return a command line in which each flag stands once, with the last of its values."""
     groups = {}
     for word in words:
         if word.startswith("--"):
@@ -103,6 +108,39 @@ def given_once(words):
 
 
 # --- files
+
+DROP = object()
+FOLDER = object()
+
+
+def spoil(path, content):
+    """Change a file: values of a JSON object (a dict), its bytes, FOLDER, or None to remove it."""
+    if isinstance(content, dict):
+        values = json.loads(path.read_text()) | content
+        kept = {key: value for key, value in values.items() if value is not DROP}
+        content = json.dumps(kept).encode()
+    path.unlink(missing_ok=True)
+    if content is FOLDER:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+
+def files_in(folder):
+    """Return {path: bytes} of all files below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def changed_at_random(whole, draw, near=2000):
+    """Return bytes with the end cut off or a few changed, mostly where a pickle or a header is."""
+    begin = max(0, whole.find(b"data.pkl"))
+    broken = bytearray(whole)
+    if draw.random() < 0.2:
+        del broken[draw.randrange(len(whole)):]
+    for _ in range(draw.randint(1, 4)):
+        if broken:
+            broken[min(len(broken) - 1, begin + draw.randrange(near))] = draw.randrange(256)
+    return bytes(broken)
 
 
 def contents(folder):

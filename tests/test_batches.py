@@ -1,14 +1,10 @@
-"""finetune/batches.py: padding and packing by hand, the plan of an epoch, and the next batch ahead."""
+"""finetune/batches.py: padding and packing by hand, the plan of an epoch, the next batch ahead."""
+import itertools
+
 import pytest
 import torch
 
-from finetune.batches import (
-    DataCollatorForSupervisedDataset,
-    fill,
-    pack,
-    plan_epoch,
-    prefetch,
-)
+from finetune.batches import DataCollatorForSupervisedDataset, fill, pack, plan_epoch, prefetch
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 from llama import layout
@@ -24,9 +20,11 @@ _ = IGNORE
 
 
 def test_collator_by_hand():
-    batch = DataCollatorForSupervisedDataset(pad_id=2)([([1, 10, 11, 20, 2], [_, _, _, 20, 2]), ([1, 12, 2], [_, _, 2])])
+    """The row's own eos is a target, padding with the same id is none."""
+    rows = [([1, 10, 11, 20, 2], [_, _, _, 20, 2]), ([1, 12, 2], [_, _, 2])]
+    batch = DataCollatorForSupervisedDataset(pad_id=2)(rows)
     assert batch.tokens.tolist() == [[1, 10, 11, 20, 2], [1, 12, 2, 2, 2]]
-    assert batch.labels.tolist() == [[_, _, _, 20, 2], [_, _, 2, _, _]]       # the row's own eos counts, padding never
+    assert batch.labels.tolist() == [[_, _, _, 20, 2], [_, _, 2, _, _]]
     assert batch.n_answer == 3
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
 
@@ -34,36 +32,49 @@ def test_collator_by_hand():
 def dealt(batch_size, steps, seed=0, epoch=0, n=23, rank=0, world_size=1):
     """For each step the examples of each micro-batch, and the step's counts."""
     rows = [([1, i, 2], [_, i, 2]) for i in range(3, 3 + n)]
-    made = epoch_windows(rows, DataCollatorForSupervisedDataset(0), batch_size, steps, seed, epoch, rank, world_size)
-    return [([[i for i, label in zip(batch.tokens[:, 1].tolist(), batch.labels[:, 1]) if label != _] for batch in window.batches],
-             window.n_tokens, window.n_answer) for window in made]
+    made = epoch_windows(rows, DataCollatorForSupervisedDataset(0), batch_size, steps, seed, epoch,
+                         rank, world_size)
+    deals = []
+    for window in made:
+        batches = []
+        for batch in window.batches:
+            examples = zip(batch.tokens[:, 1].tolist(), batch.labels[:, 1], strict=True)
+            batches.append([i for i, label in examples if label != _])
+        deals.append((batches, window.n_tokens, window.n_answer))
+    return deals
 
 
 def flat(*args, **settings):
-    return [[i for batch in batches for i in batch] for batches, *_ in dealt(*args, **settings)]
+    """Return the examples of each step."""
+    return [sum(batches, []) for batches, *_ in dealt(*args, **settings)]
 
 
 def test_every_example_once_an_epoch_and_the_last_window_is_smaller():
     steps = dealt(batch_size=3, steps=4)
-    assert [[len(batch) for batch in batches] for batches, *_ in steps] == [[3, 3, 3, 3], [3, 3, 3, 2]]
+    assert [list(map(len, batches)) for batches, *_ in steps] == [[3, 3, 3, 3], [3, 3, 3, 2]]
     assert [counts for _, *counts in steps] == [[36, 24], [33, 22]]
     assert sorted(sum(flat(3, 4), [])) == list(range(3, 26))
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     assert sum(flat(3, 4), []) == sum(flat(8, 1), []) == sum(flat(1, 8), [])
-    assert len({tuple(sum(flat(3, 4, seed, epoch), [])) for seed in range(3) for epoch in range(3)}) == 9
+    orders = set()
+    for seed, epoch in itertools.product(range(3), range(3)):
+        orders.add(tuple(sum(flat(3, 4, seed, epoch), [])))
+    assert len(orders) == 9
 
 
 @pytest.mark.parametrize("n", [16, 17, 19, 24, 201])
 def test_ranks_share_each_step_without_a_duplicate_and_none_goes_without_a_batch(n):
-    alone, first, second = flat(4, 2, n=n), *(flat(2, 2, n=n, rank=rank, world_size=2) for rank in (0, 1))
-    assert [sorted(mine + theirs) for mine, theirs in zip(first, second, strict=True)] == [sorted(step) for step in alone]
+    first, second = (flat(2, 2, n=n, rank=rank, world_size=2) for rank in (0, 1))
+    for one, other, step in zip(first, second, flat(4, 2, n=n), strict=True):
+        assert sorted(one + other) == sorted(step)
     for rank in (0, 1):
         steps = dealt(2, 2, n=n, rank=rank, world_size=2)
         assert [counts for _, *counts in steps] == [counts for _, *counts in dealt(4, 2, n=n)]
         assert all(batches for batches, *_ in steps)
-    assert (second[-1] == []) == (n == 17 or n == 201)                   # one example left: rank 1 masks its batch whole
+    # If one example is left, rank 1 masks its whole batch.
+    assert (second[-1] == []) == (n in (17, 201))
 
 
 # --- packed rows

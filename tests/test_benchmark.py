@@ -15,25 +15,13 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import (
-    ablation,
-    distill,
-    measure,
-    methods,
-    peers,
-    ranks,
-    roofline,
-    runs,
-    scaling,
-    search,
-    tables,
-)
+from benchmarks import (ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling,
+                        search, tables)
 from benchmarks.request import Request
 from finetune import convert
 from finetune.batches import pack
@@ -42,7 +30,6 @@ from finetune.options import parse_options
 from llama import ModelArgs
 from lora import LoRAConfig, add_lora
 
-from . import peers as peers_side
 from .helpers import ONE_THREAD, ROOT, tiny
 
 MIB = 2 ** 20
@@ -54,11 +41,8 @@ def table(tmp_path):
     return tables.Table("tried", tmp_path, "here", "`this`")
 
 
-def make(name, out, *flags):
-    """Return the lines of a table of these flags, measured under conditions that stay the same."""
-    args = benchmark.parse_args([name, "--out", str(out), *flags])
-    return benchmark.PAGES[name].make(args, tables.Table(name, out, "here", "`this`"))
-
+def saved_cells(path):
+    return json.loads(path.read_text())["cells"]
 
 
 def rows_in(lines, first):
@@ -66,80 +50,60 @@ def rows_in(lines, first):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     return [row for row in rows if row and row[0] == first]
 
+
+def make(name, out, *flags):
+    """Return the lines of a table of these flags, measured under conditions that stay the same."""
+    args = benchmark.parse_args([name, "--out", str(out), *flags])
+    return benchmark.PAGES[name].make(args, tables.Table(name, out, "here", "`this`"))
+
+
 # Cells: saved, continued, and measured again where they would differ
 
+
 def test_a_cell_is_measured_once_for_its_settings_and_conditions(table):
+    """A killed table goes on; JSON does not know tuples."""
     measured = []
 
     def cell(table, settings, value):
         def compute():
+            if value == "killed":
+                raise KeyboardInterrupt
             measured.append(value)
-            return {"value": value}
+            return value
 
-        return table.cell(settings, compute)["value"]
+        return table.cell(settings, compute)
 
     assert cell(table, {"n": 1, "flags": ("a",)}, 1) == 1
-    assert cell(table, {"n": 1, "flags": ["a"]}, 2) == 1         # JSON does not know tuples.
+    with pytest.raises(KeyboardInterrupt):
+        cell(table, {"n": 2, "flags": ["a"]}, "killed")
+    assert cell(table, {"n": 1, "flags": ["a"]}, 2) == 1
     assert cell(table, {"n": 2, "flags": ["a"]}, 3) == 3
     assert cell(replace(table, conditions="elsewhere"), {"n": 1, "flags": ["a"]}, 4) == 4
-    cells = json.loads((table.out / "tried.json").read_text())["cells"]
-    assert [cell["result"]["value"] for cell in cells] == measured == [1, 3, 4]
-    assert cells[0]["command"] == "`this`"
+    saved = saved_cells(table.out / "tried.json")
+    assert [cell["result"] for cell in saved] == measured == [1, 3, 4]
+    assert saved[0]["command"] == "`this`"
 
 
-def test_an_interrupted_table_continues(table):
-    done = []
-
-    def run(until=None):
-        def compute(i):
-            if i == until:
-                raise KeyboardInterrupt
-            done.append(i)
-            return {"i": i}
-
-        return [table.cell({"i": i}, lambda i=i: compute(i))["i"] for i in range(4)]
-
-    with pytest.raises(KeyboardInterrupt):
-        run(until=2)
-    assert len(json.loads((table.out / "tried.json").read_text())["cells"]) == 2
-    assert run() == done == [0, 1, 2, 3]
-
-
-
-def test_figures_depend_on_all_code_that_runs_and_on_the_page(tmp_path):
+def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path):
     hashed = set()
     for pattern in tables.CODE:
         hashed |= set(ROOT.glob(pattern))
     for name, module in sys.modules.items():
-        if name.partition(".")[0] in ("train", "generate", "llama", "lora", "finetune"):
+        is_ours = name.partition(".")[0] in ("train", "generate", "llama", "lora", "finetune")
+        if is_ours and module.__file__:              # finetune.demo is a folder without one.
             assert Path(module.__file__) in hashed
-    page = tmp_path / "page.py"
-    digests = set()
+    data = tmp_path / "data.json"
+    args = benchmark.parse_args(["methods", "--data", str(data)])
+    conditions = []
     for content in ("first", "second", "first"):
-        page.write_text(content)
-        digests.add(tables.code_digest(page))
-    assert len(digests) == 2
-
-
-def test_figures_depend_on_the_examples(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(methods, "make", lambda args, table: [table.conditions])
-    printed = []
-    for content in ("first", "second", "first"):
-        (tmp_path / "examples.json").write_text(content)
-        benchmark.main(["methods", "--data", str(tmp_path / "examples.json"), "--out",
-                        str(tmp_path / "out")])
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[2] != printed[1]
-
-
-def test_a_table_does_not_get_lost_with_its_picture(table, monkeypatch, capsys):
-    monkeypatch.setattr(tables, "find_spec", lambda name: True)
-    monkeypatch.setattr(tables, "draw", lambda *_: 1 / 0)
-    table.draw([])
-    assert capsys.readouterr().err == "picture skipped: division by zero\n"
+        data.write_text(content)
+        conditions.append(benchmark.make_table(args, methods, []).conditions)
+    assert conditions[0] == conditions[2] != conditions[1]
+    assert benchmark.make_table(args, search, []).conditions != conditions[2]
 
 
 # Memory
+
 
 @pytest.mark.parametrize("error, expected", [
     (MemoryError(), tables.OutOfMemory),
@@ -150,7 +114,6 @@ def test_out_of_memory_is_an_error_of_its_own(error, expected):
     with pytest.raises(expected) as raised:
         tables.run_within_memory(exec, "raise error", {"error": error})
     assert raised.type is expected
-
 
 
 @pytest.mark.skipif(not measure.RESET_MARK.exists(), reason="there is no high-water mark to reset")
@@ -172,8 +135,7 @@ def test_without_a_mark_to_reset_the_peak_is_the_whole_process_s(monkeypatch, tm
     monkeypatch.setattr(measure, "RESET_MARK", tmp_path / "no" / "such")
     peaks = measure.Peaks(torch.device("cpu"))
     peaks.end("forward")
-    assert list(peaks.mib) == ["process"]
-    assert peaks.mib["process"] > 10
+    assert list(peaks.mib) == ["process"] and peaks.mib["process"] > 10
 
 
 # Bytes and FLOP
@@ -200,7 +162,7 @@ def test_flop_counted_are_flop_by_hand():
     assert work["flop"] == 3 * forward
     two = measure.count_work(model, [pack(ROWS)] * 2, NO_AUTOCAST)
     assert two["forward"] == 2 * forward
-    # Checkpointing repeats the blocks without w2, whose result nothing needs, and not the head.
+    # Checkpointing repeats neither the blocks' w2, whose result nothing needs, nor the head.
     model.checkpointing = True
     args = model.args
     head = 2 * 4 * args.dim * args.vocab_size
@@ -211,12 +173,10 @@ def test_flop_counted_are_flop_by_hand():
 
 def test_multiplied_weights_of_the_7b():
     """32 x (4 x 4096^2 + 3 x 4096 x 11008), and the output matrix for tokens that need it."""
-    blocks = 32 * (4 * 4096 ** 2 + 3 * 4096 * 11008)
-    assert measure.multiplied_weights(ModelArgs(), 0) == blocks == 6_476_005_376
-    assert measure.multiplied_weights(ModelArgs(), 1) == blocks + 4096 * 32000
-    assert measure.flop_per_token(10) == 40
+    assert measure.multiplied_weights(ModelArgs(), 0) == 6_476_005_376
+    assert measure.multiplied_weights(ModelArgs(), 1) == 6_476_005_376 + 4096 * 32000
+    assert [measure.flop_per_token(10, full) for full in (False, True)] == [40, 60]
     assert measure.flop_per_token(10, checkpointing=True) == 60
-    assert measure.flop_per_token(10, full=True) == 60
 
 
 def test_copies_under_autocast_are_counted_as_such():
@@ -224,32 +184,30 @@ def test_copies_under_autocast_are_counted_as_such():
     model = tiny()
     add_lora(model, LoRAConfig(r=2, dropout=0.0))
     assert measure.count_work(model, [pack(ROWS)], NO_AUTOCAST)["copies"] == 0
-    autocast = torch.autocast("cpu", torch.bfloat16)
-    work = measure.count_work(model, [pack(ROWS)], autocast)
-    spared = {"tok_embeddings.weight"}
-    for name in ("wq.base.weight", "wq.lora_A", "wk.weight", "wv.base.weight", "wv.lora_A"):
-        spared.add(f"layers.0.attention.{name}")
-    matrices = [(name, p) for name, p in model.named_parameters() if p.dim() == 2]
-    assert work["copies"] == 2 * sum(p.numel() for name, p in matrices if name not in spared)
+    work = measure.count_work(model, [pack(ROWS)], torch.autocast("cpu", torch.bfloat16))
+    first = [f"layers.0.attention.{name}" for name in ("wq.", "wk.", "wv.")]
+    n_copied = 0
+    for name, weight in model.named_parameters():
+        reads_embedding = name.startswith(tuple(first)) and not name.endswith("lora_B")
+        if weight.dim() == 2 and name != "tok_embeddings.weight" and not reads_embedding:
+            n_copied += weight.numel()
+    assert work["copies"] == 2 * n_copied
     assert all(p.grad is None for p in model.parameters())
-
 
 
 # Rows and steps
 
+
 def test_random_rows_are_as_long_as_alpaca_s():
     """Alpaca's first 200 have 121 tokens on average with LLaMA's tokenizer, of which 56 answer."""
     rows = runs.random_rows(32000)
-    assert rows == runs.random_rows(32000)
-    assert len(rows) == 200
+    assert rows == runs.random_rows(32000) and len(rows) == 200
     assert 105 < sum(len(tokens) for tokens, _ in rows) / 200 < 135
     assert 45 < sum(count_answer(labels) for _, labels in rows) / 200 < 65
     for tokens, labels in rows:
         n_prompt = labels.count(-100)
-        assert tokens[0] == 1
-        assert tokens[-1] == 2
+        assert (tokens[0], tokens[-1], len(tokens) <= 512) == (1, 2, True)
         assert labels == [-100] * n_prompt + tokens[n_prompt:]
-        assert len(tokens) <= 512
     assert len({tuple(tokens[:29]) for tokens, _ in rows}) == 2  # the two preambles
     of_one_length = runs.random_rows(50, 64)
     assert {(len(row[0]), count_answer(row[1])) for row in of_one_length} == {(64, 32)}
@@ -281,54 +239,40 @@ def test_ranks_take_a_gpu_each(gpus, monkeypatch, base):
 
 # What is made of results
 
-def result(activations=40, flop=6e6, seconds=1.0, parameters=8):
-    """Return what a run may have measured."""
-    n_bytes = {"parameters": parameters, "gradients": 8, "optimizer": 16,
-               "activations": activations}
-    estimate = {"weights": 8, "gradients": 8, "optimizer": 16, "activations": 30, "logits": 1}
-    return {"bytes": {kind: size * MIB for kind, size in n_bytes.items()},
-            "estimate": {kind: size * MIB for kind, size in estimate.items()},
-            "forward": 2e6, "flop": flop, "seconds": seconds, "tokens_per_second": 10.0,
-            "P": 1_000_000, "peaks": {"start": 100.0, "weights": 110.0, "process": 160.0}}
-
-
-def results_of_an_ablation():
-    results = {ablation.FULL: result()}
-    for change in ablation.CHANGES.values():
-        results[change.after] = result()
-    results[ablation.CHANGES["gradient accumulation"].after] = result(activations=5)
-    results[ablation.CHANGES["checkpointing"].after] = result(4, flop=8e6, seconds=1.05)
-    results[ablation.CHANGES["mixed precision (autocast)"].after] = result(22, parameters=12)
-    return results
-
 
 def test_table_1_tells_what_changes_and_where_the_report_is_wrong():
-    results = results_of_an_ablation()
+    """By measured bytes; where one of two runs was out of memory, by estimates."""
+    n_bytes = dict.fromkeys(["parameters", "gradients", "optimizer", "activations"], 40 * MIB)
+    run = {"forward": 2e6, "flop": 6e6, "seconds": 1.0, "P": 10 ** 6, "peaks": {"process": 1.0},
+           "bytes": n_bytes,
+           "estimate": dict.fromkeys(["weights", *n_bytes, "logits"], 16 * MIB)}
+    results = {ablation.FULL: run}
+    for change in ablation.CHANGES.values():
+        results[change.after] = run
+    checkpointing = ablation.CHANGES["checkpointing"].after
+    autocast = ablation.CHANGES["mixed precision (autocast)"].after
+    results[checkpointing] = run | {"flop": 8e6, "seconds": 1.05}
+    results[autocast] = run | {"bytes": n_bytes | {"parameters": 60 * MIB}}
     rows, differences = ablation.make_table_1(results)
-    accumulation, checkpointing, autocast = rows[:3]
-    assert accumulation[1:5] == ["8.0 → 8.0 –", "8.0 → 8.0 –", "16.0 → 16.0 –",
-                                 "40.0 → 5.0 ↓ (report ↓)"]
-    assert checkpointing[6:] == ["6.0 → 8.0 ↑ (report ↑)", "1.00 → 1.05 –"]    # A tenth is noise.
-    assert autocast[1] == "8.0 → 12.0 ↑ **(report ↓)**"
-    assert differences[0].startswith("mixed precision, parameters: the report says ↓, here it is ↑")
-    # Where a run was out of memory, both sides are estimates.
-    del results[ablation.FULL]["bytes"]
-    del results[ablation.FULL]["peaks"]
-    checkpointing = ablation.make_table_1(results)[0][1]
-    assert checkpointing[0] == "checkpointing (by estimate)"
-    assert checkpointing[4].startswith("31.0 → 31.0 –")
+    assert rows[1][6:] == ["6.0 → 8.0 ↑ (report ↑)", "1.00 → 1.05 –"]
+    assert rows[2][1] == "40.0 → 60.0 ↑ **(report ↓)**"
+    expected = "mixed precision, parameters: the report says ↓, here it is ↑"
+    assert any(sentence.startswith(expected) for sentence in differences)
+    results[ablation.FULL] = {"estimate": run["estimate"], "P": run["P"]}
+    row = ablation.make_table_1(results)[0][1]
+    assert row[0] == "checkpointing (by estimate)" and row[4].startswith("32.0 → 32.0 –")
 
 
-
-def test_out_of_memory_is_a_row(tmp_path, monkeypatch):
+def test_out_of_memory_is_a_row(base, data, tmp_path, monkeypatch):
     def killed(function, *_):
         raise tables.OutOfMemory("killed")
 
     monkeypatch.setattr(tables, "run_fresh", killed)
-    lines = make("ablation", tmp_path, "--shape", "135m", "--layers", "1", "--device", "cpu")
+    lines = make("ablation", tmp_path, "--checkpoint", str(base), "--data", str(data), "--device",
+                 "cpu")
     rows = [line for line in lines if line.startswith(("| full |", "| lora |"))]
     assert len(rows) == 20
-    assert all(re.search(r"out of memory \| [\d,]{3,} \|", row) for row in rows)   # the estimate
+    assert all(re.search(r"out of memory \| [\d.]+ \|", row) for row in rows)   # the estimate
 
 
 def test_sides_are_compared_by_medians_and_ratios():
@@ -345,7 +289,6 @@ def test_sides_are_compared_by_medians_and_ratios():
     assert peers.versus({"ours": ours, "transformers": other_text}, True)[1][-1] == "no"
     out_of_memory = peers.versus({"ours": ours, "transformers": [{}]}, True)[1]
     assert out_of_memory == ["20.0", "110", "out of memory", "", "", "", ""]
-
 
 
 # The peers
@@ -370,17 +313,6 @@ def test_a_peer_that_fails_is_out_of_memory_or_says_why(tmp_path, last_line, end
     asked = json.loads((tmp_path / "asked").read_text())
     assert Request(**asked["request"]) == REQUEST
     assert asked["rows"] == []
-
-
-
-def test_a_peer_ends_with_the_process_that_waits(monkeypatch):
-    parents = iter([7, 7, 1])
-    codes = []
-    stand_in = SimpleNamespace(getppid=lambda: next(parents), _exit=codes.append)
-    monkeypatch.setattr(peers_side, "os", stand_in)
-    monkeypatch.setattr(peers_side, "time", SimpleNamespace(sleep=lambda _: None))
-    peers_side.exit_without(7)
-    assert codes == [1]
 
 
 def test_both_sides_do_the_same(base):
@@ -440,7 +372,11 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
 
 def test_search_finds_a_planted_optimum():
     """The loss is the distance from lr 0.02, r 8 and DoRA, with noise that fades with the steps."""
-    candidates = search.draw_candidates(243, 0, ["lora", "dora", "vera"], [1e-4, 1.0])
+    choices = ["lora", "dora", "vera"], [1e-4, 1.0]
+    candidates = search.draw_candidates(243, 0, *choices)
+    assert search.draw_candidates(5, 0, *choices) == candidates[:5]
+    assert search.draw_candidates(5, 1, *choices) != candidates[:5]
+    assert all(1e-4 <= candidate.lr <= 1.0 for candidate in candidates)
     spent = []
 
     def loss_after(i, steps):
@@ -457,47 +393,33 @@ def test_search_finds_a_planted_optimum():
     assert 0.5 < best.lr / 0.02 < 2
 
 
-def test_candidates_depend_on_the_seed_alone():
-    few = search.draw_candidates(5, 3, ["lora", "dora"], [1e-3, 1e-2])
-    many = search.draw_candidates(9, 3, ["lora", "dora"], [1e-3, 1e-2])
-    assert few == many[:5] != search.draw_candidates(5, 4, ["lora", "dora"], [1e-3, 1e-2])
-    assert all(1e-3 <= candidate.lr <= 1e-2 for candidate in many)
+def test_a_run_that_diverges_with_any_seed_is_a_row_and_its_adapters_are_not_asked(
+        base, data, tmp_path, monkeypatch):
+    """A run that leaves no adapter diverged, whatever its last row says of unmoved weights."""
+    row = {"val_loss": 1.5, "epoch": 1.0, "tokens": 8, "tokens_per_second": 4.0,
+           "peak_memory_mb": 1.0}
 
+    def finish_run(argv):
+        options = parse_options(["--checkpoint", str(base), "--data", str(data), *argv])
+        settings = (options.method, options.seed)
+        if options.method != "dora" and settings != ("vera", 1):
+            (Path(options.out) / "adapter.pt").touch()
+        return options, [row]
 
-
-
-
-def test_a_method_diverges_with_any_of_its_seeds(tmp_path, monkeypatch):
-    """Then it is a row, and its adapters are not asked: they are not there."""
-    def run_fresh(function, flags, *_):
+    def run_fresh(function, argv, *_):
         if function is methods.measure_answering:
+            assert argv.exists()
             return {"right": 0.5, "adapter_per_second": 1.0, "merged_per_second": 1.0}
-        values = dict(zip(flags, flags[1:], strict=False))
-        Path(values["--out"]).mkdir(parents=True)
-        (Path(values["--out"]) / "adapter.pt").touch()
-        diverges = values["--method"] == "dora" or (values["--method"], values["--seed"]) == (
-            "vera", "1")
-        return {"held_out_loss": None if diverges else 1.5, "parameters": 7, "kept_mib": 1.0,
-                "examples_per_second": 1.0}
+        argv = list(argv)
+        Path(argv[argv.index("--out") + 1]).mkdir(parents=True)
+        return methods.measure_training(argv) | {"parameters": 7, "kept_mib": 1.0}
 
+    monkeypatch.setattr(methods, "finish_run", finish_run)
     monkeypatch.setattr(methods, "run_fresh", run_fresh)
     lines = make("methods", tmp_path, "--lrs", "1e-2,1e-1")
     assert rows_in(lines, "dora")[0][3] == "diverged, 1 of 1 seeds"
     assert rows_in(lines, "vera")[0][3] == "diverged, 1 of 2 seeds"
     assert rows_in(lines, "rslora")[0][3] == "1.500 ± 0.000"
-
-
-
-def test_a_run_that_leaves_no_adapter_has_diverged(base, data, tmp_path, monkeypatch):
-    """Its last row may have a held-out loss all the same: of weights that no step has moved."""
-    row = {"val_loss": 1.5, "epoch": 1.0, "tokens": 8, "tokens_per_second": 4.0,
-           "peak_memory_mb": 1.0}
-    options = parse_options(["--checkpoint", str(base), "--data", str(data), "--out",
-                             str(tmp_path)])
-    monkeypatch.setattr(methods, "finish_run", lambda argv: (options, [row]))
-    assert methods.measure_training([])["held_out_loss"] is None
-    (tmp_path / "adapter.pt").touch()
-    assert methods.measure_training([])["held_out_loss"] == 1.5
 
 
 def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, monkeypatch):
@@ -523,9 +445,8 @@ def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, mon
     assert all(data_file == teacher_s for data_file, teacher_s in taught)
 
 
-
-
 # Every table, at a tiny size
+
 
 @pytest.fixture
 def tabulate(monkeypatch, tmp_path, capsys):
@@ -549,82 +470,35 @@ def tabulate(monkeypatch, tmp_path, capsys):
         signal.signal(number, handler)
 
 
-def cells_after_a_kill(name, path, flags):
-    """Return the cells in `path` after a benchmark was killed with two of them."""
-    argv = [sys.executable, "-m", "benchmarks", name, "--out", path.parent, *map(str, flags)]
-    process = subprocess.Popen(argv, cwd=ROOT, env=ONE_THREAD,
-                               stderr=subprocess.DEVNULL)
-    while not path.exists() or len(json.loads(path.read_text())["cells"]) < 2:
-        assert process.poll() is None                # It must not have ended by itself.
-        time.sleep(0.1)
-    process.kill()
-    process.wait()
-    return json.loads(path.read_text())["cells"]
-
-
 @pytest.mark.slow
-def test_ablation_to_the_end(base, data, tmp_path, tabulate):
-    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
-    assert len(rows_in(tabulate("ablation", *flags), "lora")) == 12
-    cells = json.loads((tmp_path / "out/ablation.json").read_text())["cells"]
-    assert len(cells) == 20
-    for cell in cells:
-        measured = cell["result"]
-        assert measured["tokens_per_second"] > 0
-        assert measured["peaks"].keys() >= {"start", "weights", "forward", "backward", "step"}
-        assert set(measured["bytes"]) == {"parameters", "gradients", "optimizer", "activations"}
-
-
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's list of processes")
-def test_a_cell_s_process_ends_with_the_process_that_waits():
-    """Otherwise a killed benchmark would run on beside the figures of the next."""
-    script = ("import time; from benchmarks.tables import run_fresh\n"
-              "if __name__ == '__main__': run_fresh(time.sleep, 600)")
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 60
-    cells = []
-    while not cells and time.monotonic() < deadline:
-        time.sleep(0.1)
-        cells = [pid for pid in children.read_text().split() if is_cell(pid)]
-    time.sleep(6)                                    # until it has imported what it needs
-    process.kill()
-    process.wait()
-    assert cells
-    while any(map(is_cell, cells)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def is_cell(pid):
-    """Return whether a process is that of a cell."""
-    try:
-        return "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-def test_scaling_and_roofline_to_the_end(base, data, tabulate):
-    flags = ["--checkpoint", base, "--data", data, "--device", "cpu", "--repeats", "1"]
-    lines = tabulate("scaling", *flags)
-    for axis in ("examples per micro-batch", "tokens per example", "layers", "r"):
-        assert rows_in(lines, axis)
-    one, two = rows_in(lines, "ranks")
-    assert int(two[2]) > int(one[2])                 # twice the examples per step
-    text = "\n".join(tabulate("roofline", *flags))
-    assert text.count("4 P") == text.count("6 P") == 3
-
-
-@pytest.mark.slow
-def test_methods_to_the_end(base, data, tabulate):
-    lines = tabulate("methods", "--checkpoint", base, "--data", data, "--val-data", data,
-                     "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
-    for name in methods.FAMILY:
-        assert rows_in(lines, name)[0][1] == "0.01"
+@pytest.mark.parametrize("name, expected", [
+    ("ablation", {"lora": 12}),
+    ("scaling", {"examples per micro-batch": 5, "tokens per example": 4, "layers": 2, "ranks": 2}),
+    ("roofline", {}),
+    ("methods", dict.fromkeys(methods.FAMILY, 1)),
+    ("distill", {}),
+])
+def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
+    flags = ["--checkpoint", base, "--data", data]
+    if name in ("methods", "distill"):
+        flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
+    else:
+        flags += ["--device", "cpu", "--repeats", "1"]
+    lines = tabulate(name, *flags)
+    assert {first: len(rows_in(lines, first)) for first in expected} == expected
+    results = [cell["result"] for cell in saved_cells(tmp_path / f"out/{name}.json")]
+    if name == "ablation":
+        assert len(results) == 20
+        phases = {"start", "weights", "forward", "backward", "step"}
+        assert all(result["peaks"].keys() >= phases for result in results)
+        assert all(result["tokens_per_second"] > 0 for result in results)
+    if name == "roofline":
+        assert "\n".join(lines).count("4 P") == "\n".join(lines).count("6 P") == 3
+    if name == "distill":                            # The teacher, then each student in both ways.
+        losses = [result["loss"] for result in results[1:]]
+        assert len(losses) == 6 and all(losses[i] != losses[i + 1] for i in (0, 2, 4))
+        change = f": held-out loss {losses[1] - losses[0]:+.3f}, "
+        assert any(change in line for line in lines)
 
 
 @pytest.mark.slow
@@ -637,18 +511,31 @@ def test_peers_to_the_end(base, tmp_path, tabulate):
         "peers", "--checkpoint", tmp_path / "hf", "--device", "cpu", "--repeats", "1", "--steps",
         "1", "--cells", "train bf16 batch 32*,generate fp32 64*"))
     assert "| train bf16 batch 32 share-prefix |" in text
-    assert text.count("| yes |") == 2
-    assert "| no |" not in text
+    assert text.count("| yes |") == 2 and "| no |" not in text
 
 
 @pytest.mark.slow
 def test_a_killed_search_ends_as_if_it_had_not_been(base, data, tmp_path, tabulate):
+    """Nor does the process of a cell run on beside the figures of the next."""
     flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4",
              "--budget", "24", "--lrs", "1e-3,1e-1"]
     path = tmp_path / "out/search.json"
-    before = cells_after_a_kill("search", path, flags)
+    argv = [sys.executable, "-m", "benchmarks", "search", "--out", path.parent, *flags]
+    process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=ONE_THREAD)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not path.exists() or len(saved_cells(path)) < 2 or not children.read_text().split():
+        assert process.poll() is None                # It must not have ended by itself.
+        time.sleep(0.05)
+    cells = children.read_text().split()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while any("spawn_main" in command_line(pid) for pid in cells):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = saved_cells(path)
     lines = tabulate("search", *flags)
-    assert json.loads(path.read_text())["cells"][:len(before)] == before
+    assert saved_cells(path)[:len(before)] == before
     shutil.rmtree(tmp_path / "out")
     assert tabulate("search", *flags)[1:] == lines[1:]
     losses = [float(rows_in(lines, str(place))[0][-1]) for place in (2, 3, 4)]
@@ -656,36 +543,29 @@ def test_a_killed_search_ends_as_if_it_had_not_been(base, data, tmp_path, tabula
     assert "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
 
 
+def command_line(pid):
+    """Return a process's command line, empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 @pytest.mark.slow
 def test_an_adapter_is_cut_to_each_rank_beside_one_trained_at_each(tmp_path, tabulate):
     """At its whole rank a cut DyLoRA is the adapter as it was saved; a rank is not another's."""
+    questions = tmp_path / "few.json"
     examples = json.loads((ROOT / "finetune/demo/held_out.json").read_text())[:12]
-    questions = str(tmp_path / "few.json")
-    Path(questions).write_text(json.dumps(examples))
-    flags = ["--data", questions, "--val-data", questions]
+    questions.write_text(json.dumps(examples))
+    flags = ["--data", str(questions), "--val-data", str(questions)]
     lines = tabulate("ranks", *flags, "--ranks", "1,2,4")
     one_run = [*flags, "--lr", "0.005", "--seed", "0"]
     dylora = [*one_run, "--method", "dylora", "--r", "4"]
-    whole, cut = ranks.train_and_examine(dylora, [], [None, 2], questions)
-    assert whole["loss"] != cut["loss"]
-    assert rows_in(lines, "2")[0][3:] == ranks.columns_of(cut)
-    assert rows_in(lines, "4")[0][3:] == ranks.columns_of(whole)
+    whole, cut = ranks.train_and_examine(dylora, [], [None, 2], str(questions))
     lora = [*one_run, "--method", "lora", "--r", "2"]
-    alone, = ranks.train_and_examine(lora, [], [None], questions)
-    assert rows_in(lines, "2")[0][1:3] == ranks.columns_of(alone)
+    alone, = ranks.train_and_examine(lora, [], [None], str(questions))
+    assert whole["loss"] != cut["loss"]
+    expected = [*ranks.columns_of(alone), *ranks.columns_of(cut)]
+    assert rows_in(lines, "2")[0][1:] == expected
+    assert rows_in(lines, "4")[0][3:] == ranks.columns_of(whole)
     assert tabulate("ranks", *flags, "--ranks", "1,2,4") == lines        # from the saved cells
-
-
-@pytest.mark.slow
-def test_distill_to_the_end(base, data, tmp_path, tabulate):
-    """Each student is trained in both ways; a teacher's change is the difference of two rows."""
-    lines = tabulate("distill", "--checkpoint", base, "--data", data, "--val-data", data,
-                     "--epochs", "1", "--seeds", "0", "--lrs", "1e-2")
-    saved = json.loads((tmp_path / "out/distill.json").read_text())["cells"]
-    cells = [cell["settings"] | cell["result"] for cell in saved]
-    assert [cell["way"] for cell in cells] == ["", *["alone", "distilled"] * 3]
-    for alone, distilled in zip(cells[1::2], cells[2::2], strict=True):
-        assert alone["loss"] != distilled["loss"]
-        assert f"{alone['loss']:.3f}" in rows_in(lines, alone["name"])[0]
-        change = f"{alone['name']}: held-out loss {distilled['loss'] - alone['loss']:+.3f}, "
-        assert any(change in line for line in lines)

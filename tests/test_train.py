@@ -1,254 +1,382 @@
-"""train.py: the step's arithmetic through the command line, reproducible to the byte, careful with what is there."""
+"""train.py: the step's arithmetic through the command line, careful with what is there.
+
+That a step does not depend on how it is cut is in test_distributed.py.
+"""
 import json
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import generate
 import finetune.evaluate
+import generate
 import train
-from llama import load_checkpoint
 from finetune.batches import DataCollatorForSupervisedDataset
-from finetune.dataset import read_examples, SupervisedDataset, load_datasets
+from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.options import parse_options
 from finetune.ranks import SINGLE_PROCESS
+from llama import load_checkpoint
 
 from .helpers import EXAMPLES, adapter_tensors, contents, untimed
 
-FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens", "tokens_per_second", "peak_memory_mb",
-          "loss_scale"]
+FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens",
+          "tokens_per_second", "peak_memory_mb", "loss_scale"]
 
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(see) has see(model, batch) called before each forward of the run, the pre-flight's left out."""
+    """watch(see) has see(model, batch) called before each forward but the pre-flight's."""
     def watch(see):
         monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-        for place, name in (train, "answer_loss"), (finetune.evaluate, "log_likelihoods"):
-            def watched(model, batch, honest=getattr(place, name)):
-                return see(model, batch) or honest(model, batch)
-            monkeypatch.setattr(place, name, watched)
+        places = ((train, "answer_loss"), (finetune.evaluate, "log_likelihoods"))
+        for module, name in places:
+            def watched(model, batch, function=getattr(module, name)):
+                see(model, batch)
+                return function(model, batch)
+
+            monkeypatch.setattr(module, name, watched)
+
     return watch
 
 
-def test_a_step_does_not_depend_on_how_it_is_cut(run, tmp_path):
-    """Two epochs of a step over 8 examples and one over the 4 left: as 8, 4 + 4, 8 x 1, or with checkpointing."""
-    whole = run("8", "--batch-size", "8", "--accumulation-steps", "1", "--dropout", "0", "--epochs", "2")
-    for out, *flags in (("4+4", "--batch-size", "4", "--accumulation-steps", "2"),
-                        ("1x8", "--batch-size", "1", "--accumulation-steps", "8"),
-                        ("checkpointing", "--batch-size", "8", "--accumulation-steps", "1", "--checkpointing")):
-        rows = run(out, *flags, "--dropout", "0", "--epochs", "2")
-        assert len(rows) == len(whole) == 4
-        for row, other in zip(rows, whole):
-            assert [row[key] for key in ("step", "epoch", "tokens", "answer_tokens", "lr")] == \
-                   [other[key] for key in ("step", "epoch", "tokens", "answer_tokens", "lr")]
-            assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
-            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        for name, tensor in adapter_tensors(tmp_path / out).items():
-            assert torch.allclose(tensor, adapter_tensors(tmp_path / "8")[name], atol=1e-4), name
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+def base_loss(base, tokenizer):
+    """Return the base's mean loss over the answer tokens of EXAMPLES."""
+    model, _ = load_checkpoint(base)
+    rows = SupervisedDataset(EXAMPLES, tokenizer).rows
+    batch = DataCollatorForSupervisedDataset(2)(rows)
+    logits = model(batch.tokens)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, batch.labels[:, 1:].flatten()).item()
+
+
+# --- what a run computes and logs
 
 
 def test_metrics_have_every_field_and_count_real_tokens(run, tokenizer):
-    rows = run("out", "--batch-size", "5", "--accumulation-steps", "2", "--epochs", "2", "--log-every", "100")
-    data = SupervisedDataset(EXAMPLES, tokenizer)
+    """Each example counts once per epoch, without padding."""
+    rows = run("out", "--batch-size", "5", "--accumulation-steps", "2", "--epochs", "2",
+               "--log-every", "100")
+    data = SupervisedDataset(EXAMPLES, tokenizer).rows
     assert [list(row) for row in rows] == [FIELDS] * 4
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and [row["epoch"] for row in rows] == [0.5, 1.0, 1.5, 2.0]
-    for epoch in (rows[:2], rows[2:]):                                  # each example once an epoch, no padding
-        assert sum(row["tokens"] for row in epoch) == sum(len(tokens) for tokens, _ in data.rows)
-        assert sum(row["answer_tokens"] for row in epoch) == sum(sum(i != -100 for i in labels) for _, labels in data.rows)
+    assert column(rows, "step") == [1, 2, 3, 4]
+    assert column(rows, "epoch") == [0.5, 1.0, 1.5, 2.0]
+    n_tokens = sum(len(tokens) for tokens, _ in data)
+    n_prompt = sum(labels.count(-100) for _, labels in data)
+    for epoch in (rows[:2], rows[2:]):
+        assert sum(column(epoch, "tokens")) == n_tokens
+        assert sum(column(epoch, "answer_tokens")) == n_tokens - n_prompt
     assert rows[-1]["loss"] < rows[0]["loss"]
 
 
-def test_the_first_loss_is_the_bases(run, base, tokenizer, data):
-    """At lr 0 every step's loss is the untrained model's, averaged over answer tokens."""
-    model, _ = load_checkpoint(base)
-    batch = DataCollatorForSupervisedDataset(2)(SupervisedDataset(EXAMPLES, tokenizer).rows)
-    logits = model(batch.tokens)[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
+def test_the_first_loss_is_the_bases(run, base, tokenizer):
     row, = run("out", "--batch-size", "5", "--accumulation-steps", "3", "--epochs", "1")
-    assert row["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert row["loss"] == pytest.approx(base_loss(base, tokenizer), rel=1e-5)
 
 
-def test_same_command_same_bytes(run, tmp_path):
-    flags = ("--batch-size", "2", "--accumulation-steps", "2", "--epochs", "2", "--dropout", "0.1")
-    first, second, other = run("a", *flags), run("b", *flags), run("c", *flags, "--seed", "1")
-    assert untimed(first) == untimed(second)
-    assert (tmp_path / "a/adapter.pt").read_bytes() == (tmp_path / "b/adapter.pt").read_bytes()
-    assert untimed(first) != untimed(other)
+def test_held_out_loss_is_a_sum_by_a_count(run, watch, base, tokenizer, data):
+    """No more tokens at a time than a micro-batch has."""
+    sizes = []
 
+    def see(model, questions):
+        if isinstance(questions, list):
+            sizes.append([len(each.prompt) + len(each.answers[0]) for each in questions])
 
-def test_full_fine_tuning_and_random_weights(run, tmp_path, capsys):
-    rows = run("full", "--method", "full", "--init", "random", "--epochs", "6", "--accumulation-steps", "1")
-    assert rows[0]["loss"] == pytest.approx(math.log(400), rel=0.02) and rows[-1]["loss"] < 0.7 * rows[0]["loss"]
-    assert "parameters trained (100.00 %)" in capsys.readouterr().out
-    model, _ = load_checkpoint(tmp_path / "full")
-    assert model.norm.weight.dtype == torch.float32 and not (tmp_path / "full/adapter.pt").exists()
-    again = run("again", "--checkpoint", "full", "--method", "full", "--max-steps", "1", "--lr", "1e-9")
-    assert again[0]["loss"] < 1.2 * rows[-1]["loss"]                     # goes on where the saved weights are
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_bf16_stays_close_to_fp32(run, method):
-    exact, rounded = (run(precision, "--precision", precision, "--method", method, "--dropout", "0", "--epochs", "4",
-                          "--lr", "1e-3") for precision in ("fp32", "bf16"))
-    assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in zip(exact, rounded))
-    assert [row["loss_scale"] for row in rounded] == [1.0] * len(rounded)
-
-
-def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base):
-    for flags, frozen in ((["--precision", "bf16"], {torch.bfloat16}), (["--precision", "fp32"], {torch.float32}),
-                          (["--precision", "bf16", "--method", "full"], set())):
-        job = train.prepare(parse_options(["--checkpoint", str(base), "--r", "2", *flags]), SINGLE_PROCESS)
-        model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
-        assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
-        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
-def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, tmp_path, monkeypatch):
-    """Infinity planted in the second step: no weight and no schedule moves, and the scale is halved."""
-    flags = ("--precision", "fp16", "--epochs", "4", "--dropout", "0", "--batch-size", "4", "--accumulation-steps", "3")
-    plain = run("plain", *flags)
-    assert [row["loss_scale"] for row in plain] == [65536.0] * 4
-    calls, weights = [], []
-    honest = train.answer_loss
-
-    def planted(model, batch):
-        loss, n = honest(model, batch)
-        calls.append(len(calls))
-        if len(calls) % 3 == 1:                                          # the first micro-batch of a step
-            weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
-        return loss * (math.inf if len(calls) == 5 else 1), n
-    monkeypatch.setattr(train, "answer_loss", planted)
-    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-    rows = run("planted", *flags)
-    assert [row["loss_scale"] for row in rows] == [65536.0, 65536.0, 32768.0, 32768.0]
-    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[2], weights[3])
-    assert [row["lr"] for row in rows] == [plain[i]["lr"] for i in (0, 1, 1, 2)]
-
-
-def test_gradients_are_clipped_after_unscaling(run):
-    """The norm that is logged and clipped is the true one, whatever the loss scale."""
-    exact, scaled = (run(precision, "--precision", precision, "--dropout", "0", "--max-steps", "1", "--clip-grad-norm", "1e-3")
-                     for precision in ("fp32", "fp16"))
-    assert scaled[0]["grad_norm"] == pytest.approx(exact[0]["grad_norm"], rel=0.02)
-
-
-def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, monkeypatch):
-    seen = []
-    step = torch.optim.AdamW.step
-
-    def looking(self, *args, **settings):
-        seen.append(torch.cat([p.grad.flatten() for group in self.param_groups for p in group["params"]]).norm().item())
-        return step(self, *args, **settings)
-    monkeypatch.setattr(torch.optim.AdamW, "step", looking)
-    rows = run("clipped", "--clip-grad-norm", "0.01", "--max-steps", "2")
-    seen = [norm for norm in seen if norm]                               # without the estimate's trial step
-    assert seen == pytest.approx([0.01, 0.01], rel=1e-3) and all(row["grad_norm"] > 0.02 for row in rows)
-    run("never", "--clip-grad-norm", "0", "--max-steps", "2")
-    run("hardly", "--clip-grad-norm", "1e9", "--max-steps", "2")
-    assert (tmp_path / "never/adapter.pt").read_bytes() == (tmp_path / "hardly/adapter.pt").read_bytes()
-
-
-def test_weight_decay_reaches_the_optimizer(run, tmp_path):
-    run("plain", "--max-steps", "2"), run("decayed", "--max-steps", "2", "--weight-decay", "50")
-    plain, decayed = (sum(t.norm() for name, t in adapter_tensors(tmp_path / out).items() if name.endswith("_A")) for out in ("plain", "decayed"))
-    assert decayed < 0.8 * plain
-
-
-def test_schedule_and_warmup_flags(run):
-    def rates(*flags):
-        return [row["lr"] for row in run("rates" + "".join(flags), *flags, "--batch-size", "1", "--accumulation-steps", "1",
-                                         "--epochs", "5", "--val-fraction", "0.17")]        # 50 steps
-    assert rates("--schedule", "constant", "--warmup-steps", "0") == [1e-2] * 50
-    assert rates("--schedule", "constant", "--warmup-steps", "3")[:4] == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2])
-    default = rates()
-    assert default[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and default[-1] < 1e-4        # 3 % of 50 steps is 2
+    watch(see)
+    for n_tokens, n_groups in ((1, 24), (300, None), (3000, 2)):
+        sizes.clear()
+        row, = run(str(n_tokens), "--val-data", str(data), "--tokens-per-batch", str(n_tokens),
+                   "--max-steps", "1", "--lr", "1e-12")
+        assert row["val_loss"] == pytest.approx(base_loss(base, tokenizer), rel=1e-5)
+        # Before step 1 and after it.
+        assert sum(map(len, sizes)) == 24 and len(sizes) == (n_groups or len(sizes))
+        assert all(sum(group) <= n_tokens or len(group) == 1 for group in sizes)
 
 
 def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(run, data, watch):
     modes = []
     watch(lambda model, batch: modes.append((model.training, torch.is_grad_enabled())))
-    run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2", "--epochs", "2")
+    run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2",
+        "--epochs", "2")
     assert modes == ([(False, False)] + [(True, True)] * 2) * 2 + [(False, False)]
 
 
-def test_each_epoch_has_an_order_of_its_own(run, watch):
-    seen = []
-    watch(lambda model, batch: seen.append(batch.tokens.tolist()))
-    run("out", "--batch-size", "1", "--epochs", "2")
-    assert sorted(seen[:12]) == sorted(seen[12:]) and seen[:12] != seen[12:]
+def test_held_out_loss_once_an_epoch_and_at_the_end(run, capsys):
+    rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1",
+               "--max-steps", "8")
+    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
+    printed = capsys.readouterr().out
+    assert " 9 examples, " in printed and "held out  examples.json: 3 examples" in printed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_flags_reach_autocast_and_checkpointing(run, watch, precision):
-    """Autocast is on where fp32 weights are trained in 16 bit; beside a base that is 16 bit already it has nothing to do."""
+def test_held_out_examples_are_not_trained_on(data, tokenizer):
+    parts = load_datasets([str(data)], None, 0.25, 512, 0, tokenizer)
+    rows = [tuple(tokens) for part in parts for tokens, _ in part.rows]
+    everything = [tuple(tokens) for tokens, _ in SupervisedDataset(EXAMPLES, tokenizer).rows]
+    assert sorted(rows) == sorted(everything) and len(parts[1]) == 3
+
+
+def test_beginnings_computed_once_change_nothing_but_the_rows(run, watch):
+    """Steps of two micro-batches of up to 300 tokens; the first 30 or so are alike."""
+    sizes = []
+    watch(lambda model, batch: sizes.append(batch.tokens.numel()))
+    flags = ["--tokens-per-batch", "300", "--accumulation-steps", "2", "--dropout", "0",
+             "--epochs", "2"]
+    plain = run("plain", *flags)
+    n = len(sizes)
+    shared = run("shared", *flags, "--share-prefix")
+    assert max(sizes[:n]) <= 300 and sum(sizes[:n]) == sum(column(plain, "tokens"))
+    assert all(size <= other for size, other in zip(sizes[n:], sizes[:n], strict=True))
+    assert sum(sizes[n:]) < 0.9 * sum(sizes[:n])
+    for row, other in zip(shared, plain, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert all(row[key] == other[key] for key in ("tokens", "answer_tokens", "epoch"))
+
+
+def test_same_command_same_bytes(run, tmp_path):
+    flags = ["--batch-size", "2", "--accumulation-steps", "2", "--epochs", "2", "--dropout", "0.1"]
+    first = run("a", *flags)
+    assert untimed(first) == untimed(run("b", *flags))
+    assert untimed(first) != untimed(run("c", *flags, "--seed", "1"))
+    adapters = [(tmp_path / out / "adapter.pt").read_bytes() for out in ("a", "b")]
+    assert adapters[0] == adapters[1]
+
+
+def test_metrics_stay_json_when_numbers_do_not(run, tmp_path, monkeypatch):
+    answer_loss = train.answer_loss
+    monkeypatch.setattr(train, "answer_loss", lambda *each: (answer_loss(*each)[0] * math.nan, 1))
+    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+    run("out", "--max-steps", "3")
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert column(rows, "step") == [1, 2, 3] and rows[-1]["loss"] is None
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_bf16_stays_close_to_fp32(run, method):
+    flags = ["--method", method, "--dropout", "0", "--epochs", "4", "--lr", "1e-3", "--precision"]
+    exact = run("fp32", *flags, "fp32")
+    rounded = run("bf16", *flags, "bf16")
+    assert column(rounded, "loss") == pytest.approx(column(exact, "loss"), rel=0.02)
+    assert set(column(rounded, "loss_scale")) == {1.0}
+
+
+@pytest.mark.parametrize("flags, frozen", [
+    (["--precision", "bf16"], {torch.bfloat16}),
+    (["--precision", "fp32"], {torch.float32}),
+    (["--precision", "bf16", "--method", "full"], set()),
+])
+def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base, flags,
+                                                                                 frozen):
+    options = parse_options(["--checkpoint", str(base), "--r", "2", *flags])
+    job = train.prepare(options, SINGLE_PROCESS)
+    model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, monkeypatch):
+    """Infinity in the second step: no weight and no schedule moves, and the scale is halved."""
+    flags = ["--precision", "fp16", "--epochs", "4", "--dropout", "0", "--batch-size", "4",
+             "--accumulation-steps", "3"]
+    plain = run("plain", *flags)
+    assert column(plain, "loss_scale") == [65536.0] * 4
+    answer_loss = train.answer_loss
+    weights = []
+
+    def planted(model, batch):
+        loss, n = answer_loss(model, batch)
+        parameters = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+        weights.append(torch.cat(parameters))
+        return loss * math.inf if len(weights) == 5 else loss, n
+
+    monkeypatch.setattr(train, "answer_loss", planted)
+    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+    rows = run("planted", *flags)
+    assert column(rows, "loss_scale") == [65536.0, 65536.0, 32768.0, 32768.0]
+    first, second, third, fourth = weights[::3]
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second) and not torch.equal(third, fourth)
+    lr = column(plain, "lr")
+    assert column(rows, "lr") == [lr[0], lr[1], lr[1], lr[2]]
+
+
+@pytest.mark.parametrize("precision, dtype", [
+    ("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_the_flags_reach_autocast_and_checkpointing(run, watch, precision, dtype):
+    """Beside a base that is 16 bit already autocast has nothing to do."""
     seen = []
-    watch(lambda model, batch: seen.append((torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"), model.checkpointing)))
-    dtype = {"fp32": False, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    for out, *flags in ("plain", ), ("checkpointing", "--checkpointing"), ("full", "--method", "full"):
-        run(out, "--precision", precision, "--max-steps", "1", "--batch-size", "12", *flags)
-    assert seen == [(False, False), (False, True), (dtype, False)]
+
+    def see(model, batch):
+        is_enabled = torch.is_autocast_enabled("cpu")
+        seen.append((torch.get_autocast_dtype("cpu") if is_enabled else None, model.checkpointing))
+
+    watch(see)
+    flags = ["--precision", precision, "--max-steps", "1", "--batch-size", "12"]
+    run("plain", *flags)
+    run("checkpointing", *flags, "--checkpointing")
+    run("full", *flags, "--method", "full")
+    assert seen == [(None, False), (None, True), (dtype, False)]
+
+
+def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
+    seen = []
+
+    def see(model, batch):
+        backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+        seen.append([backend.fp32_precision for backend in backends])
+
+    watch(see)
+    flags = ["--max-steps", "1", "--accumulation-steps", "1"]
+    before = run("before", *flags)
+    fast = run("fast", *flags, "--fast-matmul")
+    assert untimed(run("after", *flags)) == untimed(before)
+    assert seen == [["ieee", "ieee"], ["bf16", "tf32"], ["ieee", "ieee"]]
+    assert fast[0]["loss"] == pytest.approx(before[0]["loss"], rel=1e-2)
+
+
+# --- optimizer and schedule
+
+
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def noting(self, *args, **settings):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    rows = run("clipped", "--clip-grad-norm", "0.01", "--max-steps", "2")
+    norms = [norm for norm in norms if norm]         # without the estimate's trial step
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(column(rows, "grad_norm")) > 0.02
+    run("never", "--clip-grad-norm", "0", "--max-steps", "2")
+    run("hardly", "--clip-grad-norm", "1e9", "--max-steps", "2")
+    adapters = [(tmp_path / out / "adapter.pt").read_bytes() for out in ("never", "hardly")]
+    assert adapters[0] == adapters[1]
+
+
+def test_weight_decay_reaches_the_optimizer(run, tmp_path):
+    sizes = []
+    for out, decay in (("plain", "0"), ("decayed", "50")):
+        run(out, "--max-steps", "2", "--weight-decay", decay)
+        tensors = adapter_tensors(tmp_path / out)
+        sizes.append(sum(t.norm() for name, t in tensors.items() if name.endswith("_A")))
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_schedule_and_warmup_flags(run):
+    """By default 3 % of the steps warm up: of 50 it is 2."""
+    flags = ["--batch-size", "1", "--accumulation-steps", "1", "--epochs", "5",
+             "--val-fraction", "0.17"]
+    rows = run("constant", *flags, "--schedule", "constant", "--warmup-steps", "3")
+    assert column(rows, "lr") == pytest.approx([2.5e-3, 5e-3, 7.5e-3, *[1e-2] * 47])
+    default = column(run("default", *flags), "lr")
+    assert default[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2]) and default[-1] < 1e-4
+
+
+def test_learning_rate_at_its_corners():
+    def at(step, schedule="cosine"):
+        return train.lr_factor(step, n_steps=100, warmup=10, schedule=schedule)
+
+    assert 0 < at(0) < at(5) < at(9) < at(10) == 1.0
+    assert at(55) == pytest.approx(0.5) and 0 < at(99) < 0.001 and at(100) == pytest.approx(0)
+    assert at(0, "constant") == at(0) and at(10, "constant") == at(99, "constant") == 1.0
+    assert train.lr_factor(0, n_steps=1, warmup=0, schedule="cosine") == 1.0
 
 
 def test_the_plans_defaults():
-    args = parse_options(["--checkpoint", "somewhere"])
-    assert (args.r, args.alpha, args.dropout, args.targets, args.max_seq_len) == (16, 32, 0.05, ("wq", "wv"), 512)
-    assert (args.accumulation_steps, args.lr, args.clip_grad_norm, args.weight_decay, args.epochs) == (8, 3e-4, 1.0, 0, 3)
+    options = parse_options(["--checkpoint", "somewhere"])
+    assert (options.r, options.alpha, options.dropout) == (16, 32, 0.05)
+    assert (options.targets, options.max_seq_len) == (("wq", "wv"), 512)
+    assert (options.accumulation_steps, options.lr, options.clip_grad_norm) == (8, 3e-4, 1.0)
+    assert (options.weight_decay, options.epochs) == (0, 3)
     assert parse_options(["--checkpoint", "somewhere", "--method", "full"]).lr == 1e-5
 
 
+# --- what is saved, and what is there already
+
+
+def test_full_fine_tuning_and_random_weights(run, tmp_path, capsys):
+    """The next run goes on where the saved weights are."""
+    rows = run("full", "--method", "full", "--init", "random", "--epochs", "6",
+               "--accumulation-steps", "1")
+    assert rows[0]["loss"] == pytest.approx(math.log(400), rel=0.02)
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    assert "parameters trained (100.00 %)" in capsys.readouterr().out
+    model, _ = load_checkpoint(tmp_path / "full")
+    assert model.norm.weight.dtype == torch.float32
+    assert not (tmp_path / "full/adapter.pt").exists()
+    again = run("again", "--checkpoint", "full", "--method", "full", "--max-steps", "1",
+                "--lr", "1e-9")
+    assert again[0]["loss"] < 1.2 * rows[-1]["loss"]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_full_model_is_saved_as_it_was_measured(run, data, tmp_path, capsys, precision):
+def test_a_full_model_is_saved_as_it_was_measured(run, data, capsys, precision):
     """In fp32 whatever it computed in: at 1e-5 a step, bf16 would keep a third of the update."""
-    rows = run("full", "--method", "full", "--val-data", str(data), "--precision", precision, "--max-steps", "3", "--lr", "1e-5")
+    flags = ["--method", "full", "--val-data", str(data), "--precision", precision]
+    rows = run("full", *flags, "--max-steps", "3", "--lr", "1e-5")
     capsys.readouterr()
-    run("next", "--checkpoint", "full", "--method", "full", "--val-data", str(data), "--precision", precision, "--max-steps", "1")
-    before = float(capsys.readouterr().out.split("before    held-out loss ")[1].split()[0])
-    assert before == pytest.approx(rows[-1]["val_loss"], abs=5e-5)
+    run("next", *flags, "--checkpoint", "full", "--max-steps", "1")
+    before = capsys.readouterr().out.split("before    held-out loss ")[1].split()[0]
+    assert float(before) == pytest.approx(rows[-1]["val_loss"], abs=5e-5)
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "full"], ["--init", "random"]])
 def test_what_is_printed_next_runs(run, capsys, flags):
     run("named", *flags, "--max-steps", "1")
-    said = capsys.readouterr().out.split("saved     ")[1].splitlines()[0]
+    saved = capsys.readouterr().out.split("saved     ")[1].splitlines()[0]
     if "--init" in flags:
-        assert said.endswith("trained over random weights, which are not saved: generate.py cannot use it")
+        assert saved.endswith("trained over random weights, which are not saved: generate.py "
+                              "cannot use it")
     else:
-        generate.main([*said.split("python generate.py ")[1].split(), "--max-new-tokens", "1", "--instruction", "Say"])
+        command = saved.split("python generate.py ")[1].split()
+        generate.main([*command, "--max-new-tokens", "1", "--instruction", "Say"])
 
 
 def test_the_last_adapter_stays_until_the_next_is_complete(run, base, data, tmp_path, monkeypatch):
     flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "2"]
+    out = tmp_path / "out"
     train.main(flags)
-    before = (tmp_path / "out/adapter.pt").read_bytes()
-    honest, calls = train.answer_loss, []
+    before = (out / "adapter.pt").read_bytes()
+    answer_loss = train.answer_loss
+    calls = []
 
     def interrupted(model, batch):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return honest(model, batch)
-    monkeypatch.setattr(train, "answer_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+        return answer_loss(model, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "answer_loss", interrupted)
         train.main([*flags, "--method", "full"])
-    assert (tmp_path / "out/adapter.pt").read_bytes() == before
-    monkeypatch.setattr(train, "answer_loss", honest)
+    assert (out / "adapter.pt").read_bytes() == before
     train.main([*flags, "--method", "full"])
-    assert not (tmp_path / "out/adapter.pt").exists() and (tmp_path / "out/params.json").exists()
+    assert not (out / "adapter.pt").exists() and (out / "params.json").exists()
     train.main(flags)
-    assert (tmp_path / "out/adapter.pt").read_bytes() == before and not (tmp_path / "out/params.json").exists()
+    assert (out / "adapter.pt").read_bytes() == before and not (out / "params.json").exists()
 
 
 def test_two_runs_into_one_named_folder(run, tmp_path, monkeypatch, capsys):
     """The second comes while the first still loads its model: one of them must go."""
-    honest = train.load_model
+    load_model = train.load_model
 
     def meanwhile(*args):
-        monkeypatch.setattr(train, "load_model", honest)
+        monkeypatch.setattr(train, "load_model", load_model)
         run("shared", "--max-steps", "1")
-        return honest(*args)
+        return load_model(*args)
+
     monkeypatch.setattr(train, "load_model", meanwhile)
     with pytest.raises(SystemExit, match="2"):
         run("shared", "--max-steps", "2")
@@ -256,117 +384,40 @@ def test_two_runs_into_one_named_folder(run, tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "shared/metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_metrics_stay_json_when_numbers_do_not(run, tmp_path, monkeypatch):
-    honest = train.answer_loss
-    monkeypatch.setattr(train, "answer_loss", lambda model, batch: (honest(model, batch)[0] * math.nan, 1))
-    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-    run("out", "--max-steps", "3")
-    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line, parse_constant=pytest.fail)["step"] for line in lines] == [1, 2, 3]
-    assert json.loads(lines[-1])["loss"] is None
-
-
-def test_learning_rate_at_its_corners():
-    def at(step, schedule="cosine"):
-        return train.lr_factor(step, n_steps=100, warmup=10, schedule=schedule)
-    assert 0 < at(0) < at(5) < at(9) < at(10) == 1.0
-    assert at(55) == pytest.approx(0.5) and 0 < at(99) < 0.001 and at(100) == pytest.approx(0)
-    assert at(0, "constant") == at(0) and at(10, "constant") == at(99, "constant") == 1.0
-    assert train.lr_factor(0, n_steps=1, warmup=0, schedule="cosine") == 1.0
-
-
-def test_held_out_loss_is_a_sum_by_a_count(run, watch, base, tokenizer, data):
-    sizes = []
-    watch(lambda model, asked: isinstance(asked, list) and sizes.append([len(prompt) + len(own) for prompt, (own,), _ in asked]) or None)
-    losses = [run(str(n), "--val-data", str(data), "--tokens-per-batch", str(n), "--max-steps", "1", "--lr", "1e-12")[0]["val_loss"]
-              for n in (1, 300, 3000)]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
-    # Before step 1 and after it; no more at a time than a micro-batch has.
-    assert list(map(len, sizes[:24])) == [1] * 24 and list(map(len, sizes[-2:])) == [12, 12]
-    assert all(sum(group) <= 300 for group in sizes[24:-2]) and len(sizes[24:-2]) < 24
-    model, _ = load_checkpoint(base)
-    batch = DataCollatorForSupervisedDataset(2)(SupervisedDataset(read_examples(data), tokenizer).rows)
-    logits = model(batch.tokens)[:, :-1].flatten(0, 1)
-    assert losses[0] == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten()).item(), rel=1e-5)
-
-
-def test_beginnings_computed_once_change_nothing_but_the_rows(run, watch):
-    """Steps of two micro-batches of up to 300 tokens; the examples' first 30 or so are alike."""
-    sizes = []
-    watch(lambda model, batch: sizes.append(batch.tokens.numel()))
-    flags = "--tokens-per-batch", "300", "--accumulation-steps", "2", "--dropout", "0", "--epochs", "2"
-    plain, n = run("plain", *flags), len(sizes)
-    shared = run("shared", *flags, "--share-prefix")
-    assert len(sizes) == 2 * n and max(sizes[:n]) <= 300 and sum(sizes[:n]) == sum(row["tokens"] for row in plain)
-    assert all(size <= other for size, other in zip(sizes[n:], sizes)) and sum(sizes[n:]) < 0.9 * sum(sizes[:n])
-    for row, other in zip(shared, plain, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5) and row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        assert [row[key] for key in ("tokens", "answer_tokens", "epoch")] == [other[key] for key in ("tokens", "answer_tokens", "epoch")]
-
-
-def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
-    backends, seen = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul), []
-    watch(lambda model, batch: seen.append(tuple(backend.fp32_precision for backend in backends)))
-    rows = [run(out, "--max-steps", "1", "--accumulation-steps", "1", *flags) for out, *flags in (("no",), ("yes", "--fast-matmul"), ("again",))]
-    assert seen == [("ieee", "ieee"), ("bf16", "tf32"), ("ieee", "ieee")]
-    assert untimed(rows[0]) == untimed(rows[2]) and rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-2)
-
-
-def test_held_out_loss_once_an_epoch_and_at_the_end(run, data, capsys):
-    rows = run("out", "--val-fraction", "0.25", "--batch-size", "3", "--accumulation-steps", "1", "--max-steps", "8")
-    assert [row["step"] for row in rows if "val_loss" in row] == [3, 6, 8]
-    assert " 9 examples, the longest has 123 tokens; every answer ends within --max-seq-len 512\nheld out  examples.json: 3 examples; every answer" in capsys.readouterr().out
-
-
-def test_held_out_examples_are_not_trained_on(base, data):
-    options = parse_options(["--checkpoint", str(base), "--data", str(data), "--val-fraction", "0.25"])
-    tokenizer = load_checkpoint(base)[1]
-    training, held_out = ([tuple(tokens) for tokens, _ in part.rows] for part in load_datasets(options.data, None, options.val_fraction, 512, 0, tokenizer))
-    everything = [tuple(tokens) for tokens, _ in SupervisedDataset(EXAMPLES, tokenizer).rows]
-    assert sorted(training + held_out) == sorted(everything)
-
-
-def test_layers_keeps_the_first_blocks(run, tmp_path):
-    run("one", "--layers", "1", "--max-steps", "1")
-    assert {name.split(".")[1] for name in adapter_tensors(tmp_path / "one")} == {"0"}
-
-
 def test_the_default_out_is_replaced_and_a_named_one_is_not(run, base, data, tmp_path, capsys):
     flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
     train.main(flags)
-    before = (tmp_path / "out/adapter.pt").read_bytes()
+    first = contents(tmp_path / "out")
     train.main([*flags, "--seed", "1"])
-    assert (tmp_path / "out/adapter.pt").read_bytes() != before
+    before = contents(tmp_path / "out")
+    assert before["adapter.pt"] != first["adapter.pt"]
+    for wrong in (["--targets", "wz"], ["--r", "999"], ["--layers", "9"], ["--data", "nowhere"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*flags, *wrong])
+    assert contents(tmp_path / "out") == before
     run("named", "--max-steps", "1")
     before = contents(tmp_path / "named")
     assert before.keys() == {"adapter.pt", "args.json", "metrics.jsonl", "state.pt"}
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         run("named", "--max-steps", "1")
-    assert "named holds a run already: --resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
+    message = "named holds a run already: --resume goes on with it, --overwrite replaces it"
+    assert message in capsys.readouterr().err
     assert contents(tmp_path / "named") == before
 
 
-def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeypatch, capsys):
+def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeypatch):
     """A base that stands in ./out, the default of --out, by whatever way it came there."""
     monkeypatch.chdir(tmp_path)
     base.rename(tmp_path / "out")
     before = contents(tmp_path / "out")
-    for flags in (["--checkpoint", "out"], []):
+    flags = ["--data", str(data), "--max-steps", "1"]
+    for more in (["--checkpoint", "out"], []):
         with pytest.raises(SystemExit, match="2"):
-            train.main([*flags, "--data", str(data), "--max-steps", "1"])
+            train.main([*flags, *more])
         assert contents(tmp_path / "out") == before
-    for name in ("args.json", "consolidated.01.pth"):                     # several files are no run's, whatever stands beside
+    # Several files are no run's, whatever stands beside them.
+    for name in ("args.json", "consolidated.01.pth"):
         (tmp_path / "out" / name).touch()
     with pytest.raises(SystemExit, match="2"):
-        train.main(["--data", str(data), "--max-steps", "1", "--method", "full"])
-
-
-def test_bad_input_leaves_the_last_run_in_the_default_out(run, base, data, tmp_path):
-    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
-    train.main(flags)
-    before = contents(tmp_path / "out")
-    for wrong in (["--targets", "wz"], ["--r", "999"], ["--layers", "9"], ["--data", "nowhere.json"]):
-        with pytest.raises(SystemExit, match="2"):
-            train.main([*flags, *wrong])
-    assert contents(tmp_path / "out") == before
+        train.main([*flags, "--method", "full"])
