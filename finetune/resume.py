@@ -97,6 +97,10 @@ def read_save(path: Path, warning=None) -> Save:
         if "updates" not in counters:                # and one before it saved it elsewhere.
             counters["updates"] = content["parts"]["schedule"]["last_epoch"]
         settings = json.loads(json.dumps(content["args"]))     # refuses tensors, makes keys text
+        settings.setdefault("template", "alpaca")    # Earlier versions had no other, and one file.
+        for name in ("data", "val_data"):
+            if isinstance(settings.get(name), str):
+                settings[name] = [settings[name]]
         save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],
                     content["launch"], content["parts"], content["random"], warning)
         kinds = {"settings": dict, "fingerprints": dict, "metrics_bytes": int, "launch": str,

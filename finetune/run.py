@@ -159,7 +159,7 @@ class Run:
             new = self.settings.get(name)
             if old == new or name in NOT_COMPARED:
                 continue
-            line = f"{as_flag(name, old)}, now {new}"
+            line = f"{as_flag(name, old)}, now {as_words(new)}"
             if name in MAY_CHANGE:
                 allowed.append(line)
             else:
@@ -484,7 +484,12 @@ def claim_folder(options, out: Path, resumes: bool):
 def as_flag(name, value) -> str:
     """Return a setting as it would stand on the command line."""
     flag = f"--{name.replace('_', '-')}"
-    return f"no {flag}" if value is None else f"{flag} {value}"
+    return f"no {flag}" if value is None else f"{flag} {as_words(value)}"
+
+
+def as_words(value) -> str:
+    """Return a setting's value as it would stand on the command line."""
+    return " ".join(value) if isinstance(value, list) and value else str(value)
 
 
 def none_if_not_finite(value):

@@ -16,7 +16,7 @@ import train
 from finetune.hardware import pick_hardware
 from finetune.resume import read_last_save
 
-from .helpers import ONE_THREAD, ROOT, metrics
+from .helpers import ONE_THREAD, ROOT, given_once, metrics
 from .test_resume import stopped_in
 
 FLAGS = ["--layers", "1", "--batch-size", "1", "--accumulation-steps", "1", "--log-every", "1"]
@@ -169,11 +169,11 @@ def test_a_finished_run_refuses_to_be_another(tmp_path, monkeypatch, refused, ca
     capsys.readouterr()
     before = {path: path.read_bytes() for path in (tmp_path / "done").iterdir()}
     for flag, value in (("--max-steps", "3"), ("--lr", "0.5"), ("--epochs", "9")):
-        line = refused(train.main, *argv, flag, value, "--resume")
+        line = refused(train.main, *given_once([*argv, flag, value, "--resume"]))
         assert flag in line and f", now {value}" in line
         assert "to train on from its result: --adapter done/adapter.pt, another --out" in line
     assert before == {path: path.read_bytes() for path in (tmp_path / "done").iterdir()}
-    train.main([*argv, "--adapter", "done/adapter.pt", "--out", "more"])
+    train.main(given_once([*argv, "--adapter", "done/adapter.pt", "--out", "more"]))
     assert len(metrics(tmp_path / "more")) == 2
 
 
@@ -187,14 +187,20 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(run, data, monkeypa
     assert len(run(*argv, "--early-stop", "5", "--resume")) == 6
 
 
-def test_a_save_of_the_version_before_is_read(tmp_path, monkeypatch):
-    """It called the count of updates `taken`."""
+def test_a_save_of_the_version_before_is_read(tmp_path, monkeypatch, capsys):
+    """It called the count of updates `taken`, had one file of data, and no templates."""
     monkeypatch.chdir(tmp_path)
     train.main([*FLAGS, "--max-steps", "2", "--out", "old"])
     content = torch.load("old/state.pt", weights_only=True)
     content["counters"]["taken"] = content["counters"].pop("updates")
+    del content["args"]["template"]
+    content["args"]["data"] = content["args"]["data"][0]
     torch.save(content, "old/state.pt")
-    assert read_last_save(tmp_path / "old").progress.updates == 2
+    save = read_last_save(tmp_path / "old")
+    assert save.progress.updates == 2
+    train.main([*FLAGS, "--max-steps", "2", "--out", "old", "--resume"])
+    printed = capsys.readouterr().out
+    assert "is finished" in printed and "\nchanged " not in printed
 
 
 @pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "nonsense", "cpu:x", "cuda:99"])

@@ -120,8 +120,9 @@ def test_every_command_parses_and_says_what_it_needs(page):
             continue
         args = PARSERS[program](arguments)
         for name in READ:
-            path = getattr(args, name, None)
-            assert path is None or is_known(path, written) or "needs" in beside, (command, path)
+            paths = getattr(args, name, None) or ()
+            for path in (paths,) if isinstance(paths, str) else paths:
+                assert is_known(path, written) or "needs" in beside, (command, path)
         for name in WRITTEN:
             if getattr(args, name, None):
                 written.add(str(getattr(args, name)))
