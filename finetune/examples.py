@@ -66,7 +66,8 @@ def read_rows(path: str | Path, template: Template = DEFAULT) -> list:
         return [{"text": text}]
     beginning = text.lstrip()
     if beginning and beginning[0] not in "[{":
-        raise ValueError(f"{path} begins with {beginning[:20]!r}, which is not JSON: {FORMS}")
+        hint = "; for plain text: --template text" if path.suffix.lower() == ".txt" else ""
+        raise ValueError(f"{path} begins with {beginning[:20]!r}, which is not JSON: {FORMS}{hint}")
     first_line, _, more = beginning.partition("\n")
     if not beginning:
         rows = []
@@ -207,6 +208,8 @@ def to_example(row: object, place: str, required: Sequence[str], template: Templ
         check_characters(piece.text, place)
     if "output" in required and not pieces[-1].is_target:
         raise ValueError(f"{place} has no answer at its end")
+    if "output" not in required and all(piece.is_target for piece in pieces):
+        raise ValueError(f"{place} has no question to answer")
     return example
 
 

@@ -220,6 +220,16 @@ def test_several_files_are_one_set_whose_numbers_name_the_file(tmp_path, tokeniz
     assert whole.numbers == expected and set(training.numbers) < set(expected)
 
 
+def test_plain_text_files(tmp_path):
+    path = tmp_path / "book.TXT"
+    path.write_text("Once upon a time.\n{not JSON")
+    assert read_examples(path, template=TEXT) == [{"text": "Once upon a time.\n{not JSON"}]
+    with pytest.raises(ValueError, match="begins with 'Once .* for plain text: --template text"):
+        read_examples(path)
+    with pytest.raises(ValueError, match="book.TXT, example 1 has no question to answer"):
+        read_examples(path, ("instruction",), TEXT)
+
+
 def slow_loss(model, rows):
     """Return the mean of -log p over all targets, by one plain forward per row."""
     total = 0.0
@@ -266,15 +276,16 @@ def test_the_adapter_carries_its_template(chat_run):
     assert generate.template_of(args) is TEMPLATES["alpaca"]
 
 
-def test_an_adapter_of_an_unknown_template_is_refused(chat_run, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["gone", 5])
+def test_an_adapter_of_an_unknown_template_is_refused(name, chat_run, tmp_path, capsys):
     content = torch.load(chat_run / "adapter.pt", weights_only=True)
-    content["base"]["template"] = "gone"
+    content["base"]["template"] = name
     torch.save(content, tmp_path / "adapter.pt")
     for main in (generate.main, train.main):
         with pytest.raises(SystemExit) as end:
             main(["--adapter", str(tmp_path / "adapter.pt")])
         assert end.value.code == 2
-        assert "was trained with the template 'gone'" in capsys.readouterr().err
+        assert f"was trained with the template {name!r}" in capsys.readouterr().err
 
 
 def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):

@@ -19,7 +19,7 @@ def template_name(given: str | None, base_info: dict, adapter: str) -> str:
     that is not here.
     """
     name = given or base_info.get("template") or "alpaca"
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         raise ValueError(f"{adapter} was trained with the template {name!r}, which is not in "
                          f"finetune/templates/; --template chooses one of {', '.join(TEMPLATES)}")
     return name
