@@ -1,7 +1,8 @@
 """The README's picture: loss, right answers before and after, speed and memory beside the peers.
 
 Every number is read from a file that a command wrote, or computed here: losses come from the run's
-metrics.jsonl, answers from base and adapter, the peers' figures from docs/performance.md.
+metrics.jsonl, answers from base and adapter, the peers' figures and their machine from
+docs/performance.md.
 """
 import re
 from pathlib import Path
@@ -51,6 +52,17 @@ def beside_peers(page):
     return rows
 
 
+def machine_of_peers(page):
+    """Return the machine that the page names for its figures, such as `two cores of an AMD EPYC`.
+
+    Raises ValueError where the page names none.
+    """
+    match = re.search(r"^All figures on this page are from (.+?\))", page, re.M | re.S)
+    if not match:
+        raise ValueError(f"{PEERS} does not say from which machine its figures are")
+    return " ".join(match[1].split())
+
+
 def short(training):
     """Return the name of a training as it stands under a bar: `bf16, batch 4` is bf16."""
     name = re.sub(r", batch \d+|, random weights|, after \d+ steps|`--|`", "", training)
@@ -68,12 +80,15 @@ def make(args, table):
     with lora_disabled(model):
         base = right_answers(model, exam)
     bars = {"": [("base alone", base), ("with the adapter", adapted)]}
-    answers = Panel(f"right answers: {base} -> {adapted} of {len(examples)}", "",
+    answers = Panel(f"right answers: base {base} -> adapter {adapted} of {len(examples)}", "",
                     "held-out questions", bars, from_zero=True)
-    peers = beside_peers(PEERS.read_text(encoding="utf-8"))
+    page = PEERS.read_text(encoding="utf-8")
+    peers = beside_peers(page)
     speeds = [(name, speed) for name, speed, _ in peers]
     memories = [(name, memory) for name, _, memory in peers]
-    beside = Panel("ours / transformers + PEFT", "", "1: as theirs",
+    beside = Panel("beside transformers + PEFT", "", "ours divided by theirs (1 = equal)",
                    {"speed": speeds, "memory": memories}, from_zero=True)
-    draw(args.picture, [loss, answers, beside], f"{table.command}; peers: docs/performance.md")
+    sources = (f"{table.command}; beside transformers + PEFT: docs/performance.md, on "
+               f"{machine_of_peers(page)}")
+    draw(args.picture, [loss, answers, beside], sources)
     return [f"{answers.title}; drawn: {args.picture}"]

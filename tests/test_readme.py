@@ -256,6 +256,13 @@ def test_the_front_picture_reads_the_table_of_peers():
         front.beside_peers(README)
 
 
+def test_the_front_picture_names_the_machine_of_the_peers_figures():
+    machine = front.machine_of_peers(PAGES["docs/performance.md"])
+    assert machine == "two cores of an AMD EPYC (Linux, torch 2.13.0, CPU)"
+    with pytest.raises(ValueError, match="from which machine"):
+        front.machine_of_peers(README)
+
+
 def test_requirements_are_four_and_pinned():
     lines = (ROOT / "requirements.txt").read_text().split()
     names = [line.partition("==")[0] for line in lines]
