@@ -256,11 +256,11 @@ def add_cost_flags(group):
     flag("--compile", action="store_true",
          help="compile the blocks: slow at first, pays off after a few hundred steps")
     flag("--fast-matmul", action="store_true",
-         help="let fp32 matrix products round to bf16 on a CPU, to TF32 on CUDA; all else stays "
+         help="fp32 matrix products may round to bf16 on a CPU, to TF32 on CUDA; all else stays "
               "fp32")
     flag("--checkpointing", action=argparse.BooleanOptionalAction, default=False,
-         help="recompute blocks in backward instead of keeping them: less memory, up to 50 %% "
-              "slower (default: no)")
+         help="recompute blocks in backward instead of keeping them: less memory, up to 75 %% "
+              "more time (default: no)")
     flag("--quantize", choices=("none", *QUANTIZED),
          help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or as --adapter was "
               "trained)")
