@@ -10,9 +10,11 @@
     python -m benchmarks search        settings for a task, from method to learning rate
     python -m benchmarks front         the README's picture, from a finished run in out/
 
-Every cell is measured in a new process, warmed up, as the median of its repeats.  A table is
-printed as Markdown and written to --out, with a picture if matplotlib is installed.  Each cell is
-saved there as soon as it is measured, so the same command goes on after a kill.
+Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
+median of its repeats.  In methods, ranks, distill and search a cell is a whole training run or an
+evaluation, in a new process too.  front measures no cell.  A table is printed as Markdown and
+written to --out; all but distill and front also draw a picture there if matplotlib is installed.
+Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
 

@@ -11,7 +11,8 @@ from .launch import measured_on_ranks
 from .runs import Setup, has_run, measure_cell, measured, peak_of, make_setup
 from .tables import Table, markdown, panel
 
-HEADER = ["along", "", "tokens per step", "tokens/s", "s per step", "peak, MiB", "estimate, MiB"]
+HEADER = ["along", "", "tokens per step", "tokens/s", "seconds per step", "peak, MiB",
+          "estimate, MiB"]
 NOTE = ("(one micro-batch of 4 examples per step unless the line says otherwise; along tokens per "
         "example, 1,024 tokens per micro-batch; peak: of rank 0's whole process, or of the GPU's "
         "allocations; estimate: by finetune/preflight.py, of tensors alone)")
