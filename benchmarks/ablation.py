@@ -15,14 +15,14 @@ UP = "↑"
 DOWN = "↓"
 SAME = "–"
 PHASES = ("weights", "forward", "backward", "step")
-HEADER = ["trained", "precision", "micro-batches x examples", "checkpointing", "s per step",
+HEADER = ["trained", "precision", "micro-batches x examples", "checkpointing", "seconds per step",
           "tokens/s", "peak, MiB", "estimate, MiB", "peak of weights", "forward", "backward",
           "step"]
 TABLE_1_NOTE = (
     "What each technique does. Bytes are those that autograd and the optimizer hold; activations "
-    "are what the largest micro-batch keeps for backward. In brackets is the arrow of the course "
-    "report, where it has one, in bold where the measured one differs; what the report calls "
-    "computation is read as FLOP:")
+    "are what the largest micro-batch keeps for backward. In brackets is the arrow of a student "
+    "report (unpublished), where it has one, in bold where the measured one differs; what the "
+    "report calls computation is read as FLOP:")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ CHANGES = {
     "frozen weights in 16 bit under LoRA": Change(LORA, Variant("lora", "16 bit"),
                                                   "mixed precision"),
 }
-# The arrows in Table 1 of the course report.
+# The arrows in Table 1 of an unpublished student report.
 REPORT = {
     "gradient accumulation": {"activations": DOWN},
     "checkpointing": {"activations": DOWN, "FLOP per token": UP},
