@@ -88,7 +88,7 @@ def mean_over_tokens(sums, counts):
 
 
 def test_mean_of_means(run, first_gradient):
-    """The mean of micro-batch means weighs a token by how few its neighbours are: another gradient
+    """The mean of micro-batch means gives tokens of short batches more weight: another gradient
     than the batch's."""
     ours = run("--max-steps", "1")[0]["grad_norm"]
     assert ours == pytest.approx(first_gradient(mean_over_tokens), rel=1e-4)
@@ -332,8 +332,8 @@ def test_alpha_and_r_lost(tmp_path):
 
 
 def test_merge_in_16_bit():
-    """In bf16 a small update is lost as the merged weight is stored, and no one says so; summed in
-    16 bit, more of it."""
+    """In bf16 a small update is lost as the merged weight is stored, and no one says so; even more
+    is lost if the sum is in 16 bit."""
     layer = LoRALinear(nn.Linear(64, 64, bias=False).bfloat16(), r=4, alpha=4)
     nn.init.normal_(layer.lora_B, std=1e-3)
     before = layer.base.weight.double()
@@ -402,8 +402,8 @@ def test_misspelt_target():
 
 
 def test_dropout_on_the_base_path():
-    """Dropout belongs to the adapter's input: on the base's it damages the model, on A's columns
-    all rows lose alike."""
+    """Dropout belongs to the adapter's input: on the base's it damages the model, on A's columns it
+    drops the same features for all rows."""
     layer = LoRALinear(nn.Linear(64, 64), r=4, alpha=4, dropout=0.5).train()
     x = torch.ones(2, 64)
     assert torch.equal(layer(x), layer.base(x))      # B is zero.
@@ -754,8 +754,8 @@ def test_soft_targets_grow_faint():
 
 
 def test_soft_targets_of_padding():
-    """A KL over all positions, prompt and padding with them, teaches what no answer holds, and more
-    of it in longer batches."""
+    """A KL over all positions also trains on the prompt and padding, and more so in longer
+    batches."""
     moved = taught(RANDOM_LOGITS, weight=1.0).any(-1)
     assert moved.tolist() == [False, True, True, False, False, False]
 
