@@ -8,7 +8,7 @@ from finetune.preflight import MIB, mib
 
 from . import runs
 from .measure import flop_per_token
-from .runs import Setup, Workload, has_run, measure_cell, peak_of, make_setup
+from .runs import Setup, Workload, completed, make_setup, measure_cell, peak_of
 from .tables import Table, markdown, panel
 
 UP = "↑"
@@ -34,11 +34,11 @@ class Variant:
     checkpoints: bool = False
 
     @property
-    def line(self) -> str:
+    def curve(self) -> str:
         return f"{self.method}, {self.precision}"
 
     @property
-    def point(self) -> str:
+    def x_label(self) -> str:
         name = "accumulated" if self.accumulates else "at once"
         return f"{name}, checkpointing" if self.checkpoints else name
 
@@ -109,14 +109,14 @@ def add_flags(parser):
 def make(args, table: Table) -> list:
     """Measure every variant; return lines of Markdown: all of them, then Table 1."""
     setup = make_setup(args, table.out)
-    low = "fp16" if setup.precision == "fp16" else "bf16"
+    half_precision = "fp16" if setup.precision == "fp16" else "bf16"
     results = {}
     rows = []
     for variant in variants():
-        workload = workload_of(setup, variant, args.batch_size, low)
-        name = f"{variant.line}, {variant.point}"
+        workload = workload_of(setup, variant, args.batch_size, half_precision)
+        name = f"{variant.curve}, {variant.x_label}"
         results[variant] = measure_cell(table, name, workload)
-        rows.append(row_of(variant, results[variant], args.batch_size, low))
+        rows.append(row_of(variant, results[variant], args.batch_size, half_precision))
     table.draw([
         variants_panel("Peak memory above the bare process", "MiB", results, added_peak),
         variants_panel("Training speed", "tokens/s", results,
@@ -132,14 +132,14 @@ def variants() -> list:
     both = (False, True)
     combinations = product(("full", "lora"), ("fp32", "autocast", "16 bit"), both, both)
     every = [Variant(*combination) for combination in combinations]
-    return [variant for variant in every if variant.line != "full, 16 bit"]
+    return [variant for variant in every if variant.curve != "full, 16 bit"]
 
 
-def workload_of(setup: Setup, variant: Variant, batch_size: int, low: str) -> Workload:
-    """Return a variant's Workload; low: the 16-bit precision."""
+def workload_of(setup: Setup, variant: Variant, batch_size: int, half_precision: str) -> Workload:
+    """Return a variant's Workload; half_precision: the 16-bit one."""
     micro_batch, n_micro_batches = shape_of_step(variant, batch_size)
     flags = {"method": variant.method,
-             "precision": "fp32" if variant.precision == "fp32" else low,
+             "precision": "fp32" if variant.precision == "fp32" else half_precision,
              "batch_size": micro_batch, "accumulation_steps": n_micro_batches,
              "checkpointing": variant.checkpoints}
     # train.py autocasts full fine-tuning by itself.
@@ -152,14 +152,15 @@ def shape_of_step(variant: Variant, batch_size: int) -> tuple[int, int]:
     return (1, batch_size) if variant.accumulates else (batch_size, 1)
 
 
-def row_of(variant: Variant, result: dict, batch_size: int, low: str) -> list:
+def row_of(variant: Variant, result: dict, batch_size: int, half_precision: str) -> list:
     """Return a variant's row of HEADER."""
-    precisions = {"fp32": "fp32", "autocast": f"{low} by autocast", "16 bit": f"{low}, weights too"}
+    precisions = {"fp32": "fp32", "autocast": f"{half_precision} by autocast",
+                  "16 bit": f"{half_precision}, weights too"}
     micro_batch, n_micro_batches = shape_of_step(variant, batch_size)
     row = [variant.method, precisions[variant.precision], f"{n_micro_batches} x {micro_batch}",
            "yes" if variant.checkpoints else "no"]
     estimate = mib(sum(result["estimate"].values()))
-    if not has_run(result):
+    if not completed(result):
         return [*row, "", "", "out of memory", estimate, *[""] * len(PHASES)]
     row += [f"{result['seconds']:.2f}", f"{result['tokens_per_second']:,.0f}",
             f"{added_peak(result):,.0f}", estimate]
@@ -178,16 +179,16 @@ def variants_panel(title: str, y: str, results: dict, measure: Callable):
     """Return a panel with a line per method and precision; measure(result) is what it shows."""
     lines = {}
     for variant, result in results.items():
-        if has_run(result):
-            points = lines.setdefault(variant.line, [])
-            points.append((variant.point, measure(result)))
+        if completed(result):
+            points = lines.setdefault(variant.curve, [])
+            points.append((variant.x_label, measure(result)))
     return panel(title, "", y, lines)
 
 
 def note(results: dict) -> str:
     text = "estimate: by finetune/preflight.py, of tensors alone"
-    completed = [result["peaks"] for result in results.values() if has_run(result)]
-    starts = [peaks["start"] for peaks in completed if "start" in peaks]
+    all_peaks = [result["peaks"] for result in results.values() if completed(result)]
+    starts = [peaks["start"] for peaks in all_peaks if "start" in peaks]
     if starts:
         text = (f"peaks are without the {statistics.median(starts):,.0f} MiB of the process before "
                 f"its weights; {text}")
@@ -201,21 +202,22 @@ def make_table_1(results: dict) -> tuple[list, list]:
     """
     rows = []
     differences = []
-    for name, change in CHANGES.items():
-        is_counted = has_run(results[change.before]) and has_run(results[change.after])
+    for technique, change in CHANGES.items():
+        is_counted = completed(results[change.before]) and completed(results[change.after])
         before = costs_of(change.before, results[change.before], is_counted)
         after = costs_of(change.after, results[change.after], is_counted)
-        row = [name if is_counted else f"{name} (by estimate)"]
-        for kind, form in KINDS.items():
-            if kind not in before:
+        row = [technique if is_counted else f"{technique} (by estimate)"]
+        for name, kind in KINDS.items():
+            if name not in before:
                 row.append("")
                 continue
-            arrow = arrow_of(before[kind], after[kind], form.noise)
-            expected = REPORT[change.report].get(kind)
-            row.append(f"{before[kind] / form.size:{form.form}} → "
-                       f"{after[kind] / form.size:{form.form}} {arrow}{remark(arrow, expected)}")
+            arrow = arrow_of(before[name], after[name], kind.noise)
+            expected = REPORT[change.report].get(name)
+            row.append(f"{before[name] / kind.size:{kind.form}} → "
+                       f"{after[name] / kind.size:{kind.form}} {arrow}"
+                       f"{expected_arrow(arrow, expected)}")
             if expected not in (None, arrow):
-                differences.append(difference(change.report, kind, expected, arrow))
+                differences.append(difference(change.report, name, expected, arrow))
         rows.append(row)
     return rows, list(dict.fromkeys(differences))    # Several rows may differ in the same way.
 
@@ -241,7 +243,7 @@ def arrow_of(before: float, after: float, noise: float) -> str:
     return SAME
 
 
-def remark(arrow: str, expected: str | None) -> str:
+def expected_arrow(arrow: str, expected: str | None) -> str:
     """Return the report's arrow in brackets, in bold if it is another one than here."""
     if expected is None:
         return ""

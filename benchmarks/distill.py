@@ -14,7 +14,7 @@ from finetune.run import ADAPTER
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
 
 from .runs import flag_words
-from .tables import Table, listed, markdown, report, run_fresh, spread
+from .tables import Table, list_of, markdown, report, run_fresh, spread
 from .training import HELD_OUT, Task, add_training_flags, examine, finish_run, task_of
 
 TEMPERATURE = 2
@@ -35,7 +35,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Distillation:
+class DistillTable:
     """What all rows of the table have in common.
 
     task: base, examples and precision.  adapter: the teacher's, if it was given.  epochs: of the
@@ -97,7 +97,7 @@ class Distillation:
                       "distill_temperature": TEMPERATURE, "distill_weight": WEIGHT}
         data_flags = flags_with_data(replace(self.task, checkpoint=None))
         argv = [*flag_words(student.flags), *data_flags, *flag_words(flags)]
-        return self.cell(student.name, way, train_in_passing, argv) | {"lr": lr}
+        return self.cell(student.name, way, train_in_temporary_folder, argv) | {"lr": lr}
 
 
 def flags_with_data(task: Task) -> list:
@@ -118,9 +118,9 @@ def add_flags(parser):
     flag("--epochs", metavar="N", type=number(int, 1), default=6,
          help="epochs of the students (default: 6; on the demo's answers alone they only get worse "
               "after that)")
-    flag("--seeds", metavar="N,...", type=listed(number(int, 0)), default=[0, 1, 2],
+    flag("--seeds", metavar="N,...", type=list_of(number(int, 0)), default=[0, 1, 2],
          help="random seeds, one run each (default: 0,1,2)")
-    flag("--lrs", metavar="F,...", type=listed(number(float, 0, open_low=True)),
+    flag("--lrs", metavar="F,...", type=list_of(number(float, 0, open_low=True)),
          default=[1e-3, 3e-3], help="learning rates to choose from (default: 1e-3,3e-3)")
 
 
@@ -167,7 +167,7 @@ def train_and_examine(argv: list, questions: str) -> dict:
     return examine_file(flag_words(flags | {"precision": options.precision}), questions)
 
 
-def train_in_passing(argv: list, questions: str) -> dict:
+def train_in_temporary_folder(argv: list, questions: str) -> dict:
     """Do the same in a folder that is then deleted."""
     with tempfile.TemporaryDirectory() as out:
         return train_and_examine([*argv, "--out", out], questions)
@@ -180,15 +180,15 @@ def make(args, table: Table) -> list:
     """
     if args.adapter and not args.checkpoint:
         raise ValueError("--adapter is the teacher's, over a --checkpoint; name that too")
-    distillation = Distillation(table, task_of(args), args.adapter, args.epochs)
-    read_examples(distillation.task.questions)       # Refuse a wrong file before the first run.
-    distillation.folder.mkdir(exist_ok=True)
-    results = {("teacher", ""): [distillation.teach()]}
-    for student in students_of(distillation.teacher, distillation.folder):
+    distill_table = DistillTable(table, task_of(args), args.adapter, args.epochs)
+    read_examples(distill_table.task.questions)      # Refuse a wrong file before the first run.
+    distill_table.folder.mkdir(exist_ok=True)
+    results = {("teacher", ""): [distill_table.teach()]}
+    for student in students_of(distill_table.teacher, distill_table.folder):
         for way in WAYS:
-            firsts = [distillation.learn(student, way, lr, args.seeds[0]) for lr in args.lrs]
+            firsts = [distill_table.learn(student, way, lr, args.seeds[0]) for lr in args.lrs]
             best = min(firsts, key=lambda result: result["loss"])
-            others = [distillation.learn(student, way, best["lr"], seed)
+            others = [distill_table.learn(student, way, best["lr"], seed)
                       for seed in args.seeds[1:]]
             results[student.name, way] = [best, *others]
     measures = ["loss", "exact_match"]

@@ -25,7 +25,7 @@ from lora.methods import METHODS
 
 from .measure import count_work
 from .runs import flag_words, seconds_of
-from .tables import Table, listed, markdown, panel, report, run_fresh, spread
+from .tables import Table, list_of, markdown, panel, report, run_fresh, spread
 from .training import Task, add_training_flags, finish_run, load_answering_model, task_of
 
 # A row's name, and the flags of train.py that it stands for.
@@ -98,9 +98,9 @@ def add_flags(parser):
     flag = parser.add_argument
     flag("--epochs", metavar="N", type=number(int, 1),
          help="passes over the data (default: train.py's)")
-    flag("--seeds", metavar="N,...", type=listed(number(int, 0)), default=[0, 1],
+    flag("--seeds", metavar="N,...", type=list_of(number(int, 0)), default=[0, 1],
          help="random seeds, one run each (default: 0,1)")
-    flag("--lrs", metavar="F,...", type=listed(number(float, 0, open_low=True)),
+    flag("--lrs", metavar="F,...", type=list_of(number(float, 0, open_low=True)),
          default=[5e-3, 2e-2, 1e-1],
          help="learning rates to choose from, by held-out loss with the first seed (default: "
               "5e-3,2e-2,1e-1)")

@@ -31,15 +31,15 @@ from .request import Request
 from .runs import (
     Setup,
     Workload,
-    has_run,
-    measured,
+    completed,
+    make_setup,
+    measure_run,
     peak_of,
     report_speed,
     rows_of,
-    make_setup,
     shape_folder,
 )
-from .tables import ROOT, Table, listed, markdown, panel, try_fresh
+from .tables import ROOT, Table, list_of, markdown, panel, try_fresh
 
 FILES = (ROOT / "tests/peers.py", ROOT / "benchmarks/request.py")
 PEERS = ("transformers", "litgpt")
@@ -107,16 +107,16 @@ USUAL = ["train*", "generate*"]                      # ten minutes on two cores
 def add_flags(parser):
     runs.add_flags(parser, warm=1, steps=4, repeats=2)
     flag = parser.add_argument
-    flag("--cells", metavar="PATTERN,...", type=listed(text), default=USUAL,
+    flag("--cells", metavar="PATTERN,...", type=list_of(text), default=USUAL,
          help=f"what is compared, * for anything, of: {', '.join(COMPARISONS)} (default: "
               f"{','.join(USUAL)})")
-    flag("--against", metavar="NAME,...", type=listed(text), default=["transformers"],
+    flag("--against", metavar="NAME,...", type=list_of(text), default=["transformers"],
          help=f"of {','.join(PEERS)} (default: transformers)")
-    flag("--peer-python", metavar="PATH,...", type=listed(text), default=[sys.executable],
-         help="Pythons that have them, each with its own packages (default: this one)")
+    flag("--peer-python", metavar="PATH,...", type=list_of(text), default=[sys.executable],
+         help="Python programs in which the peers are installed (default: this one)")
     flag("--prompts", metavar="N", type=number(int, 1), default=2,
-         help="prompts with answers of 64 tokens; longer answers and batches take fewer (default: "
-              "2)")
+         help="number of 64-token answers to time; fewer if answers are longer or batched "
+              "(default: 2)")
 
 
 def make(args, table: Table) -> list:
@@ -216,7 +216,7 @@ def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: 
         peer="", folder=str(Path(setup.folder).resolve()), is_random=setup.init == "random",
         layers=setup.layers, device=setup.device, precision=comparison.precision,
         batch=comparison.batch, steps=steps, warm=warm, dropout=comparison.dropout,
-        checkpointing=comparison.checkpointing, new=comparison.new, prompts=n_batches)
+        checkpointing=comparison.checkpointing, new=comparison.new, n_batches=n_batches)
     for peer, python in pythons.items():
         for name, cache in caches_of(peer, comparison):
             contestants[peer + name] = peer_side(
@@ -226,15 +226,16 @@ def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: 
 
 def our_side(workload: Workload, comparison: Comparison, n_batches: int | None) -> Contestant:
     if comparison.new is None:
-        return Contestant(asdict(workload), lambda: try_fresh(measured, workload))
+        return Contestant(asdict(workload), lambda: try_fresh(measure_run, workload))
     batch = comparison.batch
     new = comparison.new
     settings = asdict(workload) | {"batch": batch, "n_batches": n_batches, "new": new}
-    return Contestant(settings, lambda: try_fresh(generated, workload, batch, n_batches, new))
+    return Contestant(settings, lambda: try_fresh(time_generation, workload, batch, n_batches, new))
 
 
 def peer_side(python: str, request: Request, workload: Workload) -> Contestant:
     settings = asdict(request) | {"data": workload.data}
+    settings["prompts"] = settings.pop("n_batches")  # its name in the cells that are saved
     return Contestant(settings, lambda: ask_peer(python, request, rows_of(workload)))
 
 
@@ -267,7 +268,7 @@ def ask_peer(python: str, request: Request, rows: list) -> dict:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def generated(workload: Workload, batch: int, n_batches: int, new: int) -> dict:
+def time_generation(workload: Workload, batch: int, n_batches: int, new: int) -> dict:
     """Answer prompts greedily, `batch` at a time; return {tokens_per_second, peaks, ids}.
 
     Answers have `new` tokens and do not end at eos.  One batch warms up before the n_batches that
@@ -335,7 +336,7 @@ def versus(results: dict, compares_text: bool) -> tuple[list, list]:
     speeds = {}
     peaks = {}
     for who, side in results.items():
-        if all(map(has_run, side)):
+        if all(map(completed, side)):
             speeds[who] = median_speed(side)
             peaks[who] = statistics.median(map(peak_of, side))
     header = []
@@ -361,7 +362,7 @@ def versus(results: dict, compares_text: bool) -> tuple[list, list]:
 
 def same_text(our_result: dict, peer_result: dict) -> str:
     """Return "yes", "no", or nothing if one of them was out of memory."""
-    if not has_run(our_result) or not has_run(peer_result):
+    if not completed(our_result) or not completed(peer_result):
         return ""
     return "yes" if our_result["ids"] == peer_result["ids"] else "no"
 
@@ -374,7 +375,7 @@ def add_speeds(speeds: dict, name: str, results: dict):
     """Add a comparison's speeds to the lines of its kind, the first word of its name."""
     kind = name.partition(" ")[0]
     for who, side in results.items():
-        if all(map(has_run, side)):
+        if all(map(completed, side)):
             points = speeds.setdefault(kind, {}).setdefault(who, [])
             points.append((name, median_speed(side)))
 

@@ -9,7 +9,7 @@ from finetune.arguments import number
 from finetune.examples import read_examples
 
 from .runs import flag_words
-from .tables import Table, listed, markdown, panel, report, run_fresh
+from .tables import Table, list_of, markdown, panel, report, run_fresh
 from .training import Task, add_training_flags, examine, finish_run, task_of
 
 LORA = "lora, trained at each r"
@@ -43,7 +43,7 @@ class Training:
 def add_flags(parser):
     add_training_flags(parser)
     flag = parser.add_argument
-    flag("--ranks", metavar="N,...", type=listed(number(int, 1)), default=[1, 2, 4, 8, 16, 32],
+    flag("--ranks", metavar="N,...", type=list_of(number(int, 1)), default=[1, 2, 4, 8, 16, 32],
          help="values of r (default: 1,2,4,8,16,32)")
     flag("--lr", metavar="F", type=number(float, 0, open_low=True), default=5e-3,
          help="learning rate of every run (default: 0.005)")

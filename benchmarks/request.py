@@ -8,8 +8,8 @@ class Request:
 
     peer: "transformers" or "litgpt".  folder: of the model, in Hugging Face's layout; is_random:
     its weights are not read.  layers: None for all.  batch: examples per step, or prompts at a
-    time.  steps, warm: of training.  new: tokens per answer, None for training; prompts: how many
-    such batches.  cache: whether keys and values are cached.
+    time.  steps, warm: of training.  new: tokens per answer, None for training.
+    n_batches: of prompts to time.  cache: whether keys and values are cached.
     """
     peer: str
     folder: str
@@ -23,5 +23,5 @@ class Request:
     dropout: float = 0.0
     checkpointing: bool = False
     new: int | None = None
-    prompts: int | None = None
+    n_batches: int | None = None
     cache: bool | None = None

@@ -7,7 +7,7 @@ from finetune.hardware import DTYPES, pick_hardware
 
 from . import runs
 from .measure import flop_per_token, matmul_peak
-from .runs import Setup, has_run, measure_cell, make_setup
+from .runs import Setup, completed, make_setup, measure_cell
 from .tables import Table, markdown, panel, run_fresh
 
 HEADER = ["precision", "fastest product, GFLOP/s", "checkpointing", "P, million", "MFLOP per token",
@@ -46,7 +46,7 @@ def make(args, table: Table) -> list:
         for checkpointing in (False, True):
             result = measure_training(table, setup, args.batch_size, mode, checkpointing)
             rows.append(row_of(mode, peak, checkpointing, result))
-            if has_run(result):
+            if completed(result):
                 name = "training with checkpointing" if checkpointing else "training"
                 lines[name].append((str(mode), flop_per_second(result, checkpointing) / 1e9))
         lines["the fastest product"].append((str(mode), peak / 1e9))
@@ -83,7 +83,7 @@ def row_of(mode: Mode, peak: float, checkpointing: bool, result: dict) -> list:
     """Return the row of HEADER for a mode; peak: FLOP/s of the fastest product."""
     row = [str(mode), f"{peak / 1e9:,.0f}", "yes" if checkpointing else "no",
            f"{result['P'] / 1e6:,.1f}"]
-    if not has_run(result):
+    if not completed(result):
         return [*row, "", "out of memory", "", "", ""]
     flop = flop_per_token(result["P"], False, checkpointing)
     reached = flop_per_second(result, checkpointing)

@@ -62,8 +62,8 @@ class Workload:
 
     flags: train.py's.  data: file of examples; None for random rows, all of `length` tokens, or as
     long as Alpaca's if that is None.  warm: steps before the first that counts.  steps: per repeat.
-    autocast: over a frozen fp32 base, which train.py itself never does.  count: whether bytes and
-    FLOP are counted by kind.
+    autocast: use autocast although the base is frozen in fp32; train.py never does this.
+    count: whether bytes and FLOP are counted by kind.
     """
     flags: list
     data: str | None
@@ -221,7 +221,8 @@ def plan_in_file_order(n_rows: int, workload: Workload, options: Options, n_rank
     steps = []
     for _ in range(workload.warm + workload.steps):
         ranks = [next_batches(indices, options) for _ in range(n_ranks)]
-        steps.append((0.5, ranks))                   # Within an epoch, at whose end one evaluates.
+        # 0.5: never an epoch's end, so the loop does not evaluate.
+        steps.append((0.5, ranks))
     warm_up = steps[:workload.warm]
     repeat = steps[workload.warm:]
     return warm_up + repeat * workload.repeats
@@ -260,7 +261,7 @@ def load(workload: Workload, job: train.Job, device: torch.device, init: str):
     return train.load_model(job, device, init)
 
 
-def measured(workload: Workload) -> dict | None:
+def measure_run(workload: Workload) -> dict | None:
     """Run train.py's own loop; return what it took, or None on ranks above 0.
 
     {tokens_per_second, seconds: per step, loss, peaks: MiB by phase}, and with workload.count
@@ -358,7 +359,7 @@ class LoopPhases:
             hook.remove()
 
     def loss(self, model, batch):
-        # After another forward pass, what came between is its backward pass.
+        # If the last phase was a forward pass, its backward pass has just ended.
         self.peaks.end("backward" if self.last_phase == "forward" else None)
         result = answer_loss(model, batch)
         self.peaks.end("forward")
@@ -379,7 +380,7 @@ class LoopPhases:
         self.n_bytes["optimizer"] = sum(tensor.nbytes for tensor in tensors)
 
 
-def estimated(workload: Workload) -> dict:
+def estimate_costs(workload: Workload) -> dict:
     """Return {estimate: bytes by kind, P}, which need no weights.
 
     The estimate is finetune/preflight.py's, and P is multiplied_weights.
@@ -401,26 +402,27 @@ def estimated(workload: Workload) -> dict:
             "P": multiplied_weights(job.model.args, n_answer / n_tokens)}
 
 
-def measure_cell(table: Table, name: str, workload: Workload, measure: Callable = measured) -> dict:
+def measure_cell(table: Table, name: str, workload: Workload,
+                 measure: Callable = measure_run) -> dict:
     """Return the cell of a workload: what is estimated, and what measure(workload) returns.
 
-    Without the latter if memory is not enough.
+    If memory is too small, only the estimate.
     """
     def compute():
-        return estimated(workload) | try_fresh(measure, workload)
+        return estimate_costs(workload) | try_fresh(measure, workload)
 
     result = table.cell(asdict(workload), compute)
     report_speed(name, result)
     return result
 
 
-def has_run(result: dict) -> bool:
+def completed(result: dict) -> bool:
     """Return whether a workload ran to its end; if not, memory was not enough."""
     return "peaks" in result
 
 
 def report_speed(name: str, result: dict):
-    if has_run(result):
+    if completed(result):
         speed = f"{result['tokens_per_second']:,.1f} tokens/s"
         report(f"{name}: {speed}, peak {peak_of(result):,.0f} MiB")
     else:

@@ -7,8 +7,8 @@ from finetune.preflight import MIB, mib
 from llama.checkpoint import read_params
 
 from . import runs
-from .launch import measured_on_ranks
-from .runs import Setup, has_run, measure_cell, measured, peak_of, make_setup
+from .launch import measure_on_ranks
+from .runs import Setup, completed, make_setup, measure_cell, measure_run, peak_of
 from .tables import Table, markdown, panel
 
 HEADER = ["along", "", "tokens per step", "tokens/s", "seconds per step", "peak, MiB",
@@ -41,9 +41,9 @@ def make(args, table: Table) -> list:
             result = measure_point(table, setup, axis, point)
             rows.append([axis, str(point.value), *columns_of(result)])
             results[point.value] = result
-        completed = {value: result for value, result in results.items() if has_run(result)}
-        if completed:
-            panels += [speed_panel(axis, completed), peak_panel(axis, completed)]
+        drawn = {value: result for value, result in results.items() if completed(result)}
+        if drawn:
+            panels += [speed_panel(axis, drawn), peak_panel(axis, drawn)]
     table.draw(panels)
     return [*markdown(HEADER, rows), "", NOTE]
 
@@ -78,14 +78,14 @@ def axes_of(setup: Setup) -> dict:
 def measure_point(table: Table, setup: Setup, axis: str, point: Point) -> dict:
     flags = {"batch_size": 4, "accumulation_steps": 1} | point.flags
     workload = setup.workload(flags, **point.changes)
-    measure = measured if workload.ranks == 1 else measured_on_ranks
+    measure = measure_run if workload.ranks == 1 else measure_on_ranks
     return measure_cell(table, f"{axis} {point.value}", workload, measure)
 
 
 def columns_of(result: dict) -> list:
     """Return a result as the columns of HEADER after the first two."""
     estimate = mib(sum(result["estimate"].values()))
-    if not has_run(result):
+    if not completed(result):
         return ["", "", "", "out of memory", estimate]
     n_tokens = result["tokens_per_second"] * result["seconds"]
     return [f"{n_tokens:,.0f}", f"{result['tokens_per_second']:,.0f}", f"{result['seconds']:.2f}",

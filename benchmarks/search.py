@@ -1,8 +1,9 @@
 """Random search over method, targets, r, alpha and learning rate, under a budget of steps.
 
 Successive halving (Jamieson & Talwalkar 2016, algorithm 1, https://arxiv.org/abs/1502.07943), by
-thirds: every candidate gets a short run of its own, the third with the lowest held-out loss gets
-one three times as long, and so on until one is left.  Each round takes an equal part of the budget.
+thirds: every candidate gets a short run of its own, the best third by held-out loss are trained
+again, for three times as many steps, and so on until one is left.  Each round takes an equal part
+of the budget.
 A run begins anew in each round, since its learning rate falls to zero at its own end.
 """
 import math
@@ -16,7 +17,7 @@ from finetune.arguments import number
 from lora.methods import METHODS
 
 from .runs import flag_words
-from .tables import Table, listed, markdown, panel, report, run_fresh
+from .tables import Table, list_of, markdown, panel, report, run_fresh
 from .training import Task, add_training_flags, finish_run, task_of
 
 TARGETS = ("wq,wv", "wq,wk,wv,wo", "w1,w2,w3", "wq,wk,wv,wo,w1,w2,w3")
@@ -71,9 +72,9 @@ def add_flags(parser):
          help="optimizer steps of all runs together (default: 1080)")
     flag("--candidates", metavar="N", type=number(int, 1), default=27,
          help="number of settings that are drawn (default: 27)")
-    flag("--methods", metavar="NAME,...", type=listed(str), default=list(METHODS),
+    flag("--methods", metavar="NAME,...", type=list_of(str), default=list(METHODS),
          help="methods to draw from (default: all)")
-    flag("--lrs", metavar="LOW,HIGH", type=listed(number(float, 0, open_low=True)),
+    flag("--lrs", metavar="LOW,HIGH", type=list_of(number(float, 0, open_low=True)),
          default=[1e-3, 1e-1],
          help="learning rates to draw between, evenly by their logarithm (default: 1e-3,1e-1)")
     flag("--seed", metavar="N", type=number(int, 0), default=0,

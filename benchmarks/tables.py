@@ -120,7 +120,10 @@ def run_within_memory(function: Callable, *args):
 
 
 def begin_process():
-    """Prepare the process of a cell: it is killed first, and ends with the one that waits."""
+    """Prepare a cell's process.
+
+    If memory runs out, Linux kills it first; it also ends when its parent ends.
+    """
     be_killed_first()
     threading.Thread(target=exit_with_parent, daemon=True).start()
 
@@ -174,7 +177,7 @@ def report(line: str):
     print(line, file=sys.stderr, flush=True)
 
 
-def listed(kind: Callable) -> Callable:
+def list_of(kind: Callable) -> Callable:
     """Return a type for argparse: values of this kind, separated by commas."""
     def parse(value):
         return [kind(part.strip()) for part in value.split(",")]

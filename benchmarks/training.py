@@ -56,7 +56,8 @@ def task_of(args) -> Task:
 def finish_run(argv: list) -> tuple[Options, list]:
     """Run train.py to its end; return its Options and the rows of its metrics.jsonl.
 
-    It may have given up for want of a finite step.  Raises ValueError if train.py refuses.
+    train.py may have ended early: too many steps with NaN or infinity.  Raises ValueError if it
+    refuses.
     """
     options = parse_options(argv)
     try:

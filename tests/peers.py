@@ -93,7 +93,7 @@ def generate(request: Request, rows: list, peaks: Peaks) -> dict:
     endless_prompts = cycle(prompts)
     answers = []
     seconds = []
-    for i in range(1 + request.prompts):
+    for i in range(1 + request.n_batches):
         n_new = request.new if i else min(request.new, WARM_UP_TOKENS)
         began = time.perf_counter()
         answers += answer(list(islice(endless_prompts, request.batch)), n_new)
@@ -101,7 +101,7 @@ def generate(request: Request, rows: list, peaks: Peaks) -> dict:
     peaks.end("generate")
     answers = answers[request.batch:]
     assert all(len(ids) == request.new for ids in answers)
-    n_tokens = request.batch * request.prompts * request.new
+    n_tokens = request.batch * request.n_batches * request.new
     return {"tokens_per_second": n_tokens / sum(seconds[1:]), "ids": answers}
 
 

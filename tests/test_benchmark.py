@@ -345,7 +345,7 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
     flags = ["--checkpoint", str(base), "--data", str(data), "--device", "cpu", "--precision",
              "fp32"]
     workload = runs.Workload(flags, str(data), warm=0, steps=1, repeats=1)
-    ids = peers.generated(workload, batch=8, n_batches=2, new=4)["ids"]
+    ids = peers.time_generation(workload, batch=8, n_batches=2, new=4)["ids"]
     assert [len(answer) for answer in ids] == [4] * 16
 
     def scripted(n_missing):
@@ -360,12 +360,12 @@ def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
 
     pools = []
     monkeypatch.setattr(peers, "generate_ids", scripted(0))
-    peers.generated(workload, batch=4, n_batches=3, new=4)
+    peers.time_generation(workload, batch=4, n_batches=3, new=4)
     # When the prompts come again, nothing of their answers is known.
     assert pools == [{}, {(1,): [5]}, {(1,): [5], (2,): [5]}, {}]
     monkeypatch.setattr(peers, "generate_ids", scripted(1))
     with pytest.raises(ValueError, match="too few for these prompts and 4 new ones"):
-        peers.generated(workload, batch=8, n_batches=2, new=4)
+        peers.time_generation(workload, batch=8, n_batches=2, new=4)
 
 
 # Search, methods, students
