@@ -77,7 +77,8 @@ META = torch.device("meta")                          # tensors with shapes, but 
 class Job:
     """What a run trains, on which data and how.  It is complete before the first step.
 
-    `prepare` makes it with models that have shapes but no data; `load_weights` loads the weights.
+    `prepare` makes it in two stages: first everything that needs no model, then the plan and models
+    on the meta device (shapes only).  `load_weights` replaces these with models that have weights.
     The output folder, with progress, metrics and saves, belongs to Run.
     """
     options: Options
@@ -86,13 +87,13 @@ class Job:
     lora: LoRAConfig | None              # None for --method full
     template: str                        # the prompt format, for adapter files
     quantize: str
-    settings: dict                       # all options, with the values chosen for them
+    settings: dict                       # all options, with defaults filled in
     adapter: dict | None                 # content of the --adapter file or folder
     tokenizer: Tokenizer
     train_set: SupervisedDataset
     val_set: SupervisedDataset | None    # held-out examples
     collate: Callable                    # list of (tokens, labels) -> Batch
-    optimizer_bytes_per_parameter: float         # bytes of optimizer state per trained number
+    optimizer_bytes_per_parameter: float         # bytes of state per trained number
     plan: list = ()                      # per step: (epochs done after it, [rank][micro-batch][i])
     model: torch.nn.Module | None = None
     adapter_paths: list = ()             # where the adapter layers are in the model
@@ -101,26 +102,26 @@ class Job:
 
 
 def main(argv=None):
-    """Run from the flags to an adapter on disk."""
+    """Train: read the flags, check and prepare, train, save the adapter."""
     began = time.perf_counter()
     with connected_ranks() as ranks:                          # Without torchrun: rank 0 of 1.
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
-            run = Run.open(options, ranks)                    # new, or the last save with --resume
+            run = Run.open(options, ranks)                    # with --resume the saved one
             job = prepare(options, ranks)                     # every check that needs no weights
             run.check_same_run(job)
             if run.progress.finished:
                 return
             describe(job)
-            advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
+            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
             if options.dry_run:
                 check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")
                 return
-            with advice:
+            with memory_advice:                               # says what to do if memory ends
                 job = load_weights(job)
             run.begin(job)
-        with stop_after_step_on_signals(run), advice:
+        with stop_after_step_on_signals(run), memory_advice:
             train(job, run)
             if ranks.is_first:
                 save(job, run.out)
@@ -164,7 +165,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         val_set=val_set,
         collate=functools.partial(pack, share_prefix=options.share_prefix),
         optimizer_bytes_per_parameter=state_bytes))
-    # The result is not used.  The call raises ValueError if the method has no --lora-plus-ratio.
+    # Called for its check only: it raises ValueError if the method has no --lora-plus-ratio.
     lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)
     return job
 
@@ -184,7 +185,7 @@ def adapter_settings(options: Options, adapter: dict | None):
 
 def chosen_settings(options: Options, device, precision: str, lora: LoRAConfig | None,
                     quantize: str, template: str) -> dict:
-    """Return all options with the values chosen for them, for args.json and --resume."""
+    """Return all options with their defaults filled in, for args.json and --resume."""
     settings = asdict(options)
     settings |= {"device": str(device), "precision": precision, "quantize": quantize,
                  "template": template}
@@ -227,8 +228,8 @@ def estimate_step_bytes(job: Job, **changes) -> int:
 def check_gradient_paths(job: Job):
     """Raise ValueError if a trained part gets no gradient.  Runs on the meta device.
 
-    The sum of the logits replaces the loss: the loss selects rows by their values, and tensors on
-    the meta device have no values.
+    The sum of the logits replaces the loss.  The loss looks for labels that are targets, and a
+    tensor on the meta device has no values to look at.
     """
     batch = job.collate(largest_batch_rows(job.train_set, job.plan)).to(META)
     check_gradients(job.model, job.adapter_paths,
@@ -242,7 +243,7 @@ def load_weights(job: Job) -> Job:
     model, adapter_paths = load_model(job, device, job.options.init)
     if job.adapter:
         load_adapter(model, job.adapter)
-    distillation = load_distillation(job, device, "checkpoint")     # --init is for the student.
+    distillation = load_distillation(job, device, "checkpoint")     # The teacher loads its weights.
     loss_fn = distillation or answer_loss
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
@@ -255,9 +256,9 @@ def load_weights(job: Job) -> Job:
 def load_model(job: Job, device: torch.device, init: str):
     """Return (model, paths of its adapter layers).  Without an adapter the whole model is trained.
 
-    Frozen weights are loaded in the compute dtype: in fp32 they would need autocast, which keeps a
-    16-bit copy of each until backward.  Trained weights stay in fp32, because 16 bits would round
-    small updates away.
+    Frozen weights are loaded in the compute dtype.  In fp32 they would need autocast, and autocast
+    keeps a 16-bit copy of each until backward.  Trained weights stay in fp32, because 16 bits would
+    round small updates away.
     """
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
@@ -291,14 +292,14 @@ def train(job: Job, run: Run):
     ranks = job.ranks
     precision = job.precision
     model = job.model
-    # DDP must wrap the model after add_lora has frozen the base: it waits for a gradient of every
-    # parameter that was trainable when it wrapped the model.
+    # DDP waits for a gradient of each parameter that is trainable when it wraps the model, so
+    # add_lora must have frozen the base before.
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    follow_optimizer(model, optimizer)                        # Some methods act after each step.
+    follow_optimizer(model, optimizer)                        # Delta-LoRA acts after each step.
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
     tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len
@@ -314,13 +315,13 @@ def train(job: Job, run: Run):
     step_began = time.perf_counter()
     upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
     for step, window in enumerate(prefetch(upcoming), run.progress.step + 1):
-        notes = begin_step(model, step, run.progress.loss)    # the loss of the step before
+        method_log = begin_step(model, step, run.progress.loss)     # the loss of the step before
         # progress.updates does not count skipped steps, so they do not advance the schedule.
         factor = lr_factor(run.progress.updates, n_steps, warmup, options.schedule)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
         loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)
-        precision.scaler.unscale_(optimizer)                  # so that clipping sees true gradients
+        precision.scaler.unscale_(optimizer)                  # fp16: true gradients for clipping
         grad_norm = clip_grad_norm_(trainable, options.clip_grad_norm or math.inf).item()
         loss = run.sum_loss(loss_share)
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)     # the same on all ranks
@@ -328,14 +329,14 @@ def train(job: Job, run: Run):
             precision.scaler.step(optimizer)
         loss_scale = precision.scaler.get_scale()
         precision.scaler.update()
-        overflow = precision.scaler.get_scale() < loss_scale  # fp16: update lowered the scale
+        overflow = precision.scaler.get_scale() < loss_scale  # fp16: a gradient overflowed
         optimizer.zero_grad(set_to_none=True)
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                "tokens": window.n_tokens, "answer_tokens": window.n_answer,
                "tokens_per_second": window.n_tokens / (time.perf_counter() - step_began),
                "peak_memory_mb": peak_memory_mb(precision.device),
-               "loss_scale": loss_scale, **notes}
+               "loss_scale": loss_scale, **method_log}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
             row |= evaluate_held_out()
         remark = run.record(row, is_finite, overflow)
@@ -373,7 +374,7 @@ def build_optimizer(groups: list, options: Options) -> torch.optim.Optimizer:
 
 
 def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
-    """Return the factor of the peak learning rate after `step` of n_steps steps.
+    """Return the factor of the peak learning rate when `step` of n_steps steps are done.
 
     A linear warm-up, then constant or a cosine to 0 (Loshchilov & Hutter 2017, eq. 5).
     """
@@ -385,10 +386,10 @@ def lr_factor(step: int, n_steps: int, warmup: int, schedule: str) -> float:
 
 
 def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) -> Precision:
-    """Return the Precision to train an adapter, or the whole model if lora is None.
+    """Return the Precision of a run.  lora: None if the whole model is trained.
 
     Only full fine-tuning needs autocast: there fp32 weights meet 16-bit activations.  With an
-    adapter the base is in 16 bit already, and adapter layers cast their fp32 factors themselves.
+    adapter the base is in 16 bit already, and adapter layers cast their fp32 A and B themselves.
     There autocast would only cost memory: on CUDA it returns the result of each norm in fp32, and
     every layer that reads the result casts it and keeps the copy.
     """
