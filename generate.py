@@ -307,8 +307,9 @@ def counted(model, ids, verbose):
         hook.remove()
     if verbose:
         speed = n_tokens / (time.perf_counter() - began)
-        print(f"{n_tokens} tokens in {n_forwards} forwards, {n_tokens / n_forwards:.2f} per "
-              f"forward; {speed:.1f} tokens/s", file=sys.stderr, flush=True)
+        print(f"{plural(n_tokens, 'token')} in {plural(n_forwards, 'forward pass')}, "
+              f"{n_tokens / n_forwards:.2f} tokens per pass; {speed:.1f} tokens/s", file=sys.stderr,
+              flush=True)
 
 
 def score(model, exam, args):

@@ -339,7 +339,7 @@ def mib(size) -> str:
 def plural(n: int, noun: str) -> str:
     """Return "1 layer", "2 layers" or "2 batches"."""
     if n != 1:
-        noun += "es" if noun.endswith("ch") else "s"
+        noun += "es" if noun.endswith(("ch", "ss")) else "s"
     return f"{n:,} {noun}"
 
 

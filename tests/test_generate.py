@@ -183,10 +183,11 @@ def test_verbose_says_tokens_a_forward_and_a_second(say, base, data, flags, n_li
     flags = ["--checkpoint", str(base), "--adapter", "none", *flags]
     quiet = say(*flags)
     verbose = say(*flags, "--verbose")
-    line = r"(\d+) tokens in (\d+) forwards, (\S+) per forward; \S+ tokens/s\n"
+    line = (r"(\d+) tokens? in (\d+) forward pass(?:es)?, (\S+) tokens per pass; "
+            r"\S+ tokens/s\n")
     counts = re.findall(line, verbose.err)
     assert verbose.out == quiet.out and len(counts) == n_lines
-    assert re.sub(r".* tokens in .*\n", "", verbose.err) == quiet.err
+    assert re.sub(r".* tokens? in .*\n", "", verbose.err) == quiet.err
     for tokens, forwards, ratio in counts:
         assert int(forwards) <= 8
         assert float(ratio) == pytest.approx(int(tokens) / int(forwards), abs=0.006)
@@ -204,6 +205,6 @@ def test_later_answers_of_a_session_take_fewer_forwards(say, base, tmp_path, mon
     answers = printed.split("\n### ")[1:-1]
     if "--data" in flags:
         answers = [json.loads(line)["answer"] for line in printed.splitlines()]
-    forwards = [int(n) for n in re.findall(r"tokens in (\d+) forwards", error)]
+    forwards = [int(n) for n in re.findall(r"tokens? in (\d+) forward", error)]
     assert len(answers) == len(forwards) == 9 and len(set(answers)) == 1
     assert max(forwards[1:]) < forwards[0]
