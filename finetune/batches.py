@@ -68,9 +68,9 @@ class DataCollatorForSupervisedDataset:
 def pack(rows, share_prefix: bool = False) -> Batch:
     """Join rows of (tokens, labels) into one row (1, N) without padding.
 
-    share_prefix: store a common beginning once; it ends before the token that predicts the first
-    target.  Its gradient is the sum over the examples.  The result is exact except for dropout:
-    all examples then have the same mask on the common beginning.
+    share_prefix: store a common beginning once.  At least the last prompt token is not shared: it
+    predicts the first target.  The gradient of the beginning is the sum over the examples.  The
+    result is exact except for dropout: all examples then have the same mask on the beginning.
     """
     n_shareable = [first_target(labels) - 1 if share_prefix else 0 for _, labels in rows]
     pieces, ends = arrange([tokens for tokens, _ in rows], n_shareable)
@@ -99,9 +99,10 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
     """Return the optimizer steps of an epoch: [step][rank][micro-batch] -> indices of examples.
 
     lengths: the number of tokens of each example.  The order is drawn from (seed, epoch).  Every
-    example is used once, so the last step may be smaller.  The ranks get the parts of a step in
-    turn, so in the last step a rank may get no example.  A micro-batch holds batch_size examples.
-    With tokens_per_batch it holds at most so many tokens instead, but at least one example.
+    example is used once, so the last step may be smaller.  Rank i gets the parts i, i + n, i + 2 n
+    and so on of a step, so in the last step a rank may get no example.  A micro-batch holds
+    batch_size examples.  With tokens_per_batch it holds at most so many tokens instead, but at
+    least one example.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if tokens_per_batch:
@@ -142,9 +143,8 @@ def fill(order, lengths, capacity: int, at_once: int = 1024) -> list:
     """Return the indices in `order` as groups whose lengths add up to at most `capacity`.
 
     A longer example gets a group of its own.  Each `at_once` examples are sorted by length, and
-    the longest comes first into the first group that has space (first-fit decreasing, Johnson 1973:
-    at most 11/9 of the fewest groups, plus 4).  The groups then follow the order of their earliest
-    example.
+    the longest comes first into the first group that has space (first-fit decreasing,
+    Johnson 1973).  The groups then follow the order of their earliest example.
     """
     groups = []
     for indices in split(order, at_once):

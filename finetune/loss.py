@@ -38,8 +38,8 @@ def in_chunks(loss: Callable, *tensors: torch.Tensor) -> torch.Tensor:
     """Return the sum of loss(*tensors), computed on CHUNK rows of the tensors (R, ...) at a time.
 
     The backward pass needs several fp32 tensors as large as the logits, which would be most of a
-    step's peak memory.  So it computes those of one chunk again, uses them and frees them, before
-    it comes to the next chunk.
+    step's peak memory.  So backward computes them anew for one chunk at a time, and frees them
+    before the next chunk.
     """
     chunks = zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True)
     return sum(checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -51,8 +51,8 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
 
     The sum is a scalar in nats, in fp32 (or fp64).  Only the rows that predict an answer token get
     logits.  Never average the means of micro-batches: with 4 answer tokens in one and 60 in the
-    next, the gradient would have another direction.  A batch without answer tokens gives 0 with a
-    graph for backward; its mean would be 0/0.
+    next, each token of the first would weigh 15 times more.  A batch without answer tokens gives a
+    0 on which backward() works; its mean would be 0/0.
     """
     rows, targets = answer_rows(batch)
     rows = rows.to(batch.tokens.device, non_blocking=True)

@@ -23,7 +23,8 @@ RESUME_HINT = ("; --resume continues from the last save, if any, also with anoth
 class Size(NamedTuple):
     """Size of a micro-batch.
 
-    pairs: of query and key whose scores a CPU keeps, in short examples only (llama/layout.py).
+    pairs: number of (query, key) pairs; a CPU keeps their scores for short examples
+    (llama/layout.py).
     """
     tokens: int
     answers: int
@@ -73,14 +74,17 @@ def total_size(rows: list) -> Size:
 
 
 def largest_batch_rows(dataset, plan) -> list:
-    """Return the rows of the largest micro-batch: if memory is too small, this one fails."""
+    """Return the rows of the largest micro-batch, the first to run out of memory."""
     sizes = micro_batch_sizes(dataset, plan)
     indices = max(sizes, key=lambda batch: sizes[batch].tokens + sizes[batch].answers)
     return [dataset[i] for i in indices]
 
 
 def largest_size(dataset, plan) -> Size:
-    """Return the maximum of each size over the plan's micro-batches, each on its own."""
+    """Return the maximum of each size over the plan's micro-batches.
+
+    The three maxima may come from different micro-batches.
+    """
     sizes = micro_batch_sizes(dataset, plan).values()
     return Size(max(size.tokens for size in sizes), max(size.answers for size in sizes),
                 max(size.pairs for size in sizes))
@@ -90,7 +94,7 @@ def check_gradients(model, wrapped, loss: Callable):
     """Back-propagate loss() once.  Raises ValueError if it is not finite or does not reach a part.
 
     wrapped: paths of adapters; each must get a gradient in at least one tensor.  If empty, every
-    trainable parameter must.  Gradients and mode are left as they were, and dropout is off, so
+    trainable parameter must.  Gradients and train/eval mode are restored, and dropout is off, so
     nothing is drawn from torch's random state.  On the meta device values are not checked.
     """
     saved_grads = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -194,7 +198,7 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
     is_in_block = in_block > at_logits
     kinds = {
         "weights": weights,
-        # Plus one: a micro-batch's gradient of the largest tensor, before it is added.
+        # Plus the largest gradient once more: a micro-batch's, before it is added.
         "gradients": FP32 * (sum(trained) * copies + max(trained)),
         "optimizer": round(state_bytes * sum(trained)),
         "activations": kept + (in_block if is_in_block else 0),

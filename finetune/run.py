@@ -242,9 +242,9 @@ class Run:
             pass
 
     def replace_old_run(self):
-        """Begin in the folder with an empty save, in place of what another run left."""
+        """Write an empty save, and delete what an earlier run left."""
         if self.options.out and not self.options.overwrite and not self.resumes:
-            try:                                     # Of two that start now only one creates it.
+            try:                                     # Only one of two runs can create it.
                 open(self.out / ARGS, "x").close()
             except FileExistsError:
                 raise ValueError(f"another run has just begun in {self.out}; name another folder "
@@ -267,7 +267,7 @@ class Run:
         self.device = device
         self.save_best = save_best
         self.parts = parts
-        self.began = time.perf_counter() - self.progress.seconds     # as if never interrupted
+        self.began = time.perf_counter() - self.progress.seconds     # counts earlier sittings
         self.first_step = None                       # number and end of this process's first step
         if self.progress.step:
             restore(self.last_save, parts, self.ranks.rank, device)
@@ -282,9 +282,9 @@ class Run:
             self.write(states_of(self.parts), random_states, self.metrics.tell())
 
     def sum_loss(self, loss) -> float:
-        """Return the step's loss summed over the ranks, and learn whether any got a stop signal.
+        """Return the step's loss, summed over the ranks.
 
-        So all ranks stop after the same step.
+        The stop signal travels in the same all-reduce, so all ranks stop after the same step.
         """
         received = torch.full_like(loss, self.stop_request.received_at is not None)
         total, told = sum_over_ranks(torch.stack([loss, received])).tolist()
@@ -437,7 +437,7 @@ def claim_folder(options, out: Path, resumes: bool):
     files = [name for name in RUN_FILES if (out / name).exists()]
     holds_shards = any(out.glob("consolidated.[0-9][0-9].pth"))
     holds_something = bool(files) or holds_shards
-    # A run writes one shard.
+    # With two shards it is a downloaded model: a run writes one.
     holds_run = ARGS in files and not (out / "consolidated.01.pth").exists()
     is_resumable = resumes and (STATE in files or PREVIOUS in files)
     resumes_before_results = resumes and not any(name in files for name in RESULTS)

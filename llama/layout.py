@@ -17,8 +17,8 @@ SHORT_CONTEXT = 256      # tokens: up to here plain products are faster than tor
 class Layout:
     """Where the examples of a packed row (1, N) stand.
 
-    segments: (length, context) from left to right.  context lists, in order, the earlier segments
-    that this one continues; it is empty at the beginning of an example.
+    segments: (length, context) from left to right.  context: the numbers of the earlier
+    segments that come before this one in its text, in order; empty at the beginning of an example.
     trees: {segment: (L, L) bool} for a segment whose L tokens are a tree, not a line.  Row t is
     True for the tokens that t sees: those that it follows, and itself.
     ends: for each example the segment that it ends with.
@@ -46,7 +46,7 @@ class Layout:
         on_device.masks = {}
         return on_device
 
-    @torch.compiler.disable          # It has many shapes, and a block would be compiled for each.
+    @torch.compiler.disable          # Each batch has other shapes, and each would be compiled.
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Return the attention of each token to its own example up to itself.
 
