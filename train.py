@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 -- train.py      any of these, in two processes
                                     (the -- keeps torchrun from reading train.py's flags)
 
-Begin to read at `main`.  Method, precision, quantisation and teacher are chosen before the loop,
-and the loop does not branch on them.
+Read `main` first, then `train`; the functions between them prepare the Job.  Method, precision,
+quantisation and teacher are chosen before the loop, and the loop does not branch on them.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
 
@@ -93,7 +93,7 @@ class Job:
     train_set: SupervisedDataset
     val_set: SupervisedDataset | None    # held-out examples
     collate: Callable                    # list of (tokens, labels) -> Batch
-    optimizer_bytes_per_parameter: float         # bytes of state per trained number
+    optimizer_bytes_per_parameter: float         # per trained parameter; AdamW in fp32: 8
     plan: list = ()                      # per step: (epochs done after it, [rank][micro-batch][i])
     model: torch.nn.Module | None = None
     adapter_paths: list = ()             # where the adapter layers are in the model
@@ -110,10 +110,10 @@ def main(argv=None):
             run = Run.open(options, ranks)                    # with --resume the saved one
             job = prepare(options, ranks)                     # every check that needs no weights
             run.check_same_run(job)
-            if run.progress.finished:
+            if run.progress.finished:                         # Nothing is left to resume.
                 return
             describe(job)
-            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
+            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # made now, from shapes
             if options.dry_run:
                 check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")
@@ -208,6 +208,7 @@ def make_plan(job: Job) -> list:
     """Return every optimizer step of the run: (epochs completed after it, example indices)."""
     options = job.options
     lengths = [len(tokens) for tokens, _ in job.train_set.rows]
+    # What is left open is the number of the epoch.
     steps_of_epoch = functools.partial(
         plan_epoch, lengths, options.batch_size, options.accumulation_steps, options.seed,
         world_size=job.ranks.size, tokens_per_batch=options.tokens_per_batch)
@@ -228,8 +229,8 @@ def estimate_step_bytes(job: Job, **changes) -> int:
 def check_gradient_paths(job: Job):
     """Raise ValueError if a trained part gets no gradient.  Runs on the meta device.
 
-    The sum of the logits replaces the loss.  The loss looks for labels that are targets, and a
-    tensor on the meta device has no values to look at.
+    The sum of the logits replaces the loss: answer_loss must read the values of labels, and tensors
+    on the meta device have none.
     """
     batch = job.collate(largest_batch_rows(job.train_set, job.plan)).to(META)
     check_gradients(job.model, job.adapter_paths,
@@ -243,7 +244,7 @@ def load_weights(job: Job) -> Job:
     model, adapter_paths = load_model(job, device, job.options.init)
     if job.adapter:
         load_adapter(model, job.adapter)
-    distillation = load_distillation(job, device, "checkpoint")     # The teacher loads its weights.
+    distillation = load_distillation(job, device, "checkpoint")     # even with --init random
     loss_fn = distillation or answer_loss
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
@@ -256,7 +257,7 @@ def load_weights(job: Job) -> Job:
 def load_model(job: Job, device: torch.device, init: str):
     """Return (model, paths of its adapter layers).  Without an adapter the whole model is trained.
 
-    Frozen weights are loaded in the compute dtype.  In fp32 they would need autocast, and autocast
+    Frozen weights are loaded in the compute dtype.  Stored in fp32 they would need autocast, which
     keeps a 16-bit copy of each until backward.  Trained weights stay in fp32, because 16 bits would
     round small updates away.
     """
@@ -292,8 +293,8 @@ def train(job: Job, run: Run):
     ranks = job.ranks
     precision = job.precision
     model = job.model
-    # DDP waits for a gradient of each parameter that is trainable when it wraps the model, so
-    # add_lora must have frozen the base before.
+    # DDP expects a gradient of every parameter that is trainable when it wraps the model, so the
+    # base must be frozen before.  add_lora has frozen it.
     ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)

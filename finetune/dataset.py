@@ -21,15 +21,15 @@ IGNORE = -100
 def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Return the row of pieces, each of them encoded separately.
 
-    So no token holds the end of a prompt and the start of an answer.  In one text, the ":" of
-    "Response:" and a "-" that begins the answer could become one token.
+    Encoded as one text, the ":" of "Response:" and a "-" that begins the answer could become one
+    token, which would be half prompt and half answer.
     """
     tokens = []
     labels = []
     for piece in pieces:
         ids = tokenizer.encode(piece.text, bos=piece.bos, eos=piece.eos)
         n_masked = len(ids)
-        if piece.is_target:
+        if piece.is_target:                          # Nothing predicts bos.
             n_masked = 1 if piece.bos else 0
         tokens += ids
         labels += [IGNORE] * n_masked + ids[n_masked:]
@@ -37,7 +37,7 @@ def encode_pieces(pieces: Sequence[Piece], tokenizer: Tokenizer) -> tuple[list[i
 
 
 def encode_prompt(example: dict, tokenizer: Tokenizer, template: Template = DEFAULT) -> list[int]:
-    """Return the ids before the last answer, whether the example has that answer or not.
+    """Return the ids of everything before the last answer, which the example need not have.
 
     Generation begins where training had the answer.  Raises ValueError without a prompt.
     """
@@ -71,7 +71,7 @@ def truncate(row: tuple[list[int], list[int]],
              max_seq_len: int) -> tuple[list[int], list[int]]:
     """Return the first max_seq_len tokens and labels of a row.
 
-    What is cut off takes its eos with it: an answer that was cut must not teach the model to stop.
+    An answer that is cut gets no eos, so it does not teach the model to stop there.
     """
     tokens, labels = row
     return tokens[:max_seq_len], labels[:max_seq_len]
@@ -118,7 +118,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
     """Encoded examples: dataset[i] is a row, (tokens, labels) of at most max_seq_len ids.
 
     dropped: how many examples have no target within max_seq_len; they are left out.
-    cut: how many of the others were truncated; with a template that continues, none is.
+    cut: how many of the others were truncated; 0 if template.continues.
     n_with_eos: how many rows have eos as a target.  n_empty: how many have no text to learn, only
     eos or white space.  numbers: the number of each row's example in its file, by default counted
     from 1.  name: what an error calls the data.
@@ -142,7 +142,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
                 rows = cut_into_rows(whole_row, max_seq_len)
             else:
                 rows = [truncate(whole_row, max_seq_len)]
-                self.cut += len(whole_row[0]) > max_seq_len and count_answer(rows[0][1]) > 0
+                if len(whole_row[0]) > max_seq_len and count_answer(rows[0][1]) > 0:
+                    self.cut += 1
             rows = [row for row in rows if count_answer(row[1]) > 0]
             self.dropped += not rows
             for tokens, labels in rows:

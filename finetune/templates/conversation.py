@@ -5,8 +5,8 @@
     {"instruction": "...", "input": "...", "output": "...", "system": "...",
      "history": [["question", "answer"], ...]}
 
-The first is the field's usual form, the second ShareGPT's, the third Alpaca's with LLaMA-Factory's
-two fields.  A first message may be the system prompt.
+The first is the usual form of chat data, the second ShareGPT's, the third Alpaca's with
+LLaMA-Factory's two fields.  A first message may be the system prompt.
 """
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def from_instruction(example: dict) -> Conversation:
 
 
 def read_messages(example: dict) -> list[tuple[str, str]]:
-    """Return [(role, text)] of the example's messages.  Raises ValueError that counts from 1."""
+    """Return [(role, text)] of the example's messages.  Errors number them from 1."""
     name = next(name for name in MESSAGE_FIELDS if example.get(name) is not None)
     role_field, text_field = MESSAGE_FIELDS[name]
     if not isinstance(example[name], list) or not example[name]:

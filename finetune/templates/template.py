@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 
 class Piece(NamedTuple):
-    """A part of an example, which is encoded apart from the parts beside it.
+    """A part of an example, which is encoded on its own.
 
     is_target: whether the model learns its tokens.  bos, eos: whether these ids stand before and
-    behind it.  eos belongs to the piece; bos is never a target, because nothing predicts it.
+    after it.  eos is a target if the piece is one; bos never is, because nothing predicts it.
     """
     text: str
     is_target: bool = False
@@ -19,9 +19,9 @@ class Template(NamedTuple):
     """A prompt format: how an example becomes pieces.
 
     pieces(example): the list of Pieces; it raises ValueError for an example that the format cannot
-    say.  An example without its last answer, as generation has it, ends with the prompt.
+    express.  An example without its last answer, as generation has it, ends with the prompt.
     fields: the names in an example that `pieces` reads.
-    holds_turns: whether it can say several questions and answers, as `messages`.
+    holds_turns: whether it can hold several questions and answers, as `messages`.
     continues: whether an example that is too long goes on in a further row.  Otherwise it loses its
     tail.
     """

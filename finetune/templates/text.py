@@ -10,8 +10,8 @@ def pieces(example: dict) -> list[Piece]:
 
     Raises ValueError without either.
     """
-    is_question = "instruction" in example and "output" not in example
-    if "text" not in example and is_question:
+    is_question = "instruction" in example and not {"text", "output"} & example.keys()
+    if is_question:
         return [Piece(example["instruction"], bos=True)]
     document = example.get("text")
     if not isinstance(document, str):
