@@ -230,7 +230,7 @@ def activation_bytes(model, wrapped, size: Size, precision):
                 block += width * parameter.numel()
     in_block = 3 * size.tokens * args.hidden_dim * width
     if set(wrapped) == {"output"}:
-        # Nothing before it is trained, so no block keeps anything: only h and its norm are kept.
+        # Nothing before it is trained, so no block keeps anything for backward.
         return 3 * size.tokens * args.dim * width, in_block
     if model.checkpointing:
         stream = FP32 if not wrapped else width

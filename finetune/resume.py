@@ -47,7 +47,8 @@ class Progress:
 class Save:
     """What a state.pt holds.
 
-    settings: the run's flags with their final values.  fingerprints: of what must stay the same.
+    settings: the run's flags with their final values.  fingerprints: hashes of data, plan and base,
+    which a resumed run must have too.
     metrics_bytes: length of metrics.jsonl.  launch: torchrun's run id.  parts: states of model,
     optimizer and scaler.  random_states: one for each rank.  warning: why a later save could not
     be read.  (In the file: counters, args, about, metrics, launch, parts, random.)
@@ -117,7 +118,7 @@ def progress_of(counters: dict) -> Progress:
     for field in fields(Progress):
         value = getattr(progress, field.name)
         if value == field.default and type(value) is type(field.default):
-            continue                                 # best may be infinite, and loss None
+            continue                                 # best begins at infinity, loss at None
         kind = float if field.name == "loss" else type(field.default)
         if type(value) is not kind or not abs(value) <= LARGEST:
             raise ValueError(f"{field.name} is {value!r}")
@@ -207,7 +208,7 @@ def check_form(expected, saved, name: str):
     elif isinstance(expected, torch.Tensor):
         fits = (isinstance(saved, torch.Tensor) and expected.shape == saved.shape
                 and expected.dtype == saved.dtype and not saved.isnan().any())
-    elif expected is None:                           # a number that is not known yet
+    elif expected is None:                           # a number that a new run lacks, a loss, say
         fits = saved is None or is_plausible(saved)
     elif type(expected) in (int, float):
         fits = type(saved) is type(expected) and (saved == expected or is_plausible(saved))

@@ -95,7 +95,7 @@ class Run:
         return run
 
     def check_same_run(self, job):
-        """Raise ValueError if resuming with this job would be another run.
+        """Raise ValueError if this job differs from the saved run.
 
         Print allowed changes.  Also store plan and settings, and compare the ranks.
         """

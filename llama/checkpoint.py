@@ -346,7 +346,8 @@ def fingerprint(args: ModelArgs | RNNArgs, norm: torch.Tensor, embeddings: torch
 
     They come from the sizes and from `sample_bytes` of both tensors, as the files hold them.
     Weights that were first stored in bf16, as LLaMA's were, give the same digits in every dtype.
-    Weights first stored in fp32 may not: after fp16 they are rounded a second time, to bf16.
+    Weights first stored in fp32 may give others after a conversion to fp16, because they are then
+    rounded twice.
     """
     # As floats, because one file has a theta of 10000 and another one of 10000.0.
     norm_eps = float(args.norm_eps)

@@ -1,8 +1,8 @@
 """Guesses of what a greedy text says next, so that one forward gives several of its tokens.
 
 Without a KV cache a forward computes the whole row again, and a few more tokens cost little.  So a
-tree of guesses stands behind each row, and the forward gives the logits after the row and after
-each guess.  As long as the text says what was guessed, the logits of its next token are there
+tree of guesses is appended after each row, and the forward gives the logits after the row and after
+each guess.  While the model's choice equals a guess, the logits of its next token are known
 already.  The text stays the same, whether the guesses are right or wrong.
 Deleting this file, and the lines of sampling.py that name it, leaves one forward per token.
 """
@@ -15,7 +15,7 @@ BLOCK = 16               # tokens: guesses fill the forward of one row up to a m
 GUESSES_ALONE = 24       # guesses for a row that has a forward to itself, at least
 GUESSES_EACH = 12        # guesses for each of several rows in a forward, where they cost more
 MAX_MATCH = 4            # tokens: the longest match that is looked up
-LINE = 4                 # tokens guessed from a match of one token; each token more doubles that
+LINE = 4                 # tokens copied after a match of one token; each further one doubles that
 FOLLOWERS = 3            # tokens remembered of what may follow an n-gram
 RIVALS = 8               # tokens nearly chosen, of which guesses are made too
 MAX_FOLLOWED = 2         # tokens by which the pool extends a guess
@@ -137,7 +137,7 @@ class Walk:
 
 
 class Guesses:
-    """The logits after greedy rows: known where a guess was right, computed where none was.
+    """The logits after greedy rows: reused after a right guess, otherwise computed.
 
     forward: (rows, trees) -> logits (1 + g, V) of each row, as sampling.next_logits of one model.
     ends: for each text the number of tokens, prompt included, at which it is complete.
@@ -157,8 +157,9 @@ class Guesses:
     def logits_after(self, rows: dict[int, list[int]]) -> dict[int, torch.Tensor]:
         """Return {i: logits (V,) after rows[i]} for the rows whose last token was guessed, or all.
 
-        rows: {i: ids}.  After a call, each row that it answered comes again with one more token, or
-        no more.  The others come as they are and wait: one forward then reads all rows together.
+        rows: {i: ids}.  The caller appends one token to each row that was answered and passes it
+        again, unless it is finished.  Rows without an answer are passed again unchanged: one
+        forward then reads all rows together.
         """
         logits_after = {}
         for i, row in rows.items():

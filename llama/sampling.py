@@ -25,7 +25,8 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int,
     Temperature 0 takes the likeliest token.  Above 0 one is drawn from `filtered`, for each prompt
     by a generator of its own from the same seed.  With no_repeat_ngram n above 0 no answer repeats
     n tokens in a row.
-    A prompt gets the same text alone, in any batch and with any pool; in 16 bits up to rounding.
+    A prompt gets the same text alone, in any batch and with any pool.  In 16 bits rounding may
+    change it.
     pool: what earlier calls with this model learnt, which makes greedy text faster (guesses.py).
     Raises ValueError, at once, for a prompt that leaves no space for an answer.
     """
@@ -88,10 +89,10 @@ def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[tor
     rows: lists of ids, of any lengths.  trees: for each row g tokens that may follow it, as a
     guesses.Tree, or None.  The first logits are those after the row, the others those after each
     token of its tree.
-    All rows stand in one packed row, each with its tree behind it, and what several begin with
-    stands there once.  A token of a tree sees its row and the tokens that it follows, so each row
+    All rows stand in one packed row, each with its tree after it, and a common beginning is stored
+    once.  A token of a tree sees its row and the tokens that it follows, so each row
     gets the logits that it would get alone.
-    Raises ValueError if a logit is not a finite number, as weights that are broken give it.
+    Raises ValueError if a logit is not finite, for example because weights are damaged.
     """
     trees = trees or [None] * len(rows)
     guessed = [tree.tokens if tree else [] for tree in trees]
@@ -143,7 +144,7 @@ def filtered(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
         probabilities[top_k:] = 0.0
         probabilities /= probabilities.sum()
     likelier = probabilities.cumsum(-1) - probabilities      # what the likelier tokens add up to
-    likelier[0] = -1.0
+    likelier[0] = -1.0                               # so that the likeliest is always kept
     kept = torch.where(likelier < top_p, probabilities, 0.0)
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
 

@@ -83,7 +83,7 @@ class LoRALayer(nn.Module):
         else:
             weight = self.base.weight.to(delta.dtype)
         merged = (weight + delta).to(reference_tensor(self.base).dtype)
-        # nn.Module would register a bare module as a child, but not one in a tuple.
+        # In a tuple, so that nn.Module does not register it as a child.
         self.original_base = (self.base if keep_base else None,)
         # The merged weight goes into a new layer, so that a tied embedding keeps its own.
         self.base = with_weight(self.base, merged)

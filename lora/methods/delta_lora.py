@@ -50,7 +50,7 @@ class DeltaLoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0,
                  init: str = "kaiming", **options):
-        if getattr(base, "kind", None):      # PrepackedLinear has none: its weight is whole.
+        if getattr(base, "kind", None):      # Only quantised layers have a kind.
             raise ValueError("delta-lora moves the weight itself, so the base cannot be quantised")
         super().__init__(base, r, alpha, dropout, init, **options)
         W = base.weight.detach().to(self.lora_A.dtype, copy=True)
