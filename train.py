@@ -300,7 +300,7 @@ def train(job: Job, run: Run):
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
-    follow_optimizer(model, optimizer)                        # Delta-LoRA acts after each step.
+    follow_optimizer(model, optimizer)                        # A method may act after a step.
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
     tokens_per_batch = options.tokens_per_batch or options.batch_size * options.max_seq_len

@@ -144,8 +144,8 @@ def test_a_whole_matrix_is_used_in_a_merge_and_elsewhere_refused(
     with pytest.raises(SystemExit):
         train.main([*common, "--data", str(data), "--out", "new"])
     assert message in capsys.readouterr().err and not list(tmp_path.glob("new/*.pt"))
-    for to in ("peft", "int8"):
-        assert message in refused(convert.main, str(hf), "new2", "--to", to, "--adapter", "peft")
+    for to in (["peft", "--bin"], ["int8"]):
+        assert message in refused(convert.main, str(hf), "new2", "--to", *to, "--adapter", "peft")
     run(hf, "merged", "--to", "hf", "--adapter", "peft", "--bin")
     assert f"replaced by the adapter's own, in float32: base_model.model.{name}\n" in (
         capsys.readouterr().out)
