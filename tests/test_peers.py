@@ -3,10 +3,15 @@
 Needs tests/requirements.txt and is skipped without.  `pytest -s tests/test_peers.py` prints the
 largest differences.
 """
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+from finetune.dataset import encode_example, encode_prompt
+from finetune.templates import TEMPLATES
+from llama.tokenizer_json import tokenizer_json
 
 from .record import (LAYERS, SHAPES, ids, layer_numbers, our_greedy, our_layer, ours, peer_greedy,
                      peer_layer, peer_model, to_halves, to_pairs, trained_by_peers, trained_by_us)
@@ -81,3 +86,41 @@ def test_fifty_steps_equal_a_plain_loop_over_transformers_and_peft():
     assert loss <= 1e-4 and shares[worst] <= 1e-4
     assert min(row["grad_norm"] for row in rows) < 1 < max(row["grad_norm"] for row in rows)
     assert losses[-1] < losses[0] / 2
+
+
+# LLaMA 2's chat format in transformers' language of templates.
+CHAT = """
+{%- for message in messages if message.role != 'system' -%}
+{%- if message.role == 'assistant' -%}
+{{ ' ' + message.content.strip() + ' ' + eos_token }}
+{%- else -%}
+{%- set system = '' -%}
+{%- if loop.first and messages[0].role == 'system' -%}
+{%- set system = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' -%}
+{%- endif -%}
+{{ bos_token + '[INST] ' + (system + message.content).strip() + ' [/INST]' }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+@pytest.mark.parametrize("system", [None, "", "Be brief.\n"])
+def test_chats_have_the_ids_of_transformers_template(tokenizer, tmp_path, system):
+    from transformers import PreTrainedTokenizerFast
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer_json(tokenizer.sp, special)))
+    peer = PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    texts = [" Name a colour.\n", "blue", "And [INST] or <<SYS>>?", "- one\n- two\n"]
+    for i, text in enumerate(texts):
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    for n in (len(messages), len(messages) - 1):
+        expected = peer.apply_chat_template(messages[:n], chat_template=CHAT, tokenize=True,
+                                            return_dict=False)
+        chat = {"messages": messages[:n]}
+        if n == len(messages):
+            tokens, _ = encode_example(chat, tokenizer, TEMPLATES["llama2"])
+        else:
+            tokens = encode_prompt(chat, tokenizer, TEMPLATES["llama2"])
+        assert tokens == expected
