@@ -364,7 +364,8 @@ def interact(answerer, args):
                 with nullcontext() if has_adapter else lora_disabled(model):
                     answerer.reply(line.strip())
         except (ValueError, OSError) as error:
-            print(f"generate.py: {in_one_line(error)}", file=sys.stderr, flush=True)
+            hint = "; :new begins a new conversation" if answerer.turns else ""
+            print(f"generate.py: {in_one_line(error)}{hint}", file=sys.stderr, flush=True)
 
 
 def switch_adapter(answerer, name) -> bool:
@@ -384,6 +385,9 @@ def switch_adapter(answerer, name) -> bool:
         unmerge_lora(model)
     if source:
         load_adapter(model, source)
+        if template is not answerer.template:
+            print("the template is another one: a new conversation begins", file=sys.stderr)
+            answerer.turns = []
         answerer.template = template
         trained_quantize = base_info.get("quantize", "none")
         quantize = model.origin["quantize"]

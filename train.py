@@ -428,7 +428,8 @@ def save(job: Job, out):
     else:
         save_checkpoint(job.model, job.tokenizer, out)
         old_results = (ADAPTER,)
-        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none")
+        flags = "" if job.template == "alpaca" else f" --template {job.template}"
+        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none{flags}")
     for name in old_results:                                  # after the new files are written
         (out / name).unlink(missing_ok=True)
 

@@ -107,7 +107,8 @@ def convert(args: Namespace, folder: Path) -> list[str]:
     layers = args.layers or base.get("layers")
     quantize = base.get("quantize", "none")
     if args.to == "peft":
-        return write_peft(args, layers, content, sizes.n_layers, folder)
+        lines = write_peft(args, layers, content, sizes.n_layers, folder)
+        return lines + template_lines(base)
     # An adapter of a quantised base is merged into the dequantised weights, because it was trained
     # on those.  The error of int8 is measured in fp32.
     dtype = torch.float32 if args.to == "int8" else DTYPES.get(args.dtype)
@@ -118,9 +119,21 @@ def convert(args: Namespace, folder: Path) -> list[str]:
         return [write_int8(content, model, probe, folder)]
     lines = []
     if content:
-        lines += merge(content, model, probe, args.source)
+        lines += merge(content, model, probe, args.source) + template_lines(base)
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * MEGABYTE)
     return lines + companion_lines(args, model.args.vocab_size, tokenizer)
+
+
+def template_lines(base: dict) -> list[str]:
+    """Return a line about the adapter's prompt format, which only our adapter file stores.
+
+    base: what that file says besides its tensors.
+    """
+    name = base.get("template", "alpaca")
+    if name == "alpaca":
+        return []
+    return [f"template  {name} is not stored there: give --template {name} to generate.py and "
+            "train.py"]
 
 
 def companion_lines(args: Namespace, vocab_size: int, tokenizer: Tokenizer) -> list[str]:

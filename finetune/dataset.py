@@ -136,6 +136,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self.cut = 0
         self.n_with_eos = 0
         self.n_empty = 0
+        self.is_text = template.continues            # Then a target is no answer to a question.
         self.dropped = 0
         for number, whole_row in zip(numbers, whole_rows, strict=True):
             if template.continues:
@@ -150,7 +151,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
                 self.numbers.append(number)
                 self.rows.append((tokens, labels))
                 self.n_with_eos += tokenizer.eos_id in labels[1:]
-                self.n_empty += is_empty(labels, tokenizer)
+                self.n_empty += not template.continues and is_empty(labels, tokenizer)
         if not self.rows:
             raise ValueError(f"{name}: none of {len(whole_rows)} examples has an answer token "
                              f"within {max_seq_len} tokens; allow longer rows")

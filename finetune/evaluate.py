@@ -85,7 +85,7 @@ def class_answers(dataset: SupervisedDataset, max_seq_len: int) -> list[list[int
     No example may be truncated or have several answers, and each answer must fit after every
     prompt.
     """
-    if dataset.cut or not all(map(has_one_answer, dataset.rows)):
+    if dataset.is_text or dataset.cut or not all(map(has_one_answer, dataset.rows)):
         return None
     examples = [last_answer(row) for row in dataset.rows]
     classes = distinct_classes([tuple(answer) for _, answer in examples])

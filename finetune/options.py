@@ -112,6 +112,8 @@ def check_combinations(args, parser):
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.early_stop and not has_held_out and not is_demo_data:
         parser.error("--early-stop watches the held-out loss: give --val-data or --val-fraction")
+    if args.data and len(set(args.data)) < len(args.data):
+        parser.error("--data names a file twice; held-out examples could also be trained on")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite replaces it; give one")
     if args.adapter:
@@ -182,7 +184,8 @@ def add_data_flags(group):
          help="prompt format, a page in finetune/templates/ (default: the --adapter's, else "
               "alpaca)")
     flag("--max-seq-len", metavar="N", type=number(int, 2), default=512,
-         help="maximum tokens per example; longer ones are truncated (default: 512)")
+         help="maximum tokens per row; longer examples are truncated, plain text goes on in "
+              "another row (default: 512)")
     flag("--val-data", metavar="FILE", type=text, nargs="+", action="extend",
          help="held-out examples (default: the demo's if --data is the demo's, else none)")
     flag("--val-fraction", metavar="F", type=number(float, 0, 1, open_low=True, open_high=True),

@@ -31,7 +31,7 @@ class Size(NamedTuple):
     pairs: int
 
 
-def check_data(train_set, val_set, max_seq_len: int, name: str, folders: tuple):
+def check_data(train_set, val_set, max_seq_len: int, names: tuple, folders: tuple):
     """Raise ValueError if eos is no target, or a row is longer than a model's context.
 
     Without eos the model would not learn to stop.  Beyond the context of its base, generate.py
@@ -39,9 +39,9 @@ def check_data(train_set, val_set, max_seq_len: int, name: str, folders: tuple):
     where there is one.
     """
     if train_set.n_with_eos == 0:
-        raise ValueError(f"{name}: no answer ends within {max_seq_len} tokens, so eos is never a "
-                         "target and the model would not learn to stop; allow longer rows with "
-                         "--max-seq-len")
+        raise ValueError(f"{short_paths(names)}: no answer ends within {max_seq_len} tokens, so "
+                         "eos is never a target and the model would not learn to stop; allow "
+                         "longer rows with --max-seq-len")
     rows = train_set.rows + (val_set.rows if val_set else [])
     longest = max(len(tokens) for tokens, _ in rows)
     for folder in filter(None, folders):

@@ -17,7 +17,7 @@ from finetune.dataset import (
     encode_prompt,
     load_datasets,
 )
-from finetune.evaluate import Exam, evaluate
+from finetune.evaluate import Exam, class_answers, evaluate
 from finetune.examples import read_examples
 from finetune.options import DEMO
 from finetune.templates import TEMPLATES
@@ -137,7 +137,8 @@ def test_text_goes_on_in_further_rows_and_loses_nothing():
     rows = [written(data[i]) for i in range(len(data))]
     assert rows == ["<s>{abc}", "c{def}", "f{g</s>}", "<s>{xy</s>}"]
     assert data.numbers == [1, 1, 1, 2]
-    assert (data.cut, data.dropped, data.n_with_eos) == (0, 0, 2)
+    assert (data.cut, data.dropped, data.n_with_eos, data.n_empty) == (0, 0, 2, 0)
+    assert class_answers(data, 512) is None
     for max_seq_len in range(2, 12):
         data = SupervisedDataset(documents, Characters(), max_seq_len, template=TEXT)
         assert sum(count_answer(labels) for _, labels in data.rows) == 7 + 1 + 2 + 1
@@ -164,6 +165,11 @@ REFUSED = {
     "no message": ({"messages": []}, "not a list of messages"),
     "a system prompt alone": (chat(system="S"), "has a system prompt alone"),
     "two forms": (chat("Q", "A") | {"instruction": "Q"}, "has both 'messages' and 'instruction'"),
+    "an input too": (chat("Q", "A") | {"input": "I"}, "has both 'messages' and 'input'"),
+    "a weight": (
+        {"messages": [*chat("Q")["messages"], {"role": "assistant", "content": "A", "weight": 0}]},
+        "message 2: the template has no place for 'weight'",
+    ),
     "two lists": (chat("Q", "A") | SHAREGPT, "has both 'messages' and 'conversations'"),
     "parts of a message": (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -197,6 +203,7 @@ def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
         ("alpaca", ALPACA_FORM, "use --template llama2"),
         ("text", {"instruction": "Q", "output": "A"}, "has no 'text'"),
         ("text", {"text": " "}, "'text' is empty"),
+        ("text", {"instruction": 5}, "'instruction' is not text, or is empty"),
     ],
 )
 def test_what_a_template_cannot_say_is_refused(template, example, message, tmp_path):

@@ -1,4 +1,7 @@
-"""One file per prompt format.  To delete one, delete its file and the two lines that name it."""
+"""One file per prompt format.  To delete one, delete its file and its two lines here.
+
+The default, alpaca, must stay.
+"""
 from . import alpaca
 from . import llama2
 from . import text

@@ -14,6 +14,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "gpt": "assistant"}
 # Name of the list: names of role and text in each of its messages.
 MESSAGE_FIELDS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+ALPACA_FIELDS = ("instruction", "input", "output", "history", "system")
 
 
 class Turn(NamedTuple):
@@ -40,8 +41,7 @@ def conversation_of(example: dict) -> Conversation:
     """
     if not has_messages(example):
         return from_instruction(example)
-    present = [name for name in (*MESSAGE_FIELDS, "instruction", "history", "system")
-               if example.get(name)]
+    present = [name for name in (*MESSAGE_FIELDS, *ALPACA_FIELDS) if example.get(name)]
     if len(present) > 1:
         raise ValueError(f"has both {present[0]!r} and {present[1]!r}; give one form")
     messages = read_messages(example)
@@ -82,6 +82,9 @@ def read_messages(example: dict) -> list[tuple[str, str]]:
         place = f"{name!r}, message {n}"
         if not isinstance(message, dict):
             raise ValueError(f"{place} is {shown(message)}, not an object")
+        for field, value in message.items():
+            if field not in (role_field, text_field, "id") and value not in (None, "", [], {}):
+                raise ValueError(f"{place}: the template has no place for {field!r}")
         role = message.get(role_field)
         text = message.get(text_field)
         if not isinstance(role, str) or role not in ROLES:

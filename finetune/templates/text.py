@@ -12,7 +12,10 @@ def pieces(example: dict) -> list[Piece]:
     """
     is_question = "instruction" in example and not {"text", "output"} & example.keys()
     if is_question:
-        return [Piece(example["instruction"], bos=True)]
+        texts = [example["instruction"], example.get("input") or ""]
+        if not all(isinstance(part, str) for part in texts) or not texts[0].strip():
+            raise ValueError("'instruction' is not text, or is empty")
+        return [Piece("\n".join(filter(None, texts)), bos=True)]
     document = example.get("text")
     if not isinstance(document, str):
         raise ValueError("has no 'text'")
