@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .templates import DEFAULT, TEMPLATES, Template
+from .templates import DEFAULT, TEMPLATES, Piece, Template
 from .templates.conversation import has_messages
 
 FIELDS = ("instruction", "input", "output")
@@ -181,16 +181,19 @@ def to_examples(rows: Sequence, path: str | Path, required: Sequence[str],
     """Return the examples of a file's rows.  Raises ValueError that names the wrong one."""
     examples = [to_example(row, f"{path}, example {n}", required, template)
                 for n, row in enumerate(rows, 1)]
-    # Texts and messages are never empty.
-    outputs = [example.get("output", "filled") for example in examples]
-    if "output" in required and not any(output.strip() for output in outputs):
+    if "output" in required and not any(map(has_answer_text, map(template.pieces, examples))):
         raise ValueError(f"{path}: every 'output' is empty, so there is no answer to learn or to "
                          "score; is it the right file?")
     return examples
 
 
+def has_answer_text(pieces: Sequence[Piece]) -> bool:
+    """Return whether any target has text other than white space."""
+    return any(piece.is_target and piece.text.strip() for piece in pieces)
+
+
 def to_example(row: object, place: str, required: Sequence[str], template: Template) -> dict:
-    """Return a row that the template has taken, with the fields of text as text.
+    """Return a row as an example, checked by the template.
 
     place: the beginning of the message.  Raises ValueError.
     """

@@ -483,7 +483,7 @@ def all_blocks(saved: dict, expected: dict) -> dict:
 
 
 def adapted_blocks(tensors: dict, expected: dict) -> str:
-    """Return "it adapts blocks 0, 1 of 4; " if a file has other blocks than the model, or ""."""
+    """Return "it adapts blocks 0 and 1 of 4; ", or "" if a file has the blocks of the model."""
     blocks = block_numbers(tensors)
     model_blocks = block_numbers(expected)
     if blocks == model_blocks or not blocks:

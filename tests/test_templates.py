@@ -237,6 +237,21 @@ def test_plain_text_files(tmp_path):
         read_examples(path, ("instruction",), TEXT)
 
 
+@pytest.mark.parametrize(
+    "template, example",
+    [
+        (LLAMA2, chat("Q", "A") | {"output": None}),
+        (TEXT, {"text": "a", "output": None}),
+        (TEXT, {"text": "a", "output": 5}),
+        (TEXT, {"text": "a", "output": ""}),
+    ],
+)
+def test_a_column_that_the_template_does_not_read_may_hold_anything(template, example, tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([example]))
+    assert len(read_examples(path, template=template)) == 1
+
+
 def slow_loss(model, rows):
     """Return the mean of -log p over all targets, by one plain forward per row."""
     total = 0.0
