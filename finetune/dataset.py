@@ -11,6 +11,7 @@ import torch
 
 from llama.tokenizer import Tokenizer
 
+from .errors import short_paths
 from .examples import read_examples
 from .templates import DEFAULT, TEMPLATES, Piece, Template
 
@@ -191,10 +192,11 @@ def load_datasets(data: Sequence[str], val_data: Sequence[str] | None,
         held_out = [examples[i] for i in order[:n]]
         numbers = [numbers[i] for i in order[n:]]
         examples = [examples[i] for i in order[n:]]
-    train_set = SupervisedDataset(examples, tokenizer, max_seq_len, joined(data), numbers, template)
+    train_set = SupervisedDataset(examples, tokenizer, max_seq_len, short_paths(data), numbers,
+                                  template)
     val_set = None
     if held_out:
-        name = joined(val_data or data)
+        name = short_paths(val_data or data)
         val_set = SupervisedDataset(held_out, tokenizer, max_seq_len, name, template=template)
     return train_set, val_set
 
@@ -212,8 +214,3 @@ def read_files(paths: Sequence[str], template: Template) -> tuple[list[dict], li
         for n in range(1, len(examples_of_file) + 1):
             numbers.append(n if len(paths) == 1 else f"{path} {n}")
     return examples, numbers
-
-
-def joined(paths: Sequence[str]) -> str:
-    """Return the paths as one text, for messages."""
-    return ", ".join(map(str, paths))
