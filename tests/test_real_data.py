@@ -394,7 +394,7 @@ def answered(tmp_path, tokenizer, monkeypatch, capsys):
     model = tiny(tokenizer.vocab_size)
     save_checkpoint(model, tokenizer, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "load", lambda args, device, precision: (model, tokenizer, "-"))
+    monkeypatch.setattr(generate, "load", lambda *_: (model, tokenizer, "-"))
 
     def answered(rows, *flags):
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -10,6 +10,7 @@ import torch
 
 import generate
 import train
+from finetune.answers import Answerer
 from finetune.dataset import (
     SupervisedDataset,
     count_answer,
@@ -20,6 +21,7 @@ from finetune.dataset import (
 from finetune.evaluate import Exam, class_answers, evaluate
 from finetune.examples import read_examples
 from finetune.options import DEMO
+from finetune.session import Session
 from finetune.templates import TEMPLATES
 
 from .helpers import ONE_THREAD, ROOT, tiny
@@ -293,9 +295,10 @@ def test_the_adapter_carries_its_template(chat_run):
     assert content["base"]["template"] == "llama2"
     assert json.loads((chat_run / "args.json").read_text())["template"] == "llama2"
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt")])
-    assert generate.template_of(args) is LLAMA2
+    saved = generate.read_saved(args)
+    assert generate.template_of(args, saved) is LLAMA2
     args.template = "alpaca"
-    assert generate.template_of(args) is TEMPLATES["alpaca"]
+    assert generate.template_of(args, saved) is TEMPLATES["alpaca"]
 
 
 @pytest.mark.parametrize("name", ["gone", 5])
@@ -313,14 +316,16 @@ def test_an_adapter_of_an_unknown_template_is_refused(name, chat_run, tmp_path, 
 def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):
     """What --interactive answers to the third question, one prompt of three turns answers too."""
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
-    model, tokenizer, _ = generate.load(args, torch.device("cpu"), "fp32")
-    session = generate.Answerer(model, tokenizer, args, LLAMA2)
+    saved = generate.read_saved(args)
+    model, tokenizer, _ = generate.load(args, saved, torch.device("cpu"), "fp32")
+    answerer = Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+    session = Session(answerer, None, has_adapter=True)
     for question in ("What comes after Monday?", "And after that?", "Say it once more."):
         session.reply(question)
     answers = [message["content"] for message in session.turns if message["role"] == "assistant"]
     assert len(answers) == 3
     prompt = {"messages": session.turns[:-1]}
-    tokens = [token for _, token in session.answer_ids([prompt])]
+    tokens = [token for _, token in answerer.answer_ids([prompt])]
     assert tokenizer.decode(tokens).strip() == answers[-1].strip()
 
 
