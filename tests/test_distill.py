@@ -193,10 +193,10 @@ def batch_of(n_rows, length, n_answer):
     return Batch(tokens, labels, n_rows * n_answer)
 
 
-def estimate(model, wrapped, batch):
+def estimate(model, adapter_paths, batch):
     precision = train.mixed_precision("fp32", torch.device("cpu"), None)
     size = Size(batch.tokens.numel(), batch.n_answer, 0)
-    return estimate_memory(model, wrapped, size, precision)[0]
+    return estimate_memory(model, adapter_paths, size, precision)[0]
 
 
 @pytest.mark.parametrize("dim, vocab, batch", [

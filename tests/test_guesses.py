@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama import guesses, layout
-from llama.guesses import BLOCK, GUESSES_ALONE, GUESSES_EACH, LINE, MAX_MATCH, ROW_END
+from llama.guesses import BLOCK, GUESSES_ALONE, GUESSES_EACH, COPIED_TOKENS, MAX_MATCH, ROW_END
 from llama.guesses import NgramPool, Tree, lookup, make_tree
 from llama.rnn import RNN, RNNArgs
 from llama.sampling import beam_search, next_logits
@@ -54,7 +54,7 @@ def test_what_followed_the_last_time_is_looked_up():
     for n in range(1, MAX_MATCH + 1):
         row = [*range(10, 60), 1, *range(10, 10 + n)]            # Its last n tokens came before.
         followed = [*range(10 + n, 60), 1, *range(10, 99)]
-        assert lookup(row) == followed[:LINE * 2 ** (n - 1)]
+        assert lookup(row) == followed[:COPIED_TOKENS * 2 ** (n - 1)]
 
 
 def test_a_pool_has_what_was_put_last_after_two_tokens_or_one():
@@ -92,18 +92,19 @@ def test_a_tree_of_guesses_by_hand():
     pairs = {(2, 3): [8, 9, 7], (3, 8): [5, 6, 7], (1, 3): [9, 9, 9], (8, 5): [7, 7, 7]}
     assert lines(make_tree([1, 2, 3], 99, pool_of(FOLLOWERS | pairs), [])) == [
         [8], [8, 5], [8, 5, 7], [9], [7], [7, 4], [7, 4, 3]]
-    # What followed rivals, the likeliest of each first; then the rivals, of which one is unknown.
+    # What followed each alternative, the likeliest first; then the alternatives, one unknown.
     assert lines(make_tree([1, 2, 5], 99, pool, [20, 22, 21])) == [
         [30], [31], [41], [32], [42], [20], [20, 30], [22], [21], [21, 30]]
     pairs = {(2, 21): [50, 51, 52]}
     assert lines(make_tree([1, 2, 5], 3, pool_of(FOLLOWERS | pairs), [20, 22, 21])) == [
         [30], [50], [31]]
     # What was looked up comes first.
-    looked_up = [[5, 3, 5, 3][:n] for n in range(1, LINE + 1)]
-    assert lines(make_tree([3, 5, 3], 99, pool, []))[:LINE + 3] == [
+    looked_up = [[5, 3, 5, 3][:n] for n in range(1, COPIED_TOKENS + 1)]
+    assert lines(make_tree([3, 5, 3], 99, pool, []))[:COPIED_TOKENS + 3] == [
         *looked_up, [7], [7, 4], [7, 4, 3]]
     # Lines that begin alike share their beginning.
-    assert lines(make_tree([3, 7, 3], 99, pool, []))[LINE:LINE + 2] == [[7, 4], [7, 4, 3]]
+    longest = lines(make_tree([3, 7, 3], 99, pool, []))
+    assert longest[COPIED_TOKENS:COPIED_TOKENS + 2] == [[7, 4], [7, 4, 3]]
     assert len(make_tree([7, 7], 0, pool, [7])) == 0
     assert len(make_tree([1, 2], 9, NgramPool(), [])) == 0
     assert len(make_tree([1], 9, NgramPool(), [])) == 0
@@ -125,7 +126,7 @@ def test_guesses_fill_blocks_and_stop_at_the_end_of_the_context(monkeypatch):
     counted = Counted(tiny(max_seq_len=64))
     asked = []
 
-    def nothing(row, limit, pool, rivals):
+    def nothing(row, limit, pool, alternatives):
         asked.append((len(row), limit))
         return Tree()
 
@@ -210,7 +211,7 @@ def test_any_guess_gives_the_greedy_text(monkeypatch, right):
     model = tiny()
     text = naive(model, [1, 5, 9], 24, -1)
 
-    def oracle(row, limit, pool, rivals):
+    def oracle(row, limit, pool, alternatives):
         tree = Tree()
         if limit == 0:
             return tree
@@ -241,7 +242,7 @@ def test_rows_of_a_batch_wait_for_each_other(monkeypatch):
     prompts = [[1, 5, 9], [1, 8]]
     texts = [naive(model, prompt, 12, -1) for prompt in prompts]
 
-    def oracle(row, limit, pool, rivals):
+    def oracle(row, limit, pool, alternatives):
         tree = Tree()
         if row[:3] == prompts[0]:
             tree.add_line(texts[0][len(row) - 3:][:5], limit)
@@ -268,8 +269,8 @@ DELETED = [                                          # in sampling.py: (with gue
     ("seed: int = 0,\n             pool: NgramPool | None = None)", "seed: int = 0)"),
     ("""    if temperature == 0:
         # The same logits in fewer forwards; rows that it does not answer wait for the next turn.
-        ends = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        guesses = Guesses(partial(next_logits, model), ends, model.args.max_seq_len, pool)
+        final_lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        guesses = Guesses(partial(next_logits, model), final_lengths, model.args.max_seq_len, pool)
         logits_after = guesses.logits_after
 
 """, ""),
@@ -308,7 +309,7 @@ def test_what_is_said_after_a_wrong_guess_is_guessed_next():
     model = Counting({})
     assert one(model, [7, *range(20, 30), 7], 3, -1) == [12, 13, 14]
     first, second = ([ids[12:] for ids in read] for read in model.asked)
-    assert first == [[*range(20, 20 + n)] for n in range(LINE + 1)]
+    assert first == [[*range(20, 20 + n)] for n in range(COPIED_TOKENS + 1)]
     assert second[:2] == [[12], [12, 13]]
 
 
@@ -344,14 +345,14 @@ def test_what_is_drawn_or_searched_is_not_guessed():
 
 
 def test_what_is_banned_is_no_rival():
-    """no_repeat_ngram bans a token by -inf; the rivals are of those that might have been said."""
+    """no_repeat_ngram bans a token by -inf; alternatives are among what might have been said."""
     logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, -1.0]])
-    walk = guesses.Walk(tree_of(), logits)
+    cursor = guesses.TreeCursor(tree_of(), logits)
     logits[0, 0] = -torch.inf
-    assert walk.step(1) is None
-    assert walk.rivals == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert walk.step(1) is None                      # It waits for the next forward.
-    walk = guesses.Walk(tree_of((ROW_END, 3), (1, 9)), torch.stack([logits[0], logits[0]]))
-    assert walk.step(3) is not None
-    assert walk.step(1) is None
-    assert walk.rivals == [9, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert cursor.step(1) is None
+    assert cursor.alternatives == [2, 3, 4, 5, 6, 7, 8, 9]
+    assert cursor.step(1) is None                      # It waits for the next forward.
+    cursor = guesses.TreeCursor(tree_of((ROW_END, 3), (1, 9)), torch.stack([logits[0], logits[0]]))
+    assert cursor.step(3) is not None
+    assert cursor.step(1) is None
+    assert cursor.alternatives == [9, 2, 3, 4, 5, 6, 7, 8, 9]
