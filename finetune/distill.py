@@ -52,6 +52,8 @@ def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, devi
         load_adapter(teacher, content)
     elif content:                                    # layers only, on the meta device
         add_lora(teacher, read_adapter(content)["config"])
+    if base_info:                                    # unknown for a PEFT folder
+        teacher.origin["adapter_template"] = base_info.get("template") or "alpaca"
     return teacher
 
 
@@ -80,6 +82,7 @@ class Distillation:
         self.head = teacher.output
         self.teacher.output = nn.Identity()
         self.origin = getattr(teacher, "origin", {})
+        self.adapter_template = self.origin.get("adapter_template")      # None: unknown
         self.temperature = temperature
         self.weight = weight
 

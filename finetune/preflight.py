@@ -361,6 +361,7 @@ def describe(job):
     print(f"steps     {steps_line(job)}")
     if job.distillation:
         print(f"teacher   {teacher_line(job)}")
+        warn_of_template(job.distillation.adapter_template, job.template)
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
@@ -393,9 +394,12 @@ def data_line(job) -> str:
 def fit_line(dataset, max_seq_len: int) -> str:
     """Return how many examples were too long, and what became of them."""
     notes = []
-    if dataset.cut:
-        notes.append(f"{plural(dataset.cut, 'answer')} cut off at --max-seq-len {max_seq_len}, "
-                     "without the end that teaches the model to stop")
+    if dataset.cut_answers:
+        notes.append(f"{plural(dataset.cut_answers, 'answer')} cut off at --max-seq-len "
+                     f"{max_seq_len}, without the end that teaches the model to stop")
+    if dataset.lost_turns:
+        notes.append(f"{plural(dataset.lost_turns, 'turn')} left out, beyond --max-seq-len "
+                     f"{max_seq_len}")
     if dataset.dropped:
         notes.append(f"{plural(dataset.dropped, 'example')} left out, because the prompt alone "
                      f"fills --max-seq-len {max_seq_len}")
@@ -444,6 +448,13 @@ def teacher_line(job) -> str:
     n_layers = plural(distillation.teacher.args.n_layers, "layer")
     return (f"{folder}: {n_layers}, {job.precision.name}; temperature "
             f"{distillation.temperature:g}, {100 * distillation.weight:g} % of the loss")
+
+
+def warn_of_template(adapter_template: str | None, template: str):
+    """Warn if the teacher's adapter learnt another prompt format than the one it will read here."""
+    if adapter_template not in (None, template):
+        print("warning   the teacher's adapter was trained with the template "
+              f"{adapter_template!r}, and this run has {template!r}")
 
 
 def steps_line(job) -> str:

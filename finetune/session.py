@@ -75,24 +75,26 @@ class Session:
     def switch_adapter(self, name: str):
         """Put another adapter over the base, or none.
 
-        The adapter's template is used from then on, unless --template was given.
+        The adapter's template is used from then on, or the default one without an adapter, unless
+        --template was given.
         Raises ValueError or OSError, with all as it was, for a file that is not an adapter.
         """
         model = self.answerer.model
         source = None
+        base_info = {}
         if name != "none":
             source = adapter_at(name, model.args)
             base_info = read_adapter(source)["base"] or {}
-            template = TEMPLATES[template_name(self.given_template, base_info, name)]
+        template = TEMPLATES[template_name(self.given_template, base_info, name)]
         if is_merged(model):
             unmerge_lora(model)
         if source:
             load_adapter(model, source)
-            if template is not self.answerer.template:
-                print("the template is another one: a new conversation begins", file=sys.stderr)
-                self.turns = []
-            self.answerer.template = template
             warn_of_quantisation(base_info.get("quantize", "none"), model.origin["quantize"])
+        if template is not self.answerer.template:
+            print("the template is another one: a new conversation begins", file=sys.stderr)
+            self.turns = []
+        self.answerer.template = template
         print(f"adapter {name}", file=sys.stderr, flush=True)
         self.has_adapter = source is not None
 

@@ -292,8 +292,14 @@ def test_a_run_with_a_teacher(run, tmp_path, capsys):
                 "--val-fraction", "0.2")
     assert every[-1]["loss"] < 0.8 * every[0]["loss"] and "val_loss" in every[-1]
     # Of a dry run no weight is read.
-    train.main(["--checkpoint", "base", *itself, "--teacher-adapter", "plain/adapter.pt",
-                "--dry-run"])
+    dry = ["--checkpoint", "base", *itself, "--teacher-adapter", "plain/adapter.pt", "--dry-run"]
+    capsys.readouterr()
+    train.main(dry)
+    assert "warning" not in capsys.readouterr().out
+    train.main([*dry, "--template", "llama2"])
+    line = ("warning   the teacher's adapter was trained with the template 'alpaca', and this run "
+            "has 'llama2'\n")
+    assert line in capsys.readouterr().out
 
 
 def test_a_run_with_a_teacher_goes_on_to_the_byte_and_with_no_other(run, tmp_path, data, capsys):

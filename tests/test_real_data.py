@@ -236,7 +236,8 @@ GOOD = '{"instruction": "a", "output": "b"}'
         ('{"instruction": {"0": "a"}, "output": {"0": "b"}}', "a.json holds columns, not rows"),
         (
             '{"system": "Be terse.", "data": [' + GOOD + "]}",
-            "a.json: the template has no place for the text in 'system'",
+            "a.json: its examples are in 'data', and none of them has the text in 'system' beside "
+            "it; move it into each example",
         ),
         (f"[{GOOD}, [1]]", "example 2 is a list, not an object"),
         ('[{"text": "a"}]', "example 1 has no 'instruction'; its fields are 'text'"),
