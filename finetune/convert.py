@@ -29,7 +29,16 @@ from llama.checkpoint import (
     save_checkpoint,
 )
 from llama.companions import COMPANIONS, left_behind
-from llama.files import SAFETENSORS, listed, new_folder, safetensors, write_whole
+from llama.fields import TOKENIZER_CONFIG
+from llama.files import (
+    SAFETENSORS,
+    listed,
+    new_folder,
+    read_object,
+    safetensors,
+    write_json,
+    write_whole,
+)
 from llama.peft import adapter_at, save_peft
 from llama.rnn import RNNArgs
 from llama.tokenizer import Tokenizer
@@ -42,6 +51,7 @@ from .arguments import Parser, number, text
 from .errors import in_one_line, one_line_errors
 from .hardware import DTYPES
 from .preflight import plural
+from .templates import TEMPLATES
 
 MEGABYTE = 10 ** 6
 
@@ -121,6 +131,8 @@ def convert(args: Namespace, folder: Path) -> list[str]:
     if content:
         lines += merge(content, model, probe, args.source) + template_lines(base)
     save_checkpoint(model, tokenizer, folder, args.to, suffix, args.shard_mb * MEGABYTE)
+    if args.to == "hf":
+        lines += write_chat_template(base, folder)
     return lines + companion_lines(args, model.args.vocab_size, tokenizer)
 
 
@@ -134,6 +146,23 @@ def template_lines(base: dict) -> list[str]:
         return []
     return [f"template  {name} is not stored there: give --template {name} to generate.py and "
             "train.py"]
+
+
+def write_chat_template(base: dict, folder: Path) -> list[str]:
+    """Add the chat template of the adapter's prompt format to a folder for transformers.
+
+    base: what the adapter's file says besides its tensors.  A chat template of the base stays.
+    Returns a line about it, or none for a format that has no chat template.
+    """
+    name = base.get("template")
+    path = folder / TOKENIZER_CONFIG
+    if name not in TEMPLATES or not TEMPLATES[name].chat_template or not path.exists():
+        return []
+    fields = read_object(path)
+    if fields.get("chat_template") or any(folder.glob("chat_template.*")):
+        return [f"the base's own chat template is kept; the adapter was trained with {name}"]
+    write_json(path, fields | {"chat_template": TEMPLATES[name].chat_template})
+    return [f"chat template of {name} written to {path.name}, for transformers"]
 
 
 def companion_lines(args: Namespace, vocab_size: int, tokenizer: Tokenizer) -> list[str]:

@@ -88,22 +88,6 @@ def test_fifty_steps_equal_a_plain_loop_over_transformers_and_peft():
     assert losses[-1] < losses[0] / 2
 
 
-# LLaMA 2's chat format in transformers' language of templates.
-CHAT = """
-{%- for message in messages if message.role != 'system' -%}
-{%- if message.role == 'assistant' -%}
-{{ ' ' + message.content.strip() + ' ' + eos_token }}
-{%- else -%}
-{%- set system = '' -%}
-{%- if loop.first and messages[0].role == 'system' -%}
-{%- set system = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' -%}
-{%- endif -%}
-{{ bos_token + '[INST] ' + (system + message.content).strip() + ' [/INST]' }}
-{%- endif -%}
-{%- endfor -%}
-"""
-
-
 @pytest.mark.parametrize("system", [None, "", "Be brief.\n"])
 def test_chats_have_the_ids_of_transformers_template(tokenizer, tmp_path, system):
     from transformers import PreTrainedTokenizerFast
@@ -116,8 +100,8 @@ def test_chats_have_the_ids_of_transformers_template(tokenizer, tmp_path, system
     for i, text in enumerate(texts):
         messages.append({"role": ("user", "assistant")[i % 2], "content": text})
     for n in (len(messages), len(messages) - 1):
-        expected = peer.apply_chat_template(messages[:n], chat_template=CHAT, tokenize=True,
-                                            return_dict=False)
+        expected = peer.apply_chat_template(messages[:n], tokenize=True, return_dict=False,
+                                            chat_template=TEMPLATES["llama2"].chat_template)
         chat = {"messages": messages[:n]}
         if n == len(messages):
             tokens, _ = encode_example(chat, tokenizer, TEMPLATES["llama2"])

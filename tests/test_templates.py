@@ -10,6 +10,7 @@ import torch
 
 import generate
 import train
+from finetune import convert
 from finetune.answers import Answerer
 from finetune.dataset import (
     SupervisedDataset,
@@ -313,6 +314,45 @@ def test_held_out_loss_of_several_turns_is_the_slow_one(tokenizer):
     exam = Exam(examples, tokenizer, 256, limit=3, template=LLAMA2)
     table = exam.score(model)
     assert table["nats"].sum() / table["tokens"].sum() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("system", [None, "", " Be brief.\n"])
+def test_the_chat_template_for_transformers_writes_the_same_text(system):
+    """The space before an answer is sentencepiece's here; in one text it must be written."""
+    jinja2 = pytest.importorskip("jinja2")
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)   # transformers' own
+    chat_template = environment.from_string(LLAMA2.chat_template)
+    texts = [" Name a colour.\n", "blue ", "And [INST]?", "\n- one\n- two", "Again?"]
+    for n in range(1, len(texts) + 1):
+        example = chat(*texts[:n], system=system)
+        expected = ""
+        for piece in LLAMA2.pieces(example):
+            expected += "<s>" * piece.bos + " " * piece.is_target + piece.text + "</s>" * piece.eos
+        assert expected == chat_template.render(example, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_merge_writes_the_chat_template_unless_the_base_has_one(chat_run, tmp_path, capsys):
+    convert.main([str(DEMO), str(tmp_path / "base"), "--to", "hf", "--bin", "--layers", "1"])
+    config = tmp_path / "base/tokenizer_config.json"
+    fields = json.loads(config.read_text())
+    assert "chat_template" not in fields
+
+    def merged(name):
+        capsys.readouterr()
+        convert.main([str(tmp_path / "base"), str(tmp_path / name), "--to", "hf", "--bin",
+                      "--adapter", str(chat_run / "adapter.pt")])  # fmt: skip
+        return json.loads((tmp_path / name / config.name).read_text()), capsys.readouterr().out
+
+    written, printed = merged("new")
+    assert written == fields | {"chat_template": LLAMA2.chat_template}
+    assert "chat template of llama2 written to tokenizer_config.json" in printed
+    config.write_text(json.dumps(fields | {"chat_template": "{{ bos_token }}"}))
+    written, printed = merged("kept")
+    assert written["chat_template"] == "{{ bos_token }}"
+    assert "the base's own chat template is kept" in printed
+    config.write_text(json.dumps(fields))
+    (tmp_path / "base/chat_template.jinja").write_text("{{ bos_token }}")
+    assert "chat_template" not in merged("kept too")[0]
 
 
 def test_answers_that_the_template_writes_alike_are_one_choice(tokenizer):

@@ -25,5 +25,20 @@ def pieces(example: dict) -> list[Piece]:
     return result
 
 
-TEMPLATE = Template(pieces, holds_turns=True, fields=(
+# The same in Jinja.  There an answer needs its first space, because all is one text.
+CHAT_TEMPLATE = """\
+{%- for message in messages if message.role != 'system' -%}
+{%- if message.role == 'assistant' -%}
+{{ ' ' + message.content.strip() + ' ' + eos_token }}
+{%- else -%}
+{%- set system = '' -%}
+{%- if loop.first and messages[0].role == 'system' -%}
+{%- set system = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' -%}
+{%- endif -%}
+{{ bos_token + '[INST] ' + (system + message.content).strip() + ' [/INST]' }}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+TEMPLATE = Template(pieces, holds_turns=True, chat_template=CHAT_TEMPLATE, fields=(
     "instruction", "input", "output", "history", "system", "messages", "conversations"))

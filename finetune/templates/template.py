@@ -24,8 +24,10 @@ class Template(NamedTuple):
     holds_turns: whether it can hold several questions and answers, as `messages`.
     continues: whether an example that is too long goes on in a further row.  Otherwise it loses its
     tail.
+    chat_template: the same format for transformers, in Jinja; None if there is none.
     """
     pieces: Callable
     fields: tuple[str, ...]
     holds_turns: bool = False
     continues: bool = False
+    chat_template: str | None = None
