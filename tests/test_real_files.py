@@ -281,16 +281,6 @@ def test_a_name_that_is_there_with_and_without_a_prefix(base, refused):
     assert "holds norm.weight twice, with and without the prefix of a wrapper" in line
 
 
-def test_names_of_an_adapter_in_memory(hf, tmp_path):
-    model = peft_of(hf, tmp_path / "peft")
-    torch.save({name.replace(".weight", ".default.weight"): tensor
-                for name, tensor in tensors_in(tmp_path / "peft").items()},
-               tmp_path / "peft/adapter_model.bin")  # fmt: skip
-    other, _ = load_checkpoint(hf)
-    load_adapter(other.eval(), adapter_at(tmp_path / "peft", other.args))
-    assert torch.equal(other(TOKENS), model(TOKENS))
-
-
 # --- what a Hugging Face folder holds besides
 
 
