@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-import generate
 import train
+from finetune.answers import ANSWERED_AT_ONCE
 from finetune.arguments import number
 from finetune.batches import split
 from finetune.dataset import encode_prompt
@@ -136,13 +136,13 @@ def measure_answering(adapter: Path, questions: str, precision: str | None) -> d
     examples = read_examples(questions)
     prompts = [encode_prompt(example, tokenizer) for example in examples]
     answers = []
-    for batch in split(prompts, generate.BATCH):
+    for batch in split(prompts, ANSWERED_AT_ONCE):
         answers += answers_to(model, batch, tokenizer)
     n_right = 0
     for answer, example in zip(answers, examples, strict=True):
         if answer.strip() == example["output"].strip():
             n_right += 1
-    first_prompts = prompts[:generate.BATCH]
+    first_prompts = prompts[:ANSWERED_AT_ONCE]
     adapter_speed = generating_speed(model, first_prompts)
     merge_lora(model)
     return {"right": n_right / len(examples), "adapter_per_second": adapter_speed,

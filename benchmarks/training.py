@@ -74,7 +74,8 @@ def load_answering_model(flags: list):
     """Return the (model, tokenizer) that generate.py answers with, given these flags."""
     args = generate.parse_args(flags)
     device, precision = pick_hardware(args.device, args.precision)
-    model, tokenizer, _ = generate.load(args, device, precision)
+    saved = generate.read_saved(args)
+    model, tokenizer, _ = generate.load(args, saved, device, precision)
     return model, tokenizer
 
 

@@ -61,10 +61,14 @@ def encode_example(example: dict, tokenizer: Tokenizer,
     return encode_pieces(template.pieces(example), tokenizer)
 
 
+def answer_piece(text: str, template: Template = DEFAULT) -> Piece:
+    """Return an answer as the template has it after any prompt."""
+    return template.pieces({"instruction": "any", "output": text})[-1]
+
+
 def encode_answer(text: str, tokenizer: Tokenizer, template: Template = DEFAULT) -> list[int]:
     """Return the ids of an answer, with eos, as the template has it after any prompt."""
-    pieces = template.pieces({"instruction": "any", "output": text})
-    tokens, _ = encode_pieces(pieces[-1:], tokenizer)
+    tokens, _ = encode_pieces([answer_piece(text, template)], tokenizer)
     return tokens
 
 
@@ -119,7 +123,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
     """Encoded examples: dataset[i] is a row, (tokens, labels) of at most max_seq_len ids.
 
     dropped: how many examples have no target within max_seq_len; they are left out.
-    cut: how many of the others were truncated; 0 if template.continues.
+    cut: how many of the others were truncated; 0 if template.continues.  Of their answers
+    cut_answers have lost their end, and lost_turns are gone with their whole turn.
     n_with_eos: how many rows have eos as a target.  n_empty: how many have no text to learn, only
     eos or white space.  numbers: the number of each row's example in its file, by default counted
     from 1.  name: what an error calls the data.
@@ -135,6 +140,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
         self.numbers = []
         self.rows = []
         self.cut = 0
+        self.cut_answers = 0
+        self.lost_turns = 0
         self.n_with_eos = 0
         self.n_empty = 0
         self.is_text = template.continues            # Then a target is no answer to a question.
@@ -145,7 +152,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
             else:
                 rows = [truncate(whole_row, max_seq_len)]
                 if len(whole_row[0]) > max_seq_len and count_answer(rows[0][1]) > 0:
-                    self.cut += 1
+                    self.count_cut(whole_row[1], rows[0][1])
             rows = [row for row in rows if count_answer(row[1]) > 0]
             self.dropped += not rows
             for tokens, labels in rows:
@@ -156,6 +163,14 @@ class SupervisedDataset(torch.utils.data.Dataset):
         if not self.rows:
             raise ValueError(f"{name}: none of {len(whole_rows)} examples has an answer token "
                              f"within {max_seq_len} tokens; allow longer rows")
+
+    def count_cut(self, whole_labels: list[int], labels: list[int]):
+        """Count what an example has lost by truncation; at least one target is left."""
+        whole_spans = answer_spans(whole_labels)
+        spans = answer_spans(labels)
+        self.cut += 1
+        self.cut_answers += spans[-1] != whole_spans[len(spans) - 1]
+        self.lost_turns += len(whole_spans) - len(spans)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -52,6 +52,8 @@ def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, devi
         load_adapter(teacher, content)
     elif content:                                    # layers only, on the meta device
         add_lora(teacher, read_adapter(content)["config"])
+    if base_info:                                    # unknown for a PEFT folder
+        teacher.origin["adapter_template"] = base_info.get("template") or "alpaca"
     return teacher
 
 
@@ -80,6 +82,7 @@ class Distillation:
         self.head = teacher.output
         self.teacher.output = nn.Identity()
         self.origin = getattr(teacher, "origin", {})
+        self.adapter_template = self.origin.get("adapter_template")      # None: unknown
         self.temperature = temperature
         self.weight = weight
 
@@ -108,11 +111,12 @@ class Distillation:
         soft = nn.functional.kl_div(log_q_s, q_t, reduction="sum")
         return (1 - self.weight) * hard + self.weight * T ** 2 * soft
 
-    def memory(self, tokens: int, answers: int, width: int, student_bytes: int) -> dict[str, int]:
+    def memory(self, tokens: int, answers: int, itemsize: int,
+               student_bytes: int) -> dict[str, int]:
         """Return {"teacher": bytes} that the teacher adds to the peak memory of a step.
 
-        tokens, answers: their numbers in the largest micro-batch.  width: bytes of a number in the
-        teacher's dtype.  student_bytes: what the student's own forward and loss take.
+        tokens, answers: their numbers in the largest micro-batch.  itemsize: of the teacher's
+        dtype.  student_bytes: what the student's own forward and loss take.
 
         These are the teacher's weights plus the larger of two sums.  At the head: its features, and
         the logits and the fp32 softmax of one chunk.  In a block: the tensors of its largest layer
@@ -123,9 +127,9 @@ class Distillation:
                    *self.head.buffers()}
         weights = sum(tensor.nbytes for tensor in tensors)
         chunk = min(answers, CHUNK)
-        at_head = answers * args.dim * width + chunk * args.vocab_size * (width + 4)
-        in_block = tokens * 3 * (args.dim + args.hidden_dim) * width
-        return {"teacher": weights + max(at_head, in_block - student_bytes)}
+        head_bytes = answers * args.dim * itemsize + chunk * args.vocab_size * (itemsize + 4)
+        block_bytes = tokens * 3 * (args.dim + args.hidden_dim) * itemsize
+        return {"teacher": weights + max(head_bytes, block_bytes - student_bytes)}
 
     def fingerprint(self) -> str:
         """Return a text that is different for different teachers.

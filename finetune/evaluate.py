@@ -22,6 +22,7 @@ from .batches import split
 from .dataset import (
     IGNORE,
     SupervisedDataset,
+    answer_piece,
     answer_spans,
     count_answer,
     encode_answer,
@@ -316,8 +317,9 @@ class Exam:
     def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int,
                  choices: Sequence[str] | None = None, limit: int = 128, name: str = "the data", *,
                  template: Template = DEFAULT):
-        self.answers = [last_answer_text(example) for example in examples]
-        answers = self.answers
+        answers = [last_answer_text(example) for example in examples]
+        answers = as_written_once(choices or (), answers, template)
+        self.answers = answers
         if choices:
             check_among(answers, choices, name)
         self.tokenizer = tokenizer
@@ -384,6 +386,21 @@ class Exam:
         table["ended"] = torch.tensor(ended, dtype=torch.float64)
         table["exact_match"] = torch.tensor(exact, dtype=torch.float64) * table["ended"]
         return table
+
+
+def as_written_once(choices: Sequence[str], answers: Sequence[str],
+                    template: Template) -> list[str]:
+    """Return the answers; those that the template writes alike have all the first one's text.
+
+    Choices come before answers.  Raises ValueError for two choices that it writes alike.
+    """
+    first_text = {}                                  # {what the template writes: the first text}
+    for choice in choices:
+        other = first_text.setdefault(answer_piece(choice, template).text, choice)
+        if other != choice:
+            raise ValueError(f"--choices: {other!r} and {choice!r} are one answer in this template")
+    return [first_text.setdefault(answer_piece(answer, template).text, answer)
+            for answer in answers]
 
 
 def check_among(answers: Sequence[str], choices: Sequence[str], name: str):

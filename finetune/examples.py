@@ -172,7 +172,10 @@ def rows_of_object(value: dict, path: Path) -> list:
         return [value]
     if len(names) != 1 or not isinstance(value[names[0]], list):
         raise ValueError(f"{path} holds one object with the fields {quoted(value)}: {FORMS}")
-    check_context(value, str(path), FIELDS)
+    texts_beside = [name for name in value if is_context(name) and holds_text(value[name])]
+    if texts_beside:
+        raise ValueError(f"{path}: its examples are in {names[0]!r}, and none of them has the text "
+                         f"in {quoted(texts_beside)} beside it; move it into each example")
     return value[names[0]]
 
 
@@ -202,7 +205,7 @@ def to_example(row: object, place: str, required: Sequence[str], template: Templ
     example = dict(row)
     if "instruction" in template.fields and not has_messages(row):
         example = to_instruction(row, place, required)
-    check_context(row, place, template.fields)
+    check_context(example, place, template.fields)
     try:
         pieces = template.pieces(example)
     except ValueError as error:

@@ -90,17 +90,17 @@ def largest_size(dataset, plan) -> Size:
                 max(size.pairs for size in sizes))
 
 
-def check_gradients(model, wrapped, loss: Callable):
+def check_gradients(model, adapter_paths, loss: Callable):
     """Back-propagate loss() once.  Raises ValueError if it is not finite or does not reach a part.
 
-    wrapped: paths of adapters; each must get a gradient in at least one tensor.  If empty, every
+    Each adapter in adapter_paths must get a gradient in at least one tensor; without any, every
     trainable parameter must.  Gradients and train/eval mode are restored, and dropout is off, so
     nothing is drawn from torch's random state.  On the meta device values are not checked.
     """
     saved_grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     was_training = model.training
-    parts = {path: list(model.get_submodule(path).parameters()) for path in wrapped}
-    if not wrapped:
+    parts = {path: list(model.get_submodule(path).parameters()) for path in adapter_paths}
+    if not adapter_paths:
         trainable = [item for item in model.named_parameters() if item[1].requires_grad]
         parts = {name: [parameter] for name, parameter in trainable}
     try:
@@ -118,7 +118,7 @@ def check_gradients(model, wrapped, loss: Callable):
         if not value.is_meta and not any(has_grad(p) and p.grad.any() for p in model.parameters()):
             raise ValueError("every gradient is zero before the first step: are the weight files "
                              "complete?")
-        counted = plural(len(parts), "adapter" if wrapped else "parameter")
+        counted = plural(len(parts), "adapter" if adapter_paths else "parameter")
         print(f"checked   one backward pass: {counted}, each with a gradient (without one it would "
               "not learn)")
     finally:
@@ -131,42 +131,43 @@ def has_grad(parameter) -> bool:
     return parameter.grad is not None
 
 
-def block_bytes(args, width: int, adapters: dict | None, dropout: bool, on_cpu: bool) -> int:
+def block_bytes(args, itemsize: int, adapters: dict | None, dropout: bool, on_cpu: bool) -> int:
     """Return the bytes per token that one transformer block keeps for its backward pass.
 
-    width: bytes of a number in the compute dtype.  adapters: {name: adapter layer} of the block;
-    None for full fine-tuning.
+    itemsize: of the compute dtype.  adapters: {name: adapter layer} of the block; None for full
+    fine-tuning.
     """
     D = args.dim
     K = args.dim // args.n_heads * args.n_kv_heads
     F = args.hidden_dim
-    norms = 2 * D * (FP32 if on_cpu else width)      # Their inputs; torch's CPU norm keeps fp32.
-    attention = (2 * D + 2 * K) * width + FP32 * args.n_heads    # q, k, v, result; log-sum-exps
-    swiglu = 3 * F * width                           # w1 x, silu(w1 x), w3 x
+    norms = 2 * D * (FP32 if on_cpu else itemsize)   # Their inputs; torch's CPU norm keeps fp32.
+    attention = (2 * D + 2 * K) * itemsize + FP32 * args.n_heads  # q, k, v, result; log-sum-exps
+    swiglu = 3 * F * itemsize                        # w1 x, silu(w1 x), w3 x
     # What each matrix reads, and how wide that is.
-    reads = {"wq": ("normed", D), "wk": ("normed", D), "wv": ("normed", D), "wo": ("result", D),
-             "w1": ("normed h", D), "w3": ("normed h", D), "w2": ("product", F)}
-    readers = list(reads)
+    input_of = {"wq": ("normed", D), "wk": ("normed", D), "wv": ("normed", D),
+                "wo": ("result", D), "w1": ("normed h", D), "w3": ("normed h", D),
+                "w2": ("product", F)}
+    keeping_layers = list(input_of)
     if adapters is not None:
-        readers = [name for name, layer in adapters.items() if layer.keeps_input]
+        keeping_layers = [name for name, layer in adapters.items() if layer.keeps_input]
     if dropout:                                      # Each adapter keeps its own input and a mask.
-        mask = width if on_cpu else 1
-        inputs = sum(width * reads[name][1] for name in readers)
-        inputs += sum(mask * reads[name][1] for name in adapters)
+        mask = itemsize if on_cpu else 1
+        inputs = sum(itemsize * input_of[name][1] for name in keeping_layers)
+        inputs += sum(mask * input_of[name][1] for name in adapters)
     else:            # Layers that read the same tensor share it; attention's result is counted.
-        different = {reads[name] for name in readers} - {("result", D)}
-        inputs = sum(width * size for _, size in different)
+        different = {input_of[name] for name in keeping_layers} - {("result", D)}
+        inputs = sum(itemsize * size for _, size in different)
     kept = norms + attention + swiglu + inputs
     if adapters is None:
-        if width < FP32:
+        if itemsize < FP32:
             kept += 2 * D * FP32                     # With autocast norms also return fp32.
         return kept
     for layer in adapters.values():
-        kept += width * (layer.r + layer.keeps_results * layer.base.out_features)
+        kept += itemsize * (layer.r + layer.keeps_results * layer.base.out_features)
     return kept
 
 
-def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
+def estimate_memory(model, adapter_paths, size: Size, precision, world_size: int = 1,
                     state_bytes: float = 8):
     """Return (bytes by kind at the peak of a step, where that peak is), without any weights.
 
@@ -178,64 +179,65 @@ def estimate_memory(model, wrapped, size: Size, precision, world_size: int = 1,
     three gradients of SwiGLU's width and, with checkpointing, what that block has just computed
     again.  What the process itself takes, some 300 MiB on a CPU, is not counted.
     """
-    width = precision.dtype.itemsize
+    itemsize = precision.dtype.itemsize
     parameters = list(model.parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
-    kept, in_block = activation_bytes(model, wrapped, size, precision)
+    kept, block_temporaries = activation_bytes(model, adapter_paths, size, precision)
     # Each logit and its gradient; per chunk also fp32 softmax, its gradient and, in 16 bit, an
     # fp32 copy.
-    per_chunk_logit = 12 if width < FP32 else 8
-    at_logits = 2 * size.answers * width + min(size.answers, CHUNK) * per_chunk_logit
-    at_logits *= model.args.vocab_size
+    per_chunk_logit = 12 if itemsize < FP32 else 8
+    logits_bytes = 2 * size.answers * itemsize + min(size.answers, CHUNK) * per_chunk_logit
+    logits_bytes *= model.args.vocab_size
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
-    if not wrapped and width < FP32:                 # autocast's copies, kept until backward
-        weights += width * sum(p.numel() for p in parameters if p.dim() == 2)
+    if not adapter_paths and itemsize < FP32:       # autocast's copies, kept until backward
+        weights += itemsize * sum(p.numel() for p in parameters if p.dim() == 2)
     # A quantised matrix is dequantised, through fp32, only during its multiplication.
     quantised = [m for m in model.modules() if hasattr(m, "dequantize")]
     sizes = [layer.in_features * layer.out_features for layer in quantised]
-    weights += max(sizes, default=0) * (width + FP32)
+    weights += max(sizes, default=0) * (itemsize + FP32)
     copies = 2 if world_size > 1 else 1              # DDP's buckets are a second copy.
-    is_in_block = in_block > at_logits
+    peak_is_in_block = block_temporaries > logits_bytes
     kinds = {
         "weights": weights,
         # Plus the largest gradient once more: a micro-batch's, before it is added.
         "gradients": FP32 * (sum(trained) * copies + max(trained)),
         "optimizer": round(state_bytes * sum(trained)),
-        "activations": kept + (in_block if is_in_block else 0),
-        "logits": 0 if is_in_block else at_logits,
+        "activations": kept + (block_temporaries if peak_is_in_block else 0),
+        "logits": 0 if peak_is_in_block else logits_bytes,
     }
-    return kinds, "in a block" if is_in_block else "at the logits"
+    return kinds, "in a block" if peak_is_in_block else "at the logits"
 
 
-def activation_bytes(model, wrapped, size: Size, precision):
+def activation_bytes(model, adapter_paths, size: Size, precision):
     """Return (bytes that all blocks keep for backward, temporary bytes within one block)."""
     args = model.args
-    width = precision.dtype.itemsize
+    itemsize = precision.dtype.itemsize
     on_cpu = precision.device.type == "cpu"
-    in_first = {path.rpartition(".")[2]: model.get_submodule(path) for path in wrapped
-                if path.startswith("layers.0.")}
+    first_block_adapters = {path.rpartition(".")[2]: model.get_submodule(path)
+                            for path in adapter_paths if path.startswith("layers.0.")}
     dropout = any(module.p for module in model.modules() if isinstance(module, torch.nn.Dropout))
     if hasattr(model, "block_bytes"):                # The model is recurrent and knows its own.
-        per_token = model.block_bytes(width)
+        per_token = model.block_bytes(itemsize)
     else:
-        per_token = block_bytes(args, width, in_first if wrapped else None, dropout, on_cpu)
+        adapters = first_block_adapters if adapter_paths else None
+        per_token = block_bytes(args, itemsize, adapters, dropout, on_cpu)
     block = size.tokens * per_token
     if on_cpu:
-        block += args.n_heads * size.pairs * width
+        block += args.n_heads * size.pairs * itemsize
     # Frozen tensors of a method that are wider than the compute dtype are cast at each use, and the
     # copy is kept.
-    for layer in in_first.values():
+    for layer in first_block_adapters.values():
         for parameter in layer.parameters(recurse=False):
-            if not parameter.requires_grad and parameter.element_size() > width:
-                block += width * parameter.numel()
-    in_block = 3 * size.tokens * args.hidden_dim * width
-    if set(wrapped) == {"output"}:
+            if not parameter.requires_grad and parameter.element_size() > itemsize:
+                block += itemsize * parameter.numel()
+    block_temporaries = 3 * size.tokens * args.hidden_dim * itemsize
+    if set(adapter_paths) == {"output"}:
         # Nothing before it is trained, so no block keeps anything for backward.
-        return 3 * size.tokens * args.dim * width, in_block
+        return 3 * size.tokens * args.dim * itemsize, block_temporaries
     if model.checkpointing:
-        stream = FP32 if not wrapped else width
-        return args.n_layers * size.tokens * args.dim * stream, in_block + block
-    return args.n_layers * block, in_block
+        residual_bytes = FP32 if not adapter_paths else itemsize
+        return args.n_layers * size.tokens * args.dim * residual_bytes, block_temporaries + block
+    return args.n_layers * block, block_temporaries
 
 
 def memory_of_a_step(job):
@@ -245,8 +247,8 @@ def memory_of_a_step(job):
                                    job.ranks.size, job.optimizer_bytes_per_parameter)
     if job.distillation:
         student = kinds["activations"] + kinds["logits"]
-        width = job.precision.dtype.itemsize
-        kinds |= job.distillation.memory(size.tokens, size.answers, width, student)
+        itemsize = job.precision.dtype.itemsize
+        kinds |= job.distillation.memory(size.tokens, size.answers, itemsize, student)
     return kinds, where
 
 
@@ -359,6 +361,7 @@ def describe(job):
     print(f"steps     {steps_line(job)}")
     if job.distillation:
         print(f"teacher   {teacher_line(job)}")
+        warn_of_template(job.distillation.adapter_template, job.template)
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
@@ -391,9 +394,12 @@ def data_line(job) -> str:
 def fit_line(dataset, max_seq_len: int) -> str:
     """Return how many examples were too long, and what became of them."""
     notes = []
-    if dataset.cut:
-        notes.append(f"{plural(dataset.cut, 'answer')} cut off at --max-seq-len {max_seq_len}, "
-                     "without the end that teaches the model to stop")
+    if dataset.cut_answers:
+        notes.append(f"{plural(dataset.cut_answers, 'answer')} cut off at --max-seq-len "
+                     f"{max_seq_len}, without the end that teaches the model to stop")
+    if dataset.lost_turns:
+        notes.append(f"{plural(dataset.lost_turns, 'turn')} left out, beyond --max-seq-len "
+                     f"{max_seq_len}")
     if dataset.dropped:
         notes.append(f"{plural(dataset.dropped, 'example')} left out, because the prompt alone "
                      f"fills --max-seq-len {max_seq_len}")
@@ -442,6 +448,13 @@ def teacher_line(job) -> str:
     n_layers = plural(distillation.teacher.args.n_layers, "layer")
     return (f"{folder}: {n_layers}, {job.precision.name}; temperature "
             f"{distillation.temperature:g}, {100 * distillation.weight:g} % of the loss")
+
+
+def warn_of_template(adapter_template: str | None, template: str):
+    """Warn if the teacher's adapter learnt another prompt format than the one it will read here."""
+    if adapter_template not in (None, template):
+        print("warning   the teacher's adapter was trained with the template "
+              f"{adapter_template!r}, and this run has {template!r}")
 
 
 def steps_line(job) -> str:

@@ -75,7 +75,7 @@ class Run:
         self.progress = last_save.progress if last_save else Progress()
         self.fingerprints = {}
         self.stop_request = StopRequest(ranks)
-        self.told_to_stop = False                    # whether any rank got a stop signal
+        self.must_stop = False                       # whether any rank got a stop signal
 
     @classmethod
     def open(cls, options, ranks) -> "Run":
@@ -89,7 +89,7 @@ class Run:
         if not resumes:
             last_save = None
         if ranks.is_first:
-            claim_folder(options, out, resumes)
+            prepare_folder(options, out, resumes)
         run = cls(options, ranks, out, last_save, resumes)
         ranks.agree((run.progress.step, run.progress.finished), "the saves in --out")
         return run
@@ -104,15 +104,15 @@ class Run:
         self.settings = json.loads(json.dumps(job.settings))
         changes = self.changed_settings()
         self.reopen_if_stopped_early()
-        self.note_and_compare("ranks", self.ranks.size, "each rank has its own random numbers; "
-                              "start as many as it was begun with")
+        self.check_fingerprint("ranks", self.ranks.size, "each rank has its own random numbers; "
+                               "start as many as it was begun with")
         datasets = [part for part in (job.train_set, job.val_set) if part]
         rows = itertools.chain.from_iterable(part.rows for part in datasets)
-        self.note_and_compare("data", digest([*tokens, *labels] for tokens, labels in rows),
-                              "the examples are not those that it was begun with")
-        self.note_and_compare("steps", digest(map(example_indices, self.plan)),
-                              "its steps would not hold the same examples; keep the product of "
-                              "--batch-size and --accumulation-steps")
+        self.check_fingerprint("data", digest([*tokens, *labels] for tokens, labels in rows),
+                               "the examples are not those that it was begun with")
+        self.check_fingerprint("steps", digest(map(example_indices, self.plan)),
+                               "its steps would not hold the same examples; keep the product of "
+                               "--batch-size and --accumulation-steps")
         n_steps = len(self.plan)
         if not 0 <= self.progress.updates <= self.progress.step <= n_steps:
             raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
@@ -183,7 +183,7 @@ class Run:
         return advice + (f"to train on from its result: --adapter {self.out / ADAPTER}, another "
                          "--out, no --resume")
 
-    def note_and_compare(self, name, value, problem):
+    def check_fingerprint(self, name, value, problem):
         """Note a fingerprint of the run.  Raises ValueError if the save holds another value."""
         before = self.last_save.fingerprints.get(name) if self.last_save else value
         if type(before) is not type(value) or before != value:
@@ -201,8 +201,8 @@ class Run:
         """
         base = job.model.origin.get("fingerprint")
         teacher = job.distillation.fingerprint() if job.distillation else None
-        self.note_and_compare("base", base, "it was begun over another base")
-        self.note_and_compare("teacher", teacher, "it was begun with another teacher")
+        self.check_fingerprint("base", base, "it was begun over another base")
+        self.check_fingerprint("teacher", teacher, "it was begun with another teacher")
         self.ranks.agree(self.fingerprints, "their bases")
         # All ranks have passed.  Only now is a file changed.
         if not self.ranks.is_first:
@@ -287,8 +287,8 @@ class Run:
         The stop signal travels in the same all-reduce, so all ranks stop after the same step.
         """
         received = torch.full_like(loss, self.stop_request.received_at is not None)
-        total, told = sum_over_ranks(torch.stack([loss, received])).tolist()
-        self.told_to_stop = told > 0
+        total, n_stopped = sum_over_ranks(torch.stack([loss, received])).tolist()
+        self.must_stop = n_stopped > 0
         return total
 
     def record(self, row: dict, is_finite: bool, overflow: bool) -> str:
@@ -372,9 +372,9 @@ class Run:
                   f"{progress.worse} measurements")
             return True
         save_every = self.options.save_every
-        if self.told_to_stop or save_every and progress.step % save_every == 0:
+        if self.must_stop or save_every and progress.step % save_every == 0:
             self.save()
-        if self.told_to_stop:
+        if self.must_stop:
             print(f"stopped   after step {progress.step} of {n_steps}: saved {self.out / STATE}; "
                   "the same command with --resume continues")
             exit_together(INTERRUPTED)
@@ -432,7 +432,7 @@ class Run:
         return per_step * (len(self.plan) - self.progress.step)
 
 
-def claim_folder(options, out: Path, resumes: bool):
+def prepare_folder(options, out: Path, resumes: bool):
     """Create --out (a dry run only tests its parent).  Raises ValueError if it cannot be used."""
     files = [name for name in RUN_FILES if (out / name).exists()]
     holds_shards = any(out.glob("consolidated.[0-9][0-9].pth"))

@@ -5,7 +5,7 @@ docs/files.md has the same table, and a test compares the two.
 """
 
 # Keys of config.json -> fields of ModelArgs.  The width of SwiGLU goes into multiple_of at first;
-# huggingface.with_width replaces it.
+# huggingface.args_with_hidden_dim replaces it.
 SIZES = {
     "hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
     "num_key_value_heads": "n_kv_heads", "vocab_size": "vocab_size",

@@ -15,9 +15,9 @@ BLOCK = 16               # tokens: guesses fill the forward of one row up to a m
 GUESSES_ALONE = 24       # guesses for a row that has a forward to itself, at least
 GUESSES_EACH = 12        # guesses for each of several rows in a forward, where they cost more
 MAX_MATCH = 4            # tokens: the longest match that is looked up
-LINE = 4                 # tokens copied after a match of one token; each further one doubles that
+COPIED_TOKENS = 4        # copied after a match of one token; each further one doubles that
 FOLLOWERS = 3            # tokens remembered of what may follow an n-gram
-RIVALS = 8               # tokens nearly chosen, of which guesses are made too
+MAX_ALTERNATIVES = 8     # tokens nearly chosen, of which guesses are made too
 MAX_FOLLOWED = 2         # tokens by which the pool extends a guess
 POOL_SIZE = 2 ** 17      # n-grams, some 40 MB; a larger pool starts again
 
@@ -108,8 +108,8 @@ class NgramPool:
         self.followers.clear()
 
 
-class Walk:
-    """The way of one text through the tree that was guessed for it.
+class TreeCursor:
+    """The place that one text has reached in the tree that was guessed for it.
 
     logits (1 + g, V): after the row and after each of the tree's g tokens, by place.
     """
@@ -118,20 +118,20 @@ class Walk:
         self.tree = tree
         self.logits = logits
         self.place = ROW_END                         # None once the text has left the tree
-        self.rivals = []                             # tokens that the text might have said instead
+        self.alternatives = []                       # tokens that might have stood here instead
 
     def step(self, token: int) -> torch.Tensor | None:
         """Go to the text's next token and return the logits (V,) after it.
 
-        Returns None if the token was not guessed.  `rivals` are then the wrong guesses and the
-        likeliest other tokens, without what the sampler has banned by -inf in the logits.
+        Returns None if the token was not guessed.  `alternatives` are then the wrong guesses and
+        the likeliest other tokens, without what the sampler has banned by -inf in the logits.
         """
         if self.place is None:
             return None
         place = self.tree.child(self.place, token)
         if place is None:
-            _, *others = likeliest(self.logits[self.place], 1 + RIVALS)
-            self.rivals = self.tree.children(self.place) + others
+            _, *others = likeliest(self.logits[self.place], 1 + MAX_ALTERNATIVES)
+            self.alternatives = self.tree.children(self.place) + others
         self.place = place
         return None if place is None else self.logits[place]
 
@@ -140,19 +140,19 @@ class Guesses:
     """The logits after greedy rows: reused after a right guess, otherwise computed.
 
     forward: (rows, trees) -> logits (1 + g, V) of each row, as sampling.next_logits of one model.
-    ends: for each text the number of tokens, prompt included, at which it is complete.
+    final_lengths: for each text the number of tokens, prompt included, at which it is complete.
     pool: what earlier calls have learnt, or None.
     """
 
-    def __init__(self, forward: Callable, ends: list[int], max_seq_len: int,
+    def __init__(self, forward: Callable, final_lengths: list[int], max_seq_len: int,
                  pool: NgramPool | None = None):
         self.forward = forward
-        self.ends = ends
+        self.final_lengths = final_lengths
         self.max_seq_len = max_seq_len
         self.pool = NgramPool() if pool is None else pool
         if len(self.pool) > POOL_SIZE:
             self.pool.clear()
-        self.walks = {}                              # i: the Walk of rows[i] since the last forward
+        self.cursors = {}                            # i: of rows[i] since the last forward
 
     def logits_after(self, rows: dict[int, list[int]]) -> dict[int, torch.Tensor]:
         """Return {i: logits (V,) after rows[i]} for the rows whose last token was guessed, or all.
@@ -163,8 +163,8 @@ class Guesses:
         """
         logits_after = {}
         for i, row in rows.items():
-            walk = self.walks.get(i)
-            logits = walk.step(row[-1]) if walk else None
+            cursor = self.cursors.get(i)
+            logits = cursor.step(row[-1]) if cursor else None
             if logits is not None:
                 logits_after[i] = logits
         return logits_after or self.compute(rows)
@@ -174,20 +174,20 @@ class Guesses:
         is_alone = len(rows) == 1
         trees = [self.propose(i, row, is_alone) for i, row in rows.items()]
         logits_of_rows = self.forward(list(rows.values()), trees)
-        self.walks = {}
+        self.cursors = {}
         for i, tree, logits in zip(rows, trees, logits_of_rows, strict=True):
             self.learn(rows[i], tree, logits)
-            self.walks[i] = Walk(tree, logits)
-        return {i: walk.logits[ROW_END] for i, walk in self.walks.items()}
+            self.cursors[i] = TreeCursor(tree, logits)
+        return {i: cursor.logits[ROW_END] for i, cursor in self.cursors.items()}
 
     def propose(self, i: int, row: list[int], is_alone: bool) -> Tree:
         """Return a tree of guesses of what follows text i, which is `row` so far."""
-        rivals = self.walks[i].rivals if i in self.walks else []
-        return make_tree(row, self.limit(i, row, is_alone), self.pool, rivals)
+        alternatives = self.cursors[i].alternatives if i in self.cursors else []
+        return make_tree(row, self.limit(i, row, is_alone), self.pool, alternatives)
 
     def limit(self, i: int, row: list[int], is_alone: bool) -> int:
         """Return how many guesses may stand behind text i, which is `row` so far."""
-        if self.ends[i] - len(row) <= 1:
+        if self.final_lengths[i] - len(row) <= 1:
             return 0                                 # Nothing follows the last token.
         if is_alone:
             # Lengths repeat, for kernels that are prepared once per length.
@@ -205,14 +205,14 @@ class Guesses:
             self.pool.put([by_place[parent], by_place[place]], followers[place])
 
 
-def make_tree(row: list[int], limit: int, pool: NgramPool, rivals: list[int]) -> Tree:
+def make_tree(row: list[int], limit: int, pool: NgramPool, alternatives: list[int]) -> Tree:
     """Return a tree of up to `limit` tokens that may follow `row`, the best guesses first.
 
-    rivals: tokens that might have stood where the row's last one does.
+    alternatives: tokens that might have stood where the row's last one does.
     """
     tree = Tree()
     tree.add_line(lookup(row), limit)
-    for token in candidates(row, pool, rivals):
+    for token in candidates(row, pool, alternatives):
         line = [row[-1], token]
         while len(line) < 2 + MAX_FOLLOWED and pool.after(line):
             line.append(pool.after(line)[0])
@@ -220,21 +220,21 @@ def make_tree(row: list[int], limit: int, pool: NgramPool, rivals: list[int]) ->
     return tree
 
 
-def candidates(row: list[int], pool: NgramPool, rivals: list[int]) -> list[int]:
+def candidates(row: list[int], pool: NgramPool, alternatives: list[int]) -> list[int]:
     """Return tokens that may come next, the likeliest first.
 
-    What was said after a rival often fits here too, and a rival itself may be still to come.
+    What was said after an alternative often fits here too, and it may itself be still to come.
     """
-    after_rivals = []
-    for rival in rivals:
-        followers = pool.after([*row[-2:-1], rival])
+    after_alternatives = []
+    for alternative in alternatives:
+        followers = pool.after([*row[-2:-1], alternative])
         if followers:
-            after_rivals.append(followers)
+            after_alternatives.append(followers)
     tokens = list(pool.after(row))
-    for rank in range(FOLLOWERS):                    # The likeliest after each rival comes first.
-        for followers in after_rivals:
+    for rank in range(FOLLOWERS):                    # The likeliest after each one comes first.
+        for followers in after_alternatives:
             tokens += followers[rank:rank + 1]
-    return tokens + rivals
+    return tokens + alternatives
 
 
 def lookup(row: list[int]) -> list[int]:
@@ -248,7 +248,7 @@ def lookup(row: list[int]) -> list[int]:
             if row[start:start + n] == row[-n:]:
                 distance = len(row) - n - start
                 copied = list(row)
-                for _ in range(LINE * 2 ** (n - 1)):
+                for _ in range(COPIED_TOKENS * 2 ** (n - 1)):
                     copied.append(copied[-distance])     # Past the row it copies its own copy.
                 return copied[len(row):]
     return []

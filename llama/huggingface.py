@@ -121,7 +121,7 @@ def read_config(folder: Path, max_seq_len: int | None = None) -> tuple[ModelArgs
         raise ValueError(f"{path}: vocab_size {params['vocab_size']} is less than the tokenizer's "
                          f"{tokenizer.vocab_size}")
     try:
-        args = with_width(params)
+        args = args_with_hidden_dim(params)
     except ValueError as error:
         raise ValueError(f"{path}: {in_config_words(str(error))}") from error
     head_dim = args.dim // args.n_heads
@@ -195,7 +195,7 @@ def in_config_words(message: str) -> str:
     return message
 
 
-def with_width(params: dict) -> ModelArgs:
+def args_with_hidden_dim(params: dict) -> ModelArgs:
     """Return ModelArgs whose hidden_dim is the width in params["multiple_of"].
 
     Meta's formula computes a width and rounds it up to a multiple of multiple_of.  If multiple_of

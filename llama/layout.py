@@ -62,11 +62,11 @@ class Layout:
             keys_read = joined(keys, context, i)
             values_read = joined(values, context, i)
             mask = self.mask(i, keys_read, n_groups)
-            outputs.append(after_context(queries[i], keys_read, values_read, mask))
+            outputs.append(segment_attention(queries[i], keys_read, values_read, mask))
         return torch.cat(outputs, dim=1)
 
     def mask(self, i: int, keys: torch.Tensor, n_groups: int) -> torch.Tensor | None:
-        """Return what segment i's L tokens see of the S keys, in the form for `after_context`.
+        """Return what segment i's L tokens see of the S keys, in the form for `segment_attention`.
 
         On a CPU with short contexts (n_groups L, S), to add to the scores; else (L, S) bool, or
         None for the usual triangle.  Made once for all blocks.
@@ -77,15 +77,15 @@ class Layout:
         if variant in self.masks:
             return self.masks[variant]
         tree = self.trees.get(i)
-        seen = keys.new_ones(length, length, dtype=torch.bool).tril() if tree is None else tree
-        seen = F.pad(seen, (n_keys - length, 0), value=True)         # The whole context is seen.
+        visible = keys.new_ones(length, length, dtype=torch.bool).tril() if tree is None else tree
+        visible = F.pad(visible, (n_keys - length, 0), value=True)   # The whole context is visible.
         if keys.is_cpu and n_keys <= SHORT_CONTEXT:
-            scores = keys.new_zeros(length, n_keys).masked_fill(~seen, -torch.inf)
+            scores = keys.new_zeros(length, n_keys).masked_fill(~visible, -torch.inf)
             mask = scores.repeat(n_groups, 1)
         elif tree is None and length == n_keys:
             mask = None
         else:
-            mask = seen
+            mask = visible
         self.masks[variant] = mask
         return mask
 
@@ -97,8 +97,8 @@ def joined(parts, context: tuple, i: int) -> torch.Tensor:
     return torch.cat([parts[j] for j in (*context, i)], dim=1)
 
 
-def after_context(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  mask: torch.Tensor | None) -> torch.Tensor:
+def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                      mask: torch.Tensor | None) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(hd) + mask) v for L tokens that stand behind their context.
 
     q (1, L, H, hd), k and v (1, S, K, hd) with S >= L -> (1, L, H, hd).  mask: as Layout.mask.

@@ -129,13 +129,13 @@ class RNN(nn.Module):
         h = self.output(self.norm(h))
         return h if rows is not None else h.unflatten(0, shape)
 
-    def block_bytes(self, width: int) -> int:
+    def block_bytes(self, itemsize: int) -> int:
         """Return the bytes per token that one block keeps for its backward pass, as counted.
 
-        width: bytes per value.  Kept are norm's input, gates, states and copies that torch's CPU
-        kernels make.
+        itemsize: bytes per value.  Kept are norm's input, gates, states and copies that torch's
+        CPU kernels make.
         """
-        return self.args.dim * width * VALUES_KEPT[self.args.rnn]
+        return self.args.dim * itemsize * VALUES_KEPT[self.args.rnn]
 
 
 def unpacked(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,8 +40,8 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int,
 
     if temperature == 0:
         # The same logits in fewer forwards; rows that it does not answer wait for the next turn.
-        ends = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        guesses = Guesses(partial(next_logits, model), ends, model.args.max_seq_len, pool)
+        final_lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        guesses = Guesses(partial(next_logits, model), final_lengths, model.args.max_seq_len, pool)
         logits_after = guesses.logits_after
 
     @torch.inference_mode()

@@ -315,7 +315,7 @@ def merge_report(model: nn.Module, tokens: torch.Tensor, remedy: str,
     report = (f"merged: {100 * share:.1f} % of the update survives in {dtype}; "
               f"logits of up to {before.abs().max():.3g} move by up to {change:.2g}")
     if share < 0.5:
-        report += f"; WARNING, most of it is lost: use {remedy}, or keep the adapter apart"
+        report += f"; WARNING, most of it is lost: use {remedy}, or leave the adapter unmerged"
     return report
 
 

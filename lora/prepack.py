@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from .quantize import QuantizedLinear
 
-TOKENS = 128                    # The operator asks for a number; its layout serves any number.
+EXPECTED_TOKENS = 128              # The operator asks for a number; its layout serves any number.
 
 
 class PrepackedLinear(QuantizedLinear):
@@ -21,7 +21,7 @@ class PrepackedLinear(QuantizedLinear):
     def __init__(self, linear: nn.Linear):
         super().__init__(linear)
         weight = linear.weight.detach()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, TOKENS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, EXPECTED_TOKENS)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         return self.packed.to_dense().to(dtype)       # Exactly the weight that was packed.

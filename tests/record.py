@@ -203,9 +203,9 @@ def trained_by_us():
     load_model = train.load_model
 
     def load_and_fill(*args):                        # What torch's generator drew is replaced.
-        model, wrapped = load_model(*args)
+        model, adapter_paths = load_model(*args)
         start_adapter(lora_state_dict(model).items())
-        return model, wrapped
+        return model, adapter_paths
 
     patched = mock.patch.object(train, "load_model", load_and_fill)
     with tempfile.TemporaryDirectory() as name, patched:

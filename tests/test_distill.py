@@ -192,10 +192,10 @@ def batch_of(n_rows, length, n_answer):
     return Batch(tokens, labels, n_rows * n_answer)
 
 
-def estimate(model, wrapped, batch):
+def estimate(model, adapter_paths, batch):
     precision = train.mixed_precision("fp32", torch.device("cpu"), None)
     size = Size(batch.tokens.numel(), batch.n_answer, 0)
-    return estimate_memory(model, wrapped, size, precision)[0]
+    return estimate_memory(model, adapter_paths, size, precision)[0]
 
 
 @pytest.mark.parametrize("dim, vocab, batch", [
@@ -287,6 +287,15 @@ def test_a_run_with_a_teacher(run, tmp_path, capsys):
                 "--accumulation-steps", "1", "--max-steps", "6", "--distill-weight", "1",
                 "--val-fraction", "0.2")
     assert every[-1]["loss"] < 0.8 * every[0]["loss"] and "val_loss" in every[-1]
+    # Of a dry run no weight is read.
+    dry = ["--checkpoint", "base", *itself, "--teacher-adapter", "plain/adapter.pt", "--dry-run"]
+    capsys.readouterr()
+    train.main(dry)
+    assert "warning" not in capsys.readouterr().out
+    train.main([*dry, "--template", "llama2"])
+    line = ("warning   the teacher's adapter was trained with the template 'alpaca', and this run "
+            "has 'llama2'\n")
+    assert line in capsys.readouterr().out
 
 
 def test_a_run_with_a_teacher_goes_on_to_the_byte_and_with_no_other(run, tmp_path, data, capsys):

@@ -15,7 +15,7 @@ import generate
 import train
 from finetune import convert
 from llama import ModelArgs, Tokenizer, huggingface, load_checkpoint, save_checkpoint
-from llama.huggingface import as_halves, as_pairs, with_width
+from llama.huggingface import args_with_hidden_dim, as_halves, as_pairs
 from llama.peft import adapter_at
 from lora import (load_adapter, lora_disabled, lora_state_dict, merge_lora, read_adapter,
                   save_adapter)
@@ -186,12 +186,12 @@ def test_any_width_has_params_that_give_it():
     sizes += [(dim, 1) for dim in range(2, 400, 2)]
     sizes += [(2 * draw.randint(1, 4096), draw.randint(1, 30000)) for _ in range(2000)]
     for dim, width in sizes:
-        args = with_width({"dim": dim, "n_heads": 1, "multiple_of": width})
+        args = args_with_hidden_dim({"dim": dim, "n_heads": 1, "multiple_of": width})
         params = {"dim": dim, "n_heads": 1, "multiple_of": args.multiple_of,
                   "ffn_dim_multiplier": args.ffn_dim_multiplier}
         again = ModelArgs(**json.loads(json.dumps(params)))
         assert args.hidden_dim == again.hidden_dim == width, (dim, width)
-    assert with_width({"dim": 4096, "n_heads": 32, "multiple_of": 11008}) == ModelArgs()
+    assert args_with_hidden_dim({"dim": 4096, "n_heads": 32, "multiple_of": 11008}) == ModelArgs()
 
 
 @pytest.mark.parametrize("changes", [
@@ -436,7 +436,7 @@ def test_a_merge_says_what_it_lost_and_what_helps(base, tmp_path, capsys, monkey
     for dtype, is_lost in (("bf16", True), ("fp32", False)):
         run(base, tmp_path / dtype, "--to", "meta", "--adapter", path, "--dtype", dtype)
         printed = capsys.readouterr().out
-        advice = "WARNING, most of it is lost: use --dtype fp32, or keep the adapter apart"
+        advice = "WARNING, most of it is lost: use --dtype fp32, or leave the adapter unmerged"
         assert (advice in printed) == is_lost
         assert ("100.0 % of the update survives in float32" in printed) != is_lost
     assert {tensor.dtype for tensor in stored(tmp_path / "bf16").values()} == {torch.bfloat16}

@@ -69,7 +69,7 @@ def test_the_adapter_file_names_its_base_and_layers_and_answers_without_dropout(
                 "--max-steps", "1", "--dropout", "0.5"])
     assert "1 layer," in say("--instruction", "Say").err
     args = command.parse_args(["--precision", "fp32"])
-    model, *_ = command.load(args, torch.device("cpu"), "fp32")
+    model, *_ = command.load(args, command.read_saved(args), torch.device("cpu"), "fp32")
     assert not any(module.training for module in model.modules())
 
 
@@ -198,7 +198,7 @@ def test_verbose_says_tokens_a_forward_and_a_second(say, base, data, flags, n_li
 def test_later_answers_of_a_session_take_fewer_forwards(say, base, tmp_path, monkeypatch, flags):
     """The same instruction again: the same answer from what is remembered of the first."""
     (tmp_path / "same.json").write_text(json.dumps([{"instruction": "Say"}] * 9))
-    monkeypatch.setattr(command, "BATCH", 1)
+    monkeypatch.setattr("finetune.answers.ANSWERED_AT_ONCE", 1)
     monkeypatch.setattr("sys.stdin", io.StringIO("Say\n" * 9))
     printed, error = say("--checkpoint", str(base), "--adapter", "none", "--max-new-tokens", "40",
                          "--verbose", *flags)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llama import guesses, layout
-from llama.guesses import BLOCK, LINE, MAX_MATCH, ROW_END
+from llama.guesses import BLOCK, COPIED_TOKENS, MAX_MATCH, ROW_END
 from llama.guesses import NgramPool, Tree, lookup, make_tree
 from llama.rnn import RNN, RNNArgs
 from llama.sampling import beam_search, next_logits
@@ -54,7 +54,7 @@ def test_what_followed_the_last_time_is_looked_up():
     for n in range(1, MAX_MATCH + 1):
         row = [*range(10, 60), 1, *range(10, 10 + n)]            # Its last n tokens came before.
         followed = [*range(10 + n, 60), 1, *range(10, 99)]
-        assert lookup(row) == followed[:LINE * 2 ** (n - 1)]
+        assert lookup(row) == followed[:COPIED_TOKENS * 2 ** (n - 1)]
 
 
 def test_a_pool_has_what_was_put_last_after_two_tokens_or_one():
@@ -88,12 +88,12 @@ def test_a_tree_of_guesses_by_hand():
     after_3 = [[7], [7, 4], [7, 4, 3], [8], [8, 8], [8, 8, 8], [9]]
     assert lines(make_tree([1, 2, 3], 99, pool, [])) == after_3
     assert lines(make_tree([1, 2, 3], 4, pool, [])) == after_3[:4]
-    # What followed rivals, the likeliest of each first; then the rivals, of which one is unknown.
+    # What followed each alternative, the likeliest first; then the alternatives, one unknown.
     assert lines(make_tree([1, 2, 5], 99, pool, [20, 22, 21])) == [
         [30], [31], [41], [32], [42], [20], [20, 30], [22], [21], [21, 30]]
     # What was looked up comes first.
-    looked_up = [[5, 3, 5, 3][:n] for n in range(1, LINE + 1)]
-    assert lines(make_tree([3, 5, 3], 99, pool, []))[:LINE + 3] == [
+    looked_up = [[5, 3, 5, 3][:n] for n in range(1, COPIED_TOKENS + 1)]
+    assert lines(make_tree([3, 5, 3], 99, pool, []))[:COPIED_TOKENS + 3] == [
         *looked_up, [7], [7, 4], [7, 4, 3]]
 
 
@@ -152,7 +152,7 @@ def test_any_guess_gives_the_greedy_text(monkeypatch, right):
     model = tiny()
     text = naive(model, [1, 5, 9], 24, -1)
 
-    def oracle(row, limit, pool, rivals):
+    def oracle(row, limit, pool, alternatives):
         tree = Tree()
         if limit == 0:
             return tree
@@ -192,8 +192,8 @@ DELETED = [                                          # in sampling.py: (with gue
     ("seed: int = 0,\n             pool: NgramPool | None = None)", "seed: int = 0)"),
     ("""    if temperature == 0:
         # The same logits in fewer forwards; rows that it does not answer wait for the next turn.
-        ends = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
-        guesses = Guesses(partial(next_logits, model), ends, model.args.max_seq_len, pool)
+        final_lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+        guesses = Guesses(partial(next_logits, model), final_lengths, model.args.max_seq_len, pool)
         logits_after = guesses.logits_after
 
 """, ""),

@@ -105,7 +105,7 @@ MUTATIONS = {
         "np.random.default_rng((seed, epoch)).integers(0, len(lengths), len(lengths))"),
     "each_epoch_in_the_same_order": ("finetune/batches.py",
         "np.random.default_rng((seed, epoch))", "np.random.default_rng(seed)"),
-    "template_at_inference": ("generate.py",
+    "template_at_inference": ("finetune/answers.py",
         "encode_prompt(example, self.tokenizer, self.template)",
         'encode_prompt(example, self.tokenizer, self.template) + self.tokenizer.encode("\\n")'),
     "alpha_over_r": ("lora/lora_layer.py", "self.alpha / self.r", "self.alpha"),

@@ -30,7 +30,7 @@ PEAKS = {"both": ({}, (4, 64, 24)),
 
 
 def built(precision, lora, checkpointing=False, device="cpu", quantize="none", **sizes):
-    """Return (model, wrapped) as train.py has them: frozen in the compute dtype, trained in fp32.
+    """Return (model, adapter_paths) as train.py has them: frozen weights in the compute dtype.
 
     lora: settings of an adapter, or None where all is trained.
     """
@@ -82,10 +82,10 @@ def two_steps(model, batch, precision, lora, optimizer):
     return n_bytes
 
 
-def estimate(model, wrapped, batch, precision, device="cpu", **settings):
+def estimate(model, adapter_paths, batch, precision, device="cpu", **settings):
     size = Size(batch.tokens.numel(), batch.n_answer, 0)
     mixed = train.mixed_precision(precision, torch.device(device), LoRAConfig())
-    return estimate_memory(model, wrapped, size, mixed, **settings)
+    return estimate_memory(model, adapter_paths, size, mixed, **settings)
 
 
 # --- the estimate
@@ -168,9 +168,9 @@ def test_the_estimate_is_what_cuda_allocates(checkpointing, lora):
 @pytest.mark.parametrize("targets", [("wq", "wv"), ("wo", "w1", "w2")])
 def test_activations_are_what_autograd_keeps(precision, targets):
     batch = batch_of(2, 48, 40)
-    model, wrapped = built(precision, {"dropout": 0, "targets": targets}, n_layers=6)
+    model, adapter_paths = built(precision, {"dropout": 0, "targets": targets}, n_layers=6)
     model.init_weights()
-    kinds, where = estimate(model, wrapped, batch, precision)
+    kinds, where = estimate(model, adapter_paths, batch, precision)
     _, kept = saved_bytes(model, lambda: answer_loss(model, batch)[0])
     assert where == "at the logits"
     logits = batch.n_answer * 1280 * DTYPES[precision].itemsize
@@ -178,9 +178,10 @@ def test_activations_are_what_autograd_keeps(precision, targets):
 
 
 def test_ranks_hold_their_gradients_twice():
-    model, wrapped = built("fp32", PLAIN)
+    model, adapter_paths = built("fp32", PLAIN)
     precision = train.mixed_precision("fp32", torch.device("cpu"), LoRAConfig())
-    one, two = (estimate_memory(model, wrapped, Size(8, 4, 0), precision, n)[0] for n in (1, 2))
+    size = Size(8, 4, 0)
+    one, two = (estimate_memory(model, adapter_paths, size, precision, n)[0] for n in (1, 2))
     adapter = sum(p.nbytes for p in trained(model))
     assert two["gradients"] - one["gradients"] == adapter
     assert two["optimizer"] == one["optimizer"] == 2 * adapter
@@ -190,9 +191,9 @@ def test_llama_2_7b_by_arithmetic():
     """6.74 G weights in bf16 and 8.39 M adapter parameters in fp32, gradients and moments."""
     with torch.device("meta"):
         model = Transformer(ModelArgs()).bfloat16()
-        wrapped = add_lora(model, LoRAConfig())
+        adapter_paths = add_lora(model, LoRAConfig())
     precision = train.mixed_precision("bf16", torch.device("cuda"), LoRAConfig())
-    kinds, _ = estimate_memory(model, wrapped, Size(512, 200, 0), precision)
+    kinds, _ = estimate_memory(model, adapter_paths, Size(512, 200, 0), precision)
     assert kinds["weights"] == 2 * 6_738_415_616 + 4 * 8_388_608
     assert kinds["gradients"] == 4 * (8_388_608 + 16 * 4096)
     assert kinds["optimizer"] == 8 * 8_388_608
@@ -263,7 +264,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, cap
 
 def test_the_check_of_gradients_leaves_everything_as_it_was():
     model = tiny()
-    wrapped = add_lora(model, LoRAConfig(r=2, dropout=0.5, targets="all"))
+    adapter_paths = add_lora(model, LoRAConfig(r=2, dropout=0.5, targets="all"))
     model.train()
     gradients = {}
     for name, p in model.named_parameters():
@@ -272,7 +273,7 @@ def test_the_check_of_gradients_leaves_everything_as_it_was():
     state = torch.get_rng_state()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     tokens = torch.arange(8).view(1, 8)
-    check_gradients(model, wrapped, lambda: answer_loss(model, Batch(tokens, tokens, 7))[0])
+    check_gradients(model, adapter_paths, lambda: answer_loss(model, Batch(tokens, tokens, 7))[0])
     assert torch.equal(torch.get_rng_state(), state)
     assert all(module.training for module in model.modules())
     for name, p in model.named_parameters():
@@ -282,17 +283,17 @@ def test_the_check_of_gradients_leaves_everything_as_it_was():
 
 def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
     model = tiny()
-    wrapped = add_lora(model, LoRAConfig(r=2))
+    adapter_paths = add_lora(model, LoRAConfig(r=2))
     tokens = torch.arange(8).view(1, 8)
     forward = model.layers[1].forward
 
-    def check(wrapped=(), scale=1):
-        check_gradients(model, wrapped, lambda: (model(tokens) * scale).sum())
+    def check(adapter_paths=(), scale=1):
+        check_gradients(model, adapter_paths, lambda: (model(tokens) * scale).sum())
 
     # As a forgotten .detach() or no_grad would.
     model.layers[1].forward = lambda h, *rest: forward(h.detach(), *rest)
     with pytest.raises(ValueError, match=r"reaches layers\.0\.attention\.wq, layers\.0\.att.*wv$"):
-        check(wrapped)
+        check(adapter_paths)
     remove_lora(model)
     model.requires_grad_(True)                       # --method full
     with pytest.raises(ValueError, match=r"reaches tok_embeddings\.weight, .* and others$"):

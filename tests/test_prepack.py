@@ -100,10 +100,16 @@ def test_adapters_over_it(method):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 
+def load(args):
+    """Return the model that generate.py answers with, given its arguments."""
+    model, *_ = generate.load(args, generate.read_saved(args), torch.device("cpu"), "fp32")
+    return model
+
+
 def test_generate_py_answers_with_packed_weights(base, tokenizer, tmp_path):
     args = generate.parse_args(["--checkpoint", str(base), "--adapter", "none",
                                 "--precision", "fp32"])
-    packed, *_ = generate.load(args, torch.device("cpu"), "fp32")
+    packed = load(args)
     assert any(isinstance(layer, PrepackedLinear) for layer in packed.modules())
     assert not any(type(layer) is nn.Linear for layer in packed.modules())
     plain, _ = load_checkpoint(base, dtype=torch.float32)
@@ -111,7 +117,7 @@ def test_generate_py_answers_with_packed_weights(base, tokenizer, tmp_path):
     answers = [list(sampling.generate(each.eval(), prompts, 12, -1)) for each in (packed, plain)]
     assert answers[0] == answers[1]
     args.quantize = "int8"
-    fewer, *_ = generate.load(args, torch.device("cpu"), "fp32")
+    fewer = load(args)
     kinds = {type(layer) for layer in fewer.modules() if isinstance(layer, QuantizedLinear)}
     assert kinds == {Int8Linear, PrepackedLinear}
     model, _ = load_checkpoint(base, dtype=torch.float32)
@@ -119,5 +125,5 @@ def test_generate_py_answers_with_packed_weights(base, tokenizer, tmp_path):
     save_adapter(model, tmp_path / "adapter.pt")
     args = generate.parse_args(["--adapter", str(tmp_path / "adapter.pt"), "--merge",
                                 "--precision", "fp32"])
-    merged, *_ = generate.load(args, torch.device("cpu"), "fp32")
+    merged = load(args)
     assert lora_layers(merged) and not any(type(layer) is nn.Linear for layer in merged.modules())

@@ -199,7 +199,7 @@ def one(fields):
     (one('"instruction": "a", "output": "b", "output": "c"'), "'output' stands twice in {"),
     ('{"train": [1], "test": [2]}', "a.json holds one object with the fields 'train', 'test'"),
     ('{"instruction": ["a"], "output": ["b"]}', "a.json holds columns, not rows: give a list"),
-    ('{"system": "Be terse.", "data": [' + GOOD + "]}", "no place for the text in 'system'"),
+    ('{"system": "Be terse.", "data": [' + GOOD + "]}", "none of them has the text in 'system'"),
     (one('"text": "a"'), "example 1 has no 'instruction'; its fields are 'text'"),
     (one('"instruction": "a", "output": {"x": 1}'), "'output' is an object, not text"),
     (one('"instruction": "a", "output": NaN'), "'output' is null or NaN, as a blank cell is"),
@@ -276,7 +276,7 @@ def answered(tmp_path, tokenizer, monkeypatch, capsys):
     model = tiny(tokenizer.vocab_size)
     save_checkpoint(model, tokenizer, tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "load", lambda args, device, precision: (model, tokenizer, "-"))
+    monkeypatch.setattr(generate, "load", lambda *_: (model, tokenizer, "-"))
 
     def answered(rows, *flags):
         (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -7,11 +7,14 @@ import torch
 
 import generate
 import train
+from finetune.answers import Answerer
 from finetune.dataset import (SupervisedDataset, count_answer, encode_example, encode_prompt,
                               load_datasets)
 from finetune.evaluate import Exam, class_answers, evaluate
 from finetune.examples import read_examples
 from finetune.options import DEMO
+from finetune.preflight import fit_line
+from finetune.session import Session
 from finetune.templates import TEMPLATES
 
 from .helpers import tiny
@@ -78,6 +81,11 @@ ALPACA_FORM = {"instruction": "Q2", "input": "I", "output": "A2", "system": "S",
         (chat(" Q\n", "\tA "), "<s>[INST] Q [/INST]{A </s>}"),
         (chat("[INST] </s>", "[/INST] <s>"), "<s>[INST] [INST] </s> [/INST]{[/INST] <s> </s>}"),
         (SHAREGPT, "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"),
+        ({"conversations": chat("Q", "A")["messages"]}, "<s>[INST] Q [/INST]{A </s>}"),
+        (
+            {"messages": SHAREGPT["conversations"]},
+            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}",
+        ),
         (
             ALPACA_FORM,
             "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]{A1 </s>}<s>[INST] Q2\nI [/INST]{A2 </s>}",
@@ -93,6 +101,20 @@ def test_a_cut_answer_has_no_eos_and_the_next_turn_is_gone():
     data = SupervisedDataset([chat("Q", "ABC", "R", "D")], Characters(), 20, template=LLAMA2)
     assert written(data[0]) == "<s>[INST] Q [/INST]{ABC}"
     assert (data.cut, data.dropped, data.n_with_eos) == (1, 0, 0)
+
+
+def test_what_is_cut_is_told_from_turns_that_are_gone():
+    """Turns end after 22, 42 and 62 tokens."""
+    example = chat("Q", "ABC", "R", "D", "T", "E")
+    for max_seq_len, cut_answers, lost_turns in ((20, 1, 2), (22, 0, 2), (30, 0, 2), (62, 0, 0)):
+        data = SupervisedDataset([example], Characters(), max_seq_len, template=LLAMA2)
+        assert (data.cut_answers, data.lost_turns) == (cut_answers, lost_turns), max_seq_len
+    data = SupervisedDataset([example, example], Characters(), 20, template=LLAMA2)
+    line = fit_line(data, 20)
+    assert line.startswith("2 answers cut off at --max-seq-len 20, without the end that teaches")
+    assert line.endswith("; 4 turns left out, beyond --max-seq-len 20")
+    data = SupervisedDataset([example], Characters(), 22, template=LLAMA2)
+    assert fit_line(data, 22) == "2 turns left out, beyond --max-seq-len 22"
 
 
 def test_a_prompt_ends_where_the_last_answer_begins():
@@ -146,6 +168,16 @@ REFUSED = {
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "message 1: 'content' is [{'type': 'text'}], not text",
     ),
+    "two kinds of keys": (
+        {"conversations": [{"from": "human", "value": "Q"}, {"role": "gpt", "content": "A"}]},
+        "'conversations', message 2, has the keys ['role', 'content']; give each message 'from' "
+        "and 'value'",
+    ),
+    "another key": (
+        {"messages": [{"speaker": "user", "content": "Q"}]},
+        "'messages', message 1, has the keys ['speaker', 'content']; give each message 'role' and "
+        "'content'",
+    ),
     "half of an emoji": (chat("Q", "\ud83d"), "has an incomplete character"),
 }
 
@@ -165,6 +197,11 @@ def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
     [
         ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
         ("alpaca", ALPACA_FORM, "use --template llama2"),
+        (
+            "alpaca",
+            {"instruction": "Q", "output": "A", "system": 5},
+            "the template has no place for the text in 'system'; use --template llama2",
+        ),
         ("text", {"instruction": "Q", "output": "A"}, "has no 'text'"),
     ],
 )
@@ -238,6 +275,21 @@ def test_held_out_loss_of_several_turns_is_the_slow_one(tokenizer):
     assert table["nats"].sum() / table["tokens"].sum() == pytest.approx(expected, rel=1e-9)
 
 
+def test_answers_that_the_template_writes_alike_are_one_choice(tokenizer):
+    """LLaMA 2's format strips an answer; Alpaca's does not."""
+    answers = ["yes", "no", "yes ", "no", "yes", "no"]
+    examples = [{"instruction": "Q", "output": answer} for answer in answers]
+    exam = Exam(examples, tokenizer, 512, template=LLAMA2)
+    about = exam.about()
+    assert about["choices"] == ["no", "yes"] and about["majority"]["accuracy"] == 0.5
+    table = exam.score(tiny(tokenizer.vocab_size))
+    assert table["confusion"].sum(2).tolist() == [[0, 1], [1, 0]] * 3
+    assert Exam(examples, tokenizer, 512, ["no", " yes"], template=LLAMA2).choices == ["no", " yes"]
+    with pytest.raises(ValueError, match="'yes' and 'yes ' are one answer in this template"):
+        Exam(examples, tokenizer, 512, ["yes", "no", "yes "], template=LLAMA2)
+    assert Exam(examples, tokenizer, 512).choices == ["no", "yes", "yes "]
+
+
 @pytest.fixture(scope="module")
 def chat_run(tmp_path_factory):
     """Return the folder of a short run of the demo's chat examples."""
@@ -253,9 +305,10 @@ def test_the_adapter_carries_its_template(chat_run):
     assert content["base"]["template"] == "llama2"
     assert json.loads((chat_run / "args.json").read_text())["template"] == "llama2"
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt")])
-    assert generate.template_of(args) is LLAMA2
+    saved = generate.read_saved(args)
+    assert generate.template_of(args, saved) is LLAMA2
     args.template = "alpaca"
-    assert generate.template_of(args) is TEMPLATES["alpaca"]
+    assert generate.template_of(args, saved) is TEMPLATES["alpaca"]
 
 
 @pytest.mark.parametrize("name", ["gone", 5])
@@ -273,12 +326,29 @@ def test_an_adapter_of_an_unknown_template_is_refused(name, chat_run, tmp_path, 
 def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):
     """What --interactive answers to the third question, one prompt of three turns answers too."""
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
-    model, tokenizer, _ = generate.load(args, torch.device("cpu"), "fp32")
-    session = generate.Answerer(model, tokenizer, args, LLAMA2)
+    saved = generate.read_saved(args)
+    model, tokenizer, _ = generate.load(args, saved, torch.device("cpu"), "fp32")
+    answerer = Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+    session = Session(answerer, None, has_adapter=True)
     for question in ("What comes after Monday?", "And after that?", "Say it once more."):
         session.reply(question)
     answers = [message["content"] for message in session.turns if message["role"] == "assistant"]
     assert len(answers) == 3
     prompt = {"messages": session.turns[:-1]}
-    tokens = [token for _, token in session.answer_ids([prompt])]
+    tokens = [token for _, token in answerer.answer_ids([prompt])]
     assert tokenizer.decode(tokens).strip() == answers[-1].strip()
+
+
+def test_without_an_adapter_a_session_has_the_default_template(chat_run, capsys):
+    args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
+    saved = generate.read_saved(args)
+    model, tokenizer, _ = generate.load(args, saved, torch.device("cpu"), "fp32")
+    answerer = Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+    for given, expected in ((None, "alpaca"), ("llama2", "llama2")):
+        answerer.template = LLAMA2
+        session = Session(answerer, given, has_adapter=True)
+        session.reply("What comes after Monday?")
+        session.switch_adapter("none")
+        assert answerer.template is TEMPLATES[expected]
+        assert (session.turns == []) == (expected == "alpaca")
+    assert capsys.readouterr().err.count("a new conversation begins") == 1

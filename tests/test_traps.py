@@ -300,7 +300,7 @@ def test_template_at_inference(base, tokenizer, monkeypatch):
         asked.extend(prompts)
         return iter([])
 
-    monkeypatch.setattr(generate, "generate", noting)
+    monkeypatch.setattr("finetune.answers.generate", noting)
     generate.main(["--checkpoint", str(base), "--adapter", "none",
                    "--instruction", EXAMPLES[0]["instruction"]])
     tokens, labels = encode_example({**EXAMPLES[0], "input": ""}, tokenizer)

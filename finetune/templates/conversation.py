@@ -6,7 +6,8 @@
      "history": [["question", "answer"], ...]}
 
 The first is the usual form of chat data, the second ShareGPT's, the third Alpaca's with
-LLaMA-Factory's two fields.  A first message may be the system prompt.
+LLaMA-Factory's two fields.  Messages of either list may have the other list's names.  A first
+message may be the system prompt.
 """
 from typing import NamedTuple
 
@@ -74,14 +75,17 @@ def from_instruction(example: dict) -> Conversation:
 def read_messages(example: dict) -> list[tuple[str, str]]:
     """Return [(role, text)] of the example's messages.  Errors number them from 1."""
     name = next(name for name in MESSAGE_FIELDS if example.get(name) is not None)
-    role_field, text_field = MESSAGE_FIELDS[name]
     if not isinstance(example[name], list) or not example[name]:
         raise ValueError(f"{name!r} is {shown(example[name])}, not a list of messages")
+    role_field, text_field = field_names(name, example[name])
     messages = []
     for n, message in enumerate(example[name], 1):
         place = f"{name!r}, message {n}"
         if not isinstance(message, dict):
             raise ValueError(f"{place} is {shown(message)}, not an object")
+        if role_field not in message:
+            raise ValueError(f"{place}, has the keys {shown(list(message))}; give each message "
+                             f"{role_field!r} and {text_field!r}")
         for field, value in message.items():
             if field not in (role_field, text_field, "id") and value not in (None, "", [], {}):
                 raise ValueError(f"{place}: the template has no place for {field!r}")
@@ -97,6 +101,20 @@ def read_messages(example: dict) -> list[tuple[str, str]]:
             raise ValueError(f"{place}: {text_field!r} is empty")
         messages.append((role, text))
     return messages
+
+
+def field_names(name: str, messages: list) -> tuple[str, str]:
+    """Return the names of role and text in the messages of the list `name`.
+
+    They are that list's own, unless all messages have those of the other list and none of its own.
+    """
+    own = MESSAGE_FIELDS[name]
+    keys = [set(message) for message in messages if isinstance(message, dict)]
+    for names in MESSAGE_FIELDS.values():
+        if all(keys_of_one.issuperset(names) for keys_of_one in keys):
+            if all(keys_of_one.isdisjoint(own) for keys_of_one in keys):
+                return names
+    return own
 
 
 def turns_of(messages: list[tuple[str, str]]) -> list[Turn]:
