@@ -131,18 +131,6 @@ def files_in(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def changed_at_random(whole, draw, near=2000):
-    """Return bytes with the end cut off or a few changed, mostly where a pickle or a header is."""
-    begin = max(0, whole.find(b"data.pkl"))
-    broken = bytearray(whole)
-    if draw.random() < 0.2:
-        del broken[draw.randrange(len(whole)):]
-    for _ in range(draw.randint(1, 4)):
-        if broken:
-            broken[min(len(broken) - 1, begin + draw.randrange(near))] = draw.randrange(256)
-    return bytes(broken)
-
-
 def contents(folder):
     """Return {name: bytes} of the files in a folder."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -29,10 +29,12 @@ from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_check
 from finetune.batches import plan_epoch
 from finetune.dataset import encode_prompt
 from finetune.examples import read_examples
+from llama.huggingface import as_halves, as_pairs, hf_name
 from llama.sampling import generate
 from lora import LoRAEmbedding, LoRALinear, lora_state_dict
 
 from .helpers import EXAMPLES, ROOT, adapter_tensors, metrics
+from .peers import pad
 
 RECORDED = Path(__file__).with_name("recorded.json")
 TOKENIZER = ROOT / "finetune/demo/tokenizer.model"   # fixed bytes
@@ -96,40 +98,9 @@ def ours(**sizes):
     return model.eval()
 
 
-PEER_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm"}
-
-
-def peer_path(path):
-    """layers.0.attention.wq -> model.layers.0.self_attn.q_proj."""
-    if path.startswith("layers."):
-        _, i, rest = path.split(".", 2)
-        return f"model.layers.{i}.{PEER_NAMES[rest]}"
-    return PEER_NAMES[path]
-
-
 def turned_heads(path, args):
-    """How many heads the rows of this matrix make, if RoPE turns them, else 0."""
-    return {"wq": args.n_heads, "wk": args.n_kv_heads}.get(path.rpartition(".")[2], 0)
-
-
-def to_halves(rows, heads):
-    """RoPE turns neighbouring rows of a head here, row j and j + hd/2 there."""
-    if not heads:
-        return rows
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def to_pairs(rows, heads):
-    """Undo to_halves."""
-    if not heads:
-        return rows
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    """How many heads the rows of this matrix make, if RoPE turns them, else None."""
+    return {"wq": args.n_heads, "wk": args.n_kv_heads}.get(path.rpartition(".")[2])
 
 
 def peer_model(model):
@@ -149,7 +120,7 @@ def peer_model(model):
     state = {}
     for name, weight in model.state_dict().items():
         path = name.removesuffix(".weight")
-        state[f"{peer_path(path)}.weight"] = to_halves(weight, turned_heads(path, args))
+        state[hf_name(name)] = as_halves(weight, turned_heads(path, args))
     peer.load_state_dict(state)
     return peer.eval()
 
@@ -292,30 +263,18 @@ def peer_adapter(peer, base):
     for name, weight in base.named_parameters():
         if weight.dim() == 2:
             path = name.removesuffix(".weight")
-            A, B = peft_tensors(peer.get_submodule(f"base_model.model.{peer_path(path)}"))
-            adapter[f"{path}.lora_A"] = (A, 0)
+            A, B = peft_tensors(peer.get_submodule(f"base_model.model.{hf_name(path)}"))
+            adapter[f"{path}.lora_A"] = (A, None)
             adapter[f"{path}.lora_B"] = (B, turned_heads(path, base.args))
     return adapter
 
 
-def padded(rows):
-    """Return tokens, attention mask and labels of rows, each (B, T)."""
-    T = max(len(tokens) for tokens, _ in rows)
-    columns = ([], [], [])
-    for tokens, labels in rows:
-        n_pad = T - len(tokens)
-        columns[0].append(tokens + [0] * n_pad)
-        columns[1].append([1] * len(tokens) + [0] * n_pad)
-        columns[2].append(labels + [-100] * n_pad)
-    return [torch.tensor(column) for column in columns]
-
-
 def backward(peer, micro_batches):
     """Back-propagate the mean loss per answer token, written out; return it."""
-    columns = [padded(rows) for rows in micro_batches]
-    n_targets = sum((labels != -100).sum() for *_, labels in columns)
+    columns = [pad(rows, "cpu") for rows in micro_batches]
+    n_targets = sum((labels != -100).sum() for _, labels, _ in columns)
     total = 0.0
-    for tokens, mask, labels in columns:
+    for tokens, labels, mask in columns:
         logits = peer(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         log_p = logits[:, :-1].log_softmax(-1).flatten(0, 1)
         loss = F.nll_loss(log_p, labels[:, 1:].flatten(), reduction="sum") / n_targets
@@ -330,7 +289,8 @@ def trained_by_peers():
     from peft import LoraConfig, get_peft_model
 
     base = run_base()
-    targets = [path.rpartition(".")[2] for path in PEER_NAMES.values() if "norm" not in path]
+    paths = [name.removesuffix(".weight") for name, p in base.named_parameters() if p.dim() == 2]
+    targets = sorted({hf_name(path).rpartition(".")[2] for path in paths})
     config = LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=targets)
     peer = get_peft_model(peer_model(base), config).train()
     adapter = peer_adapter(peer, base)
@@ -354,7 +314,7 @@ def trained_by_peers():
         optimizer.zero_grad()
     tensors = {}
     for name, (parameter, heads) in adapter.items():
-        tensors[name] = to_pairs(parameter.detach(), heads)
+        tensors[name] = as_pairs(parameter.detach(), heads)
     return losses, tensors
 
 

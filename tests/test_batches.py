@@ -1,5 +1,4 @@
 """finetune/batches.py: padding and packing by hand, the plan of an epoch, the next batch ahead."""
-import itertools
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from llama import layout
 from lora import LoRAConfig, add_lora
 
 from .helpers import epoch_windows, tiny
-from .test_layout import BRANCHES, PLAIN_AND_SHARED, PREAMBLE, drawn
+from .test_layout import PLAIN_AND_SHARED, drawn
 
 _ = IGNORE
 
@@ -54,14 +53,6 @@ def test_every_example_once_an_epoch_and_the_last_window_is_smaller():
     assert [list(map(len, batches)) for batches, *_ in steps] == [[3, 3, 3, 3], [3, 3, 3, 2]]
     assert [counts for _, *counts in steps] == [[36, 24], [33, 22]]
     assert sorted(sum(flat(3, 4), [])) == list(range(3, 26))
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    assert sum(flat(3, 4), []) == sum(flat(8, 1), []) == sum(flat(1, 8), [])
-    orders = set()
-    for seed, epoch in itertools.product(range(3), range(3)):
-        orders.add(tuple(sum(flat(3, 4, seed, epoch), [])))
-    assert len(orders) == 9
 
 
 @pytest.mark.parametrize("n", [16, 17, 19, 24, 201])
@@ -112,18 +103,6 @@ def test_a_shared_beginning_written_out_by_hand(monkeypatch):
     assert batch.layout.longest == 6
     assert batch.layout.positions.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 0, 1, 2]
     assert batch.n_answer == 2 + 2 + 1
-
-
-def test_what_stands_once_is_not_computed_twice():
-    rows = drawn(9)
-    plain = pack(rows)
-    shared = pack(rows, share_prefix=True)
-    assert plain.tokens.numel() == sum(len(tokens) for tokens, _ in rows)
-    begin = 1 + len(PREAMBLE)
-    once = begin + sum(map(len, BRANCHES))
-    each = [begin + len(BRANCHES[i % 2]) for i in (*range(8), 7)]
-    assert plain.tokens.numel() - shared.tokens.numel() >= sum(each) - once
-    assert shared.n_answer == plain.n_answer == (shared.labels != IGNORE).sum()
 
 
 # --- the plan of an epoch

@@ -7,11 +7,8 @@ import json
 import math
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as benchmark
-from benchmarks import (ablation, distill, measure, methods, peers, ranks, roofline, runs, scaling,
-                        search, tables)
+from benchmarks import (ablation, distill, measure, methods, peers, ranks, roofline, runs, search,
+                        tables)
 from benchmarks.request import Request
 from finetune import convert
 from finetune.batches import pack
@@ -30,7 +27,7 @@ from finetune.options import parse_options
 from llama import ModelArgs
 from lora import LoRAConfig, add_lora
 
-from .helpers import ONE_THREAD, ROOT, tiny
+from .helpers import ROOT, tiny
 
 MIB = 2 ** 20
 NO_AUTOCAST = contextlib.nullcontext()
@@ -105,17 +102,6 @@ def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path)
 # Memory
 
 
-@pytest.mark.parametrize("error, expected", [
-    (MemoryError(), tables.OutOfMemory),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), tables.OutOfMemory),
-    (torch.OutOfMemoryError("CUDA out of memory"), tables.OutOfMemory),
-    (RuntimeError("shapes do not fit"), RuntimeError)])
-def test_out_of_memory_is_an_error_of_its_own(error, expected):
-    with pytest.raises(expected) as raised:
-        tables.run_within_memory(exec, "raise error", {"error": error})
-    assert raised.type is expected
-
-
 @pytest.mark.skipif(not measure.RESET_MARK.exists(), reason="there is no high-water mark to reset")
 def test_peaks_belong_to_their_phase():
     peaks = measure.Peaks(torch.device("cpu"))
@@ -129,13 +115,6 @@ def test_peaks_belong_to_their_phase():
     torch.ones(2 ** 26).sum()
     peaks.end(None)                                  # It belongs to no phase, but to the process.
     assert peaks.mib["process"] > peaks.mib["large"] + 100
-
-
-def test_without_a_mark_to_reset_the_peak_is_the_whole_process_s(monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "RESET_MARK", tmp_path / "no" / "such")
-    peaks = measure.Peaks(torch.device("cpu"))
-    peaks.end("forward")
-    assert list(peaks.mib) == ["process"] and peaks.mib["process"] > 10
 
 
 # Bytes and FLOP
@@ -162,13 +141,6 @@ def test_flop_counted_are_flop_by_hand():
     assert work["flop"] == 3 * forward
     two = measure.count_work(model, [pack(ROWS)] * 2, NO_AUTOCAST)
     assert two["forward"] == 2 * forward
-    # Checkpointing repeats neither the blocks' w2, whose result nothing needs, nor the head.
-    model.checkpointing = True
-    args = model.args
-    head = 2 * 4 * args.dim * args.vocab_size
-    last_products = args.n_layers * 2 * 10 * args.dim * args.hidden_dim
-    work = measure.count_work(model, [pack(ROWS)], NO_AUTOCAST)
-    assert work["flop"] == 4 * forward - head - last_products
 
 
 def test_multiplied_weights_of_the_7b():
@@ -224,28 +196,13 @@ def test_steps_take_the_rows_in_order_and_repeat_what_is_measured():
     assert batches == [[[0, 1]], [[2, 3]]]
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_ranks_take_a_gpu_each(gpus, monkeypatch, base):
-    """A setup names one GPU; ranks told so would all take that one, which NCCL refuses."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    setup = runs.Setup(str(base), "checkpoint", None, None, "cuda:0", "bf16", 1, 1, 1)
-    assert setup.workload({}).options().device == "cuda:0"
-    workloads = []
-    for point in scaling.axes_of(setup)["ranks"]:
-        workloads.append(setup.workload(point.flags, **point.changes))
-    assert [workload.ranks for workload in workloads] == list(range(1, gpus + 1))
-    assert {workload.options().device for workload in workloads} == {"cuda"}
-
-
 # What is made of results
 
 
 def test_table_1_tells_what_changes_and_where_the_report_is_wrong():
-    """By measured bytes; where one of two runs was out of memory, by estimates."""
     n_bytes = dict.fromkeys(["parameters", "gradients", "optimizer", "activations"], 40 * MIB)
     run = {"forward": 2e6, "flop": 6e6, "seconds": 1.0, "P": 10 ** 6, "peaks": {"process": 1.0},
-           "bytes": n_bytes,
-           "estimate": dict.fromkeys(["weights", *n_bytes, "logits"], 16 * MIB)}
+           "bytes": n_bytes, "estimate": dict.fromkeys(["weights", *n_bytes, "logits"], 16 * MIB)}
     results = {ablation.FULL: run}
     for change in ablation.CHANGES.values():
         results[change.after] = run
@@ -258,9 +215,6 @@ def test_table_1_tells_what_changes_and_where_the_report_is_wrong():
     assert rows[2][1] == "40.0 → 60.0 ↑ **(report ↓)**"
     expected = "mixed precision, parameters: the report says ↓, here it is ↑"
     assert any(sentence.startswith(expected) for sentence in differences)
-    results[ablation.FULL] = {"estimate": run["estimate"], "P": run["P"]}
-    row = ablation.make_table_1(results)[0][1]
-    assert row[0] == "checkpointing (by estimate)" and row[4].startswith("32.0 → 32.0 –")
 
 
 def test_out_of_memory_is_a_row(base, data, tmp_path, monkeypatch):
@@ -302,17 +256,13 @@ REQUEST = Request("transformers", "folder", False, None, "cpu", "fp32", 4, 1, 1)
     ("KeyError: 'rope_theta'", "exit 1", "transformers: KeyError: 'rope_theta'")])
 def test_a_peer_that_fails_is_out_of_memory_or_says_why(tmp_path, last_line, ending, expected):
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\necho Traceback >&2\n"
-                      f"echo \"{last_line}\" >&2\n{ending}\n")
+    python.write_text(f"#!/bin/sh\necho Traceback >&2\necho \"{last_line}\" >&2\n{ending}\n")
     python.chmod(0o755)
     if expected == {}:
         assert peers.ask_peer(str(python), REQUEST, []) == {}
     else:
         with pytest.raises(ValueError, match=re.escape(expected) + "$"):
             peers.ask_peer(str(python), REQUEST, [])
-    asked = json.loads((tmp_path / "asked").read_text())
-    assert Request(**asked["request"]) == REQUEST
-    assert asked["rows"] == []
 
 
 def test_both_sides_do_the_same(base):
@@ -393,35 +343,6 @@ def test_search_finds_a_planted_optimum():
     assert 0.5 < best.lr / 0.02 < 2
 
 
-def test_a_run_that_diverges_with_any_seed_is_a_row_and_its_adapters_are_not_asked(
-        base, data, tmp_path, monkeypatch):
-    """A run that leaves no adapter diverged, whatever its last row says of unmoved weights."""
-    row = {"val_loss": 1.5, "epoch": 1.0, "tokens": 8, "tokens_per_second": 4.0,
-           "peak_memory_mb": 1.0}
-
-    def finish_run(argv):
-        options = parse_options(["--checkpoint", str(base), "--data", str(data), *argv])
-        settings = (options.method, options.seed)
-        if options.method != "dora" and settings != ("vera", 1):
-            (Path(options.out) / "adapter.pt").touch()
-        return options, [row]
-
-    def run_fresh(function, argv, *_):
-        if function is methods.measure_answering:
-            assert argv.exists()
-            return {"right": 0.5, "adapter_per_second": 1.0, "merged_per_second": 1.0}
-        argv = list(argv)
-        Path(argv[argv.index("--out") + 1]).mkdir(parents=True)
-        return methods.measure_training(argv) | {"parameters": 7, "kept_mib": 1.0}
-
-    monkeypatch.setattr(methods, "finish_run", finish_run)
-    monkeypatch.setattr(methods, "run_fresh", run_fresh)
-    lines = make("methods", tmp_path, "--lrs", "1e-2,1e-1")
-    assert rows_in(lines, "dora")[0][3] == "diverged, 1 of 1 seeds"
-    assert rows_in(lines, "vera")[0][3] == "diverged, 1 of 2 seeds"
-    assert rows_in(lines, "rslora")[0][3] == "1.500 ± 0.000"
-
-
 def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, monkeypatch):
     """On one file, on another, then on the first with a cell missing: each by its own teacher."""
     taught = []
@@ -477,10 +398,13 @@ def tabulate(monkeypatch, tmp_path, capsys):
     ("roofline", {}),
     ("methods", dict.fromkeys(methods.FAMILY, 1)),
     ("distill", {}),
+    ("search", {"1": 1}),
 ])
 def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     flags = ["--checkpoint", base, "--data", data]
-    if name in ("methods", "distill"):
+    if name == "search":
+        flags += ["--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
+    elif name in ("methods", "distill"):
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
     else:
         flags += ["--device", "cpu", "--repeats", "1"]
@@ -489,16 +413,11 @@ def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     results = [cell["result"] for cell in saved_cells(tmp_path / f"out/{name}.json")]
     if name == "ablation":
         assert len(results) == 20
-        phases = {"start", "weights", "forward", "backward", "step"}
-        assert all(result["peaks"].keys() >= phases for result in results)
         assert all(result["tokens_per_second"] > 0 for result in results)
-    if name == "roofline":
-        assert "\n".join(lines).count("4 P") == "\n".join(lines).count("6 P") == 3
     if name == "distill":                            # The teacher, then each student in both ways.
         losses = [result["loss"] for result in results[1:]]
         assert len(losses) == 6 and all(losses[i] != losses[i + 1] for i in (0, 2, 4))
-        change = f": held-out loss {losses[1] - losses[0]:+.3f}, "
-        assert any(change in line for line in lines)
+    assert tabulate(name, *flags) == lines           # from the saved cells
 
 
 @pytest.mark.slow
@@ -512,43 +431,6 @@ def test_peers_to_the_end(base, tmp_path, tabulate):
         "1", "--cells", "train bf16 batch 32*,generate fp32 64*"))
     assert "| train bf16 batch 32 share-prefix |" in text
     assert text.count("| yes |") == 2 and "| no |" not in text
-
-
-@pytest.mark.slow
-def test_a_killed_search_ends_as_if_it_had_not_been(base, data, tmp_path, tabulate):
-    """Nor does the process of a cell run on beside the figures of the next."""
-    flags = ["--checkpoint", base, "--data", data, "--val-data", data, "--candidates", "4",
-             "--budget", "24", "--lrs", "1e-3,1e-1"]
-    path = tmp_path / "out/search.json"
-    argv = [sys.executable, "-m", "benchmarks", "search", "--out", path.parent, *flags]
-    process = subprocess.Popen(list(map(str, argv)), cwd=ROOT, env=ONE_THREAD)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not path.exists() or len(saved_cells(path)) < 2 or not children.read_text().split():
-        assert process.poll() is None                # It must not have ended by itself.
-        time.sleep(0.05)
-    cells = children.read_text().split()
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 60
-    while any("spawn_main" in command_line(pid) for pid in cells):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    before = saved_cells(path)
-    lines = tabulate("search", *flags)
-    assert saved_cells(path)[:len(before)] == before
-    shutil.rmtree(tmp_path / "out")
-    assert tabulate("search", *flags)[1:] == lines[1:]
-    losses = [float(rows_in(lines, str(place))[0][-1]) for place in (2, 3, 4)]
-    assert losses == sorted(losses)
-    assert "(24 steps in all: 4 x 3, 1 x 12." in lines[-1]
-
-
-def command_line(pid):
-    """Return a process's command line, empty if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
 
 
 @pytest.mark.slow
@@ -568,4 +450,3 @@ def test_an_adapter_is_cut_to_each_rank_beside_one_trained_at_each(tmp_path, tab
     expected = [*ranks.columns_of(alone), *ranks.columns_of(cut)]
     assert rows_in(lines, "2")[0][1:] == expected
     assert rows_in(lines, "4")[0][3:] == ranks.columns_of(whole)
-    assert tabulate("ranks", *flags, "--ranks", "1,2,4") == lines        # from the saved cells

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from llama import load_checkpoint, save_checkpoint
-from llama.checkpoint import fingerprint, joined_dim
+from llama.checkpoint import fingerprint
 from lora import merge_lora
 
-from .helpers import DROP, FOLDER, PEAK, ROOT, Attack, adapt, contents, saved, spoil, stored, tiny
+from .helpers import DROP, PEAK, ROOT, Attack, adapt, contents, saved, spoil, stored, tiny
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3]])
 BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
@@ -157,14 +157,6 @@ def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
         load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("other", [(4,), (), (2, 4, 1), (0, 4), (3, 4), (2, 5)])
-def test_shards_whose_pieces_make_no_whole(other):
-    pieces = [torch.ones(2, 4), torch.ones(other)]
-    for ordered in (pieces, pieces[::-1]):
-        with pytest.raises(ValueError, match=r"\(2, 4\).* for \(4, 4\)"):
-            joined_dim(ordered, (4, 4))
-
-
 def test_random_weights_need_no_weights_file_and_follow_the_seed(base):
     (base / "consolidated.00.pth").unlink()
     outputs = []
@@ -193,14 +185,10 @@ def test_fingerprint_is_the_same_in_any_dtype_and_differs_with_anything_else(bas
 
 @pytest.mark.parametrize("name, tensor, message", [
     ("layers.1.ffn_norm.weight", None, "missing: layers.1.ffn_norm.weight"),
-    ("tok_embeddings.weight", None, "missing: tok_embeddings.weight"),
     ("bias", torch.zeros(1), "unexpected: bias"),
     ("norm.weight", torch.zeros(32, dtype=torch.int64), "a dict of floating-point tensors"),
-    ("iteration", 7, "a dict of floating-point tensors"),
     ("model", {"norm.weight": torch.ones(2)}, "a dict of floating-point tensors"),
-    (7, torch.ones(2), "a dict of floating-point tensors"),
     ("norm.weight", torch.ones(32).to_sparse(), "it calls torch._utils._rebuild_sparse_tensor"),
-    ("norm.weight", torch.ones(32, device="meta"), "it calls torch._utils._rebuild_meta_tensor"),
     ("norm.weight", Attack(), "consolidated.00.pth is not a checkpoint of tensors"),
 ])
 def test_tensors_that_do_not_fit_are_named(base, capsys, name, tensor, message):
@@ -215,41 +203,21 @@ def test_tensors_that_do_not_fit_are_named(base, capsys, name, tensor, message):
 @pytest.mark.parametrize("name, content, message", [
     ("params.json", {"n_layers": 1}, "unexpected: layers.1.attention.wk.weight, layers.1"),
     ("params.json", {"n_layers": 3}, "missing: layers.2.attention.wk.weight"),
-    ("params.json", {"n_kv_heads": 4}, "layers.0.attention.wk.weight (16, 32) for (32, 32)"),
     ("params.json", {"multiple_of": 64}, "of another shape: layers.0.feed_forward.w1.weight"),
     ("params.json", {"dim": DROP}, "lacks ['dim']"),
     ("params.json", {"dim": "32"}, "dim is '32', not a number of the right kind"),
-    ("params.json", {"dim": 32.0}, "dim is 32.0, not a number of the right kind"),
-    ("params.json", {"dim": 10 ** 30}, "dim is 1000"),
-    ("params.json", {"n_layers": True}, "n_layers is True"),
-    ("params.json", {"n_layers": None}, "n_layers is None"),
-    ("params.json", {"n_layers": -1}, "n_layers is -1"),
     ("params.json", {"n_layers": 10 ** 9}, "n_layers is 1000000000, must be 1 to"),
     ("params.json", {"n_heads": 5}, "dim 32 must be n_heads 5 times an even head width"),
     ("params.json", {"vocab_size": 399}, "vocab_size 399 is less than the tokenizer's 400"),
-    ("params.json", {"vocab_size": 0}, "vocab_size 0 is less than the tokenizer's 400"),
-    ("params.json", {"norm_eps": -1}, "norm_eps is -1"),
     ("params.json", {"rope_theta": float("nan")}, "rope_theta is nan"),
-    ("params.json", {"ffn_dim_multiplier": float("inf")}, "ffn_dim_multiplier is inf"),
     ("params.json", {"use_scaled_rope": True}, "has 'use_scaled_rope', which this model does not"),
     ("params.json", None, "no params.json in"),
-    ("params.json", FOLDER, "no params.json in"),
-    ("params.json", b"", "params.json is not JSON"),
     ("params.json", b"{", "params.json is not JSON"),
-    ("params.json", b"\xff\xfe", "params.json is not JSON"),
-    ("params.json", b"[" * 100_000, "params.json is not JSON"),
     ("params.json", b"[]", "params.json holds a list"),
-    ("params.json", b"null", "params.json holds a NoneType"),
-    ("params.json", b"{}", "params.json lacks ['dim', 'n_heads', 'n_layers']"),
     ("tokenizer.model", None, "no tokenizer at"),
-    ("tokenizer.model", FOLDER, "no tokenizer at"),
     ("tokenizer.model", b"", "tokenizer.model is empty"),
-    ("tokenizer.model", b"{}", "tokenizer.model is not a sentencepiece model"),
     ("consolidated.00.pth", None, "no consolidated.00.pth in"),
-    ("consolidated.00.pth", FOLDER, "consolidated.00.pth is not a checkpoint of tensors"),
     ("consolidated.00.pth", b"", "consolidated.00.pth is not a checkpoint of tensors"),
-    ("consolidated.00.pth", b"PK\x03\x04" + bytes(100), "is not a checkpoint of tensors"),
-    ("consolidated.00.pth", b"\x80\x04N.", "is not a checkpoint of tensors"),
     ("consolidated.00.pth", saved([torch.ones(2)]), "a dict of floating-point tensors"),
     ("consolidated.02.pth", saved({"norm.weight": torch.ones(32)}), "no consolidated.01.pth in"),
 ])
@@ -257,15 +225,6 @@ def test_files_that_are_missing_or_wrong_are_named(base, name, content, message)
     spoil(base / name, content)
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
         load_checkpoint(base)
-
-
-def test_layers_out_of_range_and_a_folder_that_is_not_there(base, tmp_path):
-    for layers in (0, 3):
-        with pytest.raises(ValueError, match=f"so layers must be 1 to 2, not {layers}"):
-            load_checkpoint(base, layers=layers)
-    for path in (tmp_path / "nowhere", base / "params.json"):
-        with pytest.raises(FileNotFoundError, match=f"no checkpoint folder at {path}"):
-            load_checkpoint(path)
 
 
 def test_a_write_that_fails_leaves_what_was_there(base, monkeypatch):

@@ -112,20 +112,6 @@ def test_the_adapter_feels_what_the_base_does_not(trained, monkeypatch, capsys):
     assert difference["accuracy"][1] > 0 and difference["mcc"][1] > 0 and difference["loss"][2] < 0
 
 
-@pytest.mark.slow
-def test_generate_shows_it(trained, monkeypatch, capsys):
-    monkeypatch.chdir(trained[0])
-
-    def printed(*flags):
-        command.main(list(flags))
-        return capsys.readouterr().out
-
-    with_adapter = printed()
-    base = printed("--adapter", "none")
-    assert with_adapter != base and with_adapter.count("###") == base.count("###") >= 4
-    assert with_adapter == printed("--merge") == python(trained[0], ROOT / "generate.py")
-
-
 def test_held_out_examples_are_not_among_the_training_examples():
     """Nor is a question in other words: what is held out is a word or a sentence."""
     questions = []

@@ -4,7 +4,6 @@ import json
 import random
 import resource
 import struct
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -15,15 +14,15 @@ import torch
 import generate
 import train
 from finetune import convert
-from llama import ModelArgs, Tokenizer, Transformer, huggingface, load_checkpoint, save_checkpoint
-from llama.huggingface import as_halves, as_pairs, hf_name, meta_name, args_with_hidden_dim
+from llama import ModelArgs, Tokenizer, huggingface, load_checkpoint, save_checkpoint
+from llama.huggingface import args_with_hidden_dim, as_halves, as_pairs
 from llama.peft import adapter_at
 from lora import (load_adapter, lora_disabled, lora_state_dict, merge_lora, read_adapter,
                   save_adapter)
 from lora.adapter import lora_layers
 
 from . import reference
-from .helpers import (CORPUS, DROP, EXAMPLES, PEAK, ROOT, Attack, adapt, files_in, saved, spoil,
+from .helpers import (CORPUS, DROP, EXAMPLES, Attack, adapt, files_in, saved, spoil,
                       stored, tiny)
 
 HAS_SAFETENSORS = find_spec("safetensors") is not None
@@ -48,7 +47,6 @@ ADAPTED = [
     {},
     {"targets": ("wq", "wk", "wv", "wo")},
     {"targets": ("tok_embeddings", "output")},
-    {"targets": ("wk",), "alpha": 2.5},
     {"method": "rslora", "targets": ("wq", "tok_embeddings")},
     {"method": "dora", "targets": ("wq", "wk", "w2")},
 ]
@@ -196,47 +194,10 @@ def test_any_width_has_params_that_give_it():
     assert args_with_hidden_dim({"dim": 4096, "n_heads": 32, "multiple_of": 11008}) == ModelArgs()
 
 
-def test_names_go_there_and_back():
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(n_layers=12))
-    for name, _ in model.named_parameters():
-        path = name.removesuffix(".weight")
-        assert meta_name(hf_name(path)) == path and hf_name(name) == hf_name(path) + ".weight"
-    for name in ("model.layers.0.norm", "self_attn.q_proj", "layers.0.attention.wq", "wq"):
-        assert meta_name(name) is None
-
-
-@pytest.mark.slow
-@IN_BOTH_KINDS_OF_FILE
-def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer, suffix):
-    """One of 24 layers of 260 MiB, in a fresh process: the peak grows by what is kept."""
-    big = tiny(dim=512, n_heads=8, n_layers=24, multiple_of=64)
-    save_checkpoint(big, tokenizer, tmp_path, "hf", suffix)
-    code = f"""{PEAK}
-from llama import load_checkpoint
-load_checkpoint({str(tmp_path)!r}, layers=1, init="random")
-before = peak()
-load_checkpoint({str(tmp_path)!r}, layers=1)
-print(peak() - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True,
-                          text=True)
-    assert float(done.stdout) < 60
-
-
-def test_random_weights_over_a_hugging_face_folder(base):
-    hf = to_hf(base)
-    (hf / "pytorch_model.bin").unlink()
-    spoil(hf / "config.json", {"tie_word_embeddings": True})
-    model = loaded(hf, init="random")
-    assert model.output.weight is model.tok_embeddings.weight and model(TOKENS).isfinite().all()
-
-
 @pytest.mark.parametrize("changes", [
     {"torch_dtype": DROP, "dtype": "bfloat16", "rope_theta": DROP, "rope_scaling": DROP,
      "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}},
     {"rope_scaling": {"type": "default"}, "rope_theta": 10000},
-    {"num_attention_heads": 4, "head_dim": 8, "pretraining_tp": 2},
     {"rms_norm_eps": 1e-5, "head_dim": None},
 ])
 def test_what_other_versions_write_is_the_same_model(base, changes):
@@ -251,19 +212,6 @@ def test_what_other_versions_write_is_the_same_model(base, changes):
     assert one.origin["fingerprint"] == other.origin["fingerprint"]
     spoil(hf / "config.json", {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}})
     assert loaded(hf).args.rope_theta == 77.0
-
-
-def test_a_tied_matrix_that_is_stored_twice(tmp_path, tokenizer):
-    save_checkpoint(tiny(tie_embeddings=True), tokenizer, tmp_path, "hf", ".bin")
-    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    model = loaded(tmp_path)
-    assert model.output.weight is model.tok_embeddings.weight
-    state["lm_head.weight"] += 1
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="ties lm_head.weight to .*, but the weights differ"):
-        load_checkpoint(tmp_path)
 
 
 @needs_peers
@@ -356,8 +304,6 @@ def test_transformers_gives_our_ids(base, kind):
 
 @pytest.mark.parametrize("settings", [
     {"model_type": "unigram", "vocab_size": 60, "byte_fallback": False},
-    {"normalization_rule_name": "nmt_nfkc"},
-    {"remove_extra_whitespaces": True},
     {"user_defined_symbols": ["<sep>"]},
 ])
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, base, settings):
@@ -550,31 +496,19 @@ def test_an_adapter_of_the_first_layers_converts_over_these(base, tmp_path, caps
 
 @pytest.mark.parametrize("changes, message", [
     ({"model_type": "mistral"}, "model_type is 'mistral', which this model does not"),
-    ({"model_type": DROP}, "config.json lacks model_type"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling is {'type': 'linear'"),
-    ({"rope_scaling": [1]}, "rope_scaling is [1]"),
-    ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters is {'rope_type"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_param"),
     ({"attention_bias": True}, "attention_bias is True, which this model does not"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
     ({"sliding_window": 4096}, "sliding_window is 4096, which this model does not"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
     ({"head_dim": 16}, "head_dim is 16, which this model does not"),
-    ({"torch_dtype": "float8_e4m3fn"}, "torch_dtype is 'float8_e4m3fn', which this model does not"),
     ({"dtype": "int8"}, "dtype is 'int8'"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
     ({"tie_word_embeddings": True}, "ties lm_head.weight to model.embed_tokens.weight, but"),
     ({"hidden_size": DROP}, "config.json lacks ['hidden_size']"),
     ({"hidden_size": "32"}, "hidden_size is '32', not a number of the right kind"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
     ({"num_hidden_layers": 3}, "missing: model.layers.2.input_layernorm.weight, "),
-    ({"num_hidden_layers": 1}, "unexpected: model.layers.1.input_layernorm.weight, "),
-    ({"num_attention_heads": 5}, "hidden_size 32 must be num_attention_heads 5 times an even"),
     ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight (16, 32) for (32, 32)"),
-    ({"intermediate_size": 0}, "intermediate_size is 0, must be 1 to"),
-    ({"intermediate_size": 97}, "model.layers.0.mlp.down_proj.weight (32, 96) for (32, 97)"),
-    ({"vocab_size": 399}, "vocab_size 399 is less than the tokenizer's 400"),
 ])
 def test_a_config_that_is_wrong(refused, base, changes, message):
     spoil(to_hf(base) / "config.json", changes)
@@ -589,18 +523,12 @@ NORM = saved({"model.norm.weight": torch.ones(32)})
 
 @pytest.mark.parametrize("files, message", [
     ({"config.json": b"{"}, "config.json is not JSON"),
-    ({"config.json": b"[1]"}, "config.json holds a list, not an object"),
-    ({"config.json": b"[" * 100_000}, "config.json is not JSON"),
     ({"tokenizer.model": None, "tokenizer.json": b"{}"}, "no tokenizer.model in"),
     ({WEIGHTS: None}, "no model.safetensors or pytorch_model.bin in"),
-    ({WEIGHTS: b""}, "pytorch_model.bin is not a checkpoint of tensors: it is empty"),
     ({WEIGHTS: saved({"a": Attack()})}, "pytorch_model.bin is not a checkpoint of tensors"),
     ({WEIGHTS: saved({"model.norm.weight": torch.ones(32, dtype=torch.int8)})},
      "does not hold a dict of floating-point tensors"),
-    ({WEIGHTS: saved({"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)})},
-     "it calls torch._utils._rebuild_tensor_v3"),
     ({WEIGHTS: saved({"norm.weight": torch.ones(32)})}, "missing: lm_head.weight, model.embed"),
-    ({WEIGHTS: None, INDEX: b"{}"}, f"{INDEX} has no weight_map of names to files"),
     ({WEIGHTS: None, INDEX: b'{"weight_map": {"a": 1}}'}, "has no weight_map of names to files"),
     ({WEIGHTS: None, INDEX: b'{"weight_map": {"a": "b.bin"}}'}, "no b.bin in"),
     ({WEIGHTS: None, "a.bin": NORM, "b.bin": NORM,
@@ -610,8 +538,7 @@ NORM = saved({"model.norm.weight": torch.ones(32)})
                  "model.safetensors is not a checkpoint of tensors", marks=needs_safetensors),
     *(({WEIGHTS: None, INDEX: json.dumps({"weight_map": {"a": name}}).encode()},
        "which is not a file of this folder")
-      for name in ("../base/consolidated.00.pth", "/etc/passwd", "..", ".", "", "sub/a.bin",
-                   "..\\\\a.bin", "C:\\\\a.bin", "C:a.bin")),
+      for name in ("../base/consolidated.00.pth", "/etc/passwd", "..", "", "C:\\\\a.bin")),
 ])
 def test_files_of_a_hugging_face_folder_that_are_wrong(refused, base, files, message):
     hf = to_hf(base)
@@ -631,33 +558,21 @@ SOME_BLOCKS = [f"{QUERY}lora_A.weight", f"{PREFIX}layers.1.self_attn.q_proj.lora
 
 @pytest.mark.parametrize("name, content, message", [
     (CONFIG, {"use_rslora": True, "use_dora": True}, "use_rslora and use_dora together, which the"),
-    (CONFIG, {"use_qalora": True}, "use_qalora is True, which the adapters here do not"),
     (CONFIG, {"bias": "all"}, "bias is 'all', which the adapters here do not"),
     (CONFIG, {"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
     (CONFIG, {"rank_pattern": {"q_proj": 8}}, "rank_pattern is {'q_proj': 8}"),
-    (CONFIG, {"alpha_pattern": {"q_proj": 8}}, "alpha_pattern is"),
-    (CONFIG, {"layers_to_transform": [0]}, "layers_to_transform is [0]"),
-    (CONFIG, {"fan_in_fan_out": True}, "fan_in_fan_out is True"),
     (CONFIG, {"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
-    (CONFIG, {"peft_type": "LOHA"}, "peft_type is 'LOHA', which the adapters here do not"),
     (CONFIG, {"something_new": {"a": 1}}, "something_new is {'a': 1}"),
     (CONFIG, {"lora_alpha": DROP}, "adapter_config.json lacks ['lora_alpha']"),
     (CONFIG, {"r": "3"}, "r is '3', must be a whole number from 1"),
-    (CONFIG, {"lora_alpha": 0}, "alpha is 0, must be a number above 0"),
     (CONFIG, {"r": 4}, "peft does not fit; the model expects layers.0.attention.wq.lora_A (4, 32)"),
-    (CONFIG, b"{", "adapter_config.json is not JSON"),
     (ADAPTER, None, "no adapter_model.safetensors or adapter_model.bin in"),
-    (ADAPTER, b"x", "adapter_model.bin is not a checkpoint of tensors"),
     (ADAPTER, saved({"a": Attack()}), "adapter_model.bin is not a checkpoint of tensors"),
     (ADAPTER, saved({}), "targets are (), must be names of layers"),
     *((ADAPTER, saved({key: torch.ones(shape)}), f"adapter_model.bin holds {key}")
-      for key, shape in (("x", (1, 1)), (f"{QUERY}lora_magnitude_vector", (32, 1)),
-                         (f"{PREFIX}norm.bias", (32,)), ("base_model.model.lm_head.weight", (4,)),
-                         (f"{PREFIX}embed_tokens.lora_A.weight", (3, 400)),
-                         ("base_model.model.lm_head.lora_embedding_A", (3, 32)))),
-    (ADAPTER, saved({f"{PREFIX}norm.lora_A.weight": torch.ones(3, 32)}), "no layer named norm to"),
+      for key, shape in (("x", (1, 1)), (f"{PREFIX}norm.bias", (32,)),
+                         (f"{PREFIX}embed_tokens.lora_A.weight", (3, 400)))),
     (ADAPTER, saved({key: torch.ones(3, 32) for key in SOME_BLOCKS}), "adapts wv in 1 of 2 blocks"),
-    (ADAPTER, saved({f"{QUERY}lora_B.weight": torch.ones(31, 3)}), "peft does not fit"),
     (ADAPTER, saved({f"{QUERY}lora_magnitude_vector": torch.ones(32)}), "peft does not fit"),
 ])
 def test_a_peft_folder_that_is_wrong(refused, base, tmp_path, name, content, message):
@@ -670,7 +585,7 @@ def test_a_peft_folder_that_is_wrong(refused, base, tmp_path, name, content, mes
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory, tokenizer):
-    """A folder with an adapter of another base, two spoiled ones, and a base of two dtypes."""
+    """A folder with an adapter of another base, a spoiled one, and a base of two dtypes."""
     folder = tmp_path_factory.mktemp("others")
     save_checkpoint(tiny(n_kv_heads=2, norm_eps=1e-6), tokenizer, folder / "other")
     model = adapter_of(folder / "other", folder / "other.pt")
@@ -678,10 +593,8 @@ def others(tmp_path_factory, tokenizer):
     merge_lora(model)
     save_checkpoint(model, tokenizer, folder / "mixed")
     content = torch.load(folder / "other.pt", weights_only=True)
-    torch.save(content | {"base": {"layers": "x"}}, folder / "nonsense.pt")
     torch.save(content | {"base": None}, folder / "baseless.pt")
     save_checkpoint(tiny(n_kv_heads=2), tokenizer, folder / "base")
-    peft_folder(folder / "base", folder / "peft")
     (folder / "examples.json").write_text(json.dumps(EXAMPLES))
     return folder
 
@@ -690,19 +603,11 @@ def others(tmp_path_factory, tokenizer):
     ("nowhere new --to hf --bin", "no checkpoint folder at nowhere"),
     ("base base --to hf", "base is not empty; name another folder"),
     ("base examples.json --to hf", "examples.json is a file; name another folder"),
-    ("base examples.json/new --to meta", "Not a directory"),
-    ("base new", "the following arguments are required: --to"),
-    ("base new --to gguf", "argument --to: invalid choice: 'gguf'"),
     ("base new --to peft", "--to peft writes an --adapter, as it is: give one, and no --dtype"),
-    ("base new --to peft --adapter other.pt --dtype bf16", "give one, and no --dtype"),
     ("base new --to peft --adapter other.pt --bin", "other.pt was trained on another base"),
-    ("base new --to hf --adapter other.pt --bin", "other.pt was trained on another base"),
     ("base new --to hf --adapter nowhere.pt --bin", "no adapter file at nowhere.pt"),
-    ("base new --to meta --adapter nonsense.pt", "so layers must be 1 to 2, not x"),
     ("base new --to meta --adapter baseless.pt", "baseless.pt is not an adapter file"),
     ("base new --to meta --layers 3", "so layers must be 1 to 2, not 3"),
-    ("base new --to meta --dtype fp8", "argument --dtype: invalid choice"),
-    ("base new --to hf --shard-mb 0", "--shard-mb: 0 is out of range"),
     ("mixed new --to meta --adapter other.pt",
      "mixed has weights of several dtypes; name the one to merge in with --dtype"),
 ])
@@ -713,33 +618,8 @@ def test_a_conversion_that_cannot_be(refused, others, monkeypatch, flags, messag
     assert files_in(others) == before and not list(others.glob("new*"))
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--adapter peft --r 8", "--adapter brings its own settings; leave out --method, --r, --alpha"),
-    ("--adapter peft --method full", "--adapter brings its own settings"),
-    ("--adapter nowhere", "no adapter file at nowhere"),
-    ("--adapter other.pt", "other.pt was trained on another base"),
-])
-def test_an_adapter_that_cannot_be_gone_on_from(refused, others, monkeypatch, flags, message):
-    monkeypatch.chdir(others)
-    common = ["--checkpoint", "base", "--data", "examples.json"]
-    assert message in refused(train.main, *common, *flags.split())
-    assert not (others / "out/args.json").exists()
-
-
-@pytest.mark.parametrize("name, message", [
-    (None, "peft does not say what its base is; name its folder with --checkpoint"),
-    ("a/b", "no checkpoint folder at a/b"),
-])
-def test_a_peft_folder_whose_base_is_not_here(refused, others, tmp_path, name, message):
-    (tmp_path / "peft").mkdir()
-    for path in (others / "peft").iterdir():
-        (tmp_path / "peft" / path.name).write_bytes(path.read_bytes())
-    spoil(tmp_path / "peft/adapter_config.json", {"base_model_name_or_path": name})
-    assert message in refused(generate.main, "--adapter", "peft")
-
-
 def test_a_write_that_fails_leaves_nothing(refused, base, tmp_path):
-    """On a disk that ends; an empty folder is as good as none."""
+    """On a disk that ends."""
     before = files_in(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for flags in (["meta"], ["hf", "--bin"], *[["hf"]] * HAS_SAFETENSORS):
@@ -750,11 +630,6 @@ def test_a_write_that_fails_leaves_nothing(refused, base, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert "cannot be written" in error
         assert files_in(tmp_path) == before and not list(tmp_path.glob("deep/*new*"))
-    (tmp_path / "empty").mkdir()
-    run(base, tmp_path / "empty", "--to", "meta")
-    assert {path.name for path in tmp_path.iterdir()} >= {"base", "empty"}
-    with pytest.raises(ValueError, match="holds a model already .pytorch_model.bin.; write to"):
-        save_checkpoint(*load_checkpoint(to_hf(base)), tmp_path / "hf", "hf")
 
 
 def test_without_the_safetensors_package(refused, base, monkeypatch):
@@ -767,15 +642,3 @@ def test_without_the_safetensors_package(refused, base, monkeypatch):
     (hf / "pytorch_model.bin").unlink()
     error = refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
     assert f"model.safetensors {message}" in error
-
-
-@pytest.mark.slow
-def test_the_command_in_a_fresh_process(base, tmp_path):
-    """It imports neither lora nor safetensors before they are needed."""
-    command = [sys.executable, "-m", "finetune.convert", base, tmp_path / "new", "--to", "hf"]
-    done = subprocess.run([*command, "--bin"], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"written   {tmp_path / 'new'}\n"
-    code = ("import sys, llama.checkpoint, llama.peft; "
-            "assert not {'lora', 'safetensors'} & sys.modules.keys()")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from llama import guesses, layout
-from llama.guesses import BLOCK, GUESSES_ALONE, GUESSES_EACH, COPIED_TOKENS, MAX_MATCH, ROW_END
+from llama.guesses import BLOCK, COPIED_TOKENS, MAX_MATCH, ROW_END
 from llama.guesses import NgramPool, Tree, lookup, make_tree
 from llama.rnn import RNN, RNNArgs
 from llama.sampling import beam_search, next_logits
 
 from .helpers import ROOT, tiny
-from .test_sampling import PROMPTS, Counted, Scripted, naive, one, several
+from .test_sampling import PROMPTS, Counted, naive, one, several
 
 # A line 5 6, which 8 9 leaves after the 5, and a line 7 6.
 TREE = [(ROW_END, 5), (1, 6), (ROW_END, 7), (1, 8), (4, 9), (3, 6)]
@@ -88,62 +88,13 @@ def test_a_tree_of_guesses_by_hand():
     after_3 = [[7], [7, 4], [7, 4, 3], [8], [8, 8], [8, 8, 8], [9]]
     assert lines(make_tree([1, 2, 3], 99, pool, [])) == after_3
     assert lines(make_tree([1, 2, 3], 4, pool, [])) == after_3[:4]
-    # Two tokens say more than one.
-    pairs = {(2, 3): [8, 9, 7], (3, 8): [5, 6, 7], (1, 3): [9, 9, 9], (8, 5): [7, 7, 7]}
-    assert lines(make_tree([1, 2, 3], 99, pool_of(FOLLOWERS | pairs), [])) == [
-        [8], [8, 5], [8, 5, 7], [9], [7], [7, 4], [7, 4, 3]]
     # What followed each alternative, the likeliest first; then the alternatives, one unknown.
     assert lines(make_tree([1, 2, 5], 99, pool, [20, 22, 21])) == [
         [30], [31], [41], [32], [42], [20], [20, 30], [22], [21], [21, 30]]
-    pairs = {(2, 21): [50, 51, 52]}
-    assert lines(make_tree([1, 2, 5], 3, pool_of(FOLLOWERS | pairs), [20, 22, 21])) == [
-        [30], [50], [31]]
     # What was looked up comes first.
     looked_up = [[5, 3, 5, 3][:n] for n in range(1, COPIED_TOKENS + 1)]
     assert lines(make_tree([3, 5, 3], 99, pool, []))[:COPIED_TOKENS + 3] == [
         *looked_up, [7], [7, 4], [7, 4, 3]]
-    # Lines that begin alike share their beginning.
-    longest = lines(make_tree([3, 7, 3], 99, pool, []))
-    assert longest[COPIED_TOKENS:COPIED_TOKENS + 2] == [[7, 4], [7, 4, 3]]
-    assert len(make_tree([7, 7], 0, pool, [7])) == 0
-    assert len(make_tree([1, 2], 9, NgramPool(), [])) == 0
-    assert len(make_tree([1], 9, NgramPool(), [])) == 0
-
-
-def test_a_tree_knows_its_branches():
-    tree = tree_of(*TREE)
-    assert tree.child(ROW_END, 7) == 3 and tree.child(1, 8) == 4
-    assert tree.child(ROW_END, 6) is None and tree.child(2, 5) is None
-    assert tree.children(ROW_END) == [5, 7] and tree.children(1) == [6, 8]
-    assert tree.children(5) == []
-    tree.add_line([5, 8, 9, 4], limit=7)
-    tree.add_line([5, 8, 9, 3], limit=7)
-    tree.add_line([5, 6], limit=7)
-    assert lines(tree)[6:] == [[5, 8, 9, 4]]
-
-
-def test_guesses_fill_blocks_and_stop_at_the_end_of_the_context(monkeypatch):
-    counted = Counted(tiny(max_seq_len=64))
-    asked = []
-
-    def nothing(row, limit, pool, alternatives):
-        asked.append((len(row), limit))
-        return Tree()
-
-    monkeypatch.setattr(guesses, "make_tree", nothing)
-    one(counted, [1, 5, 9], 99, -1)
-    expected = []
-    for n in range(3, 63):
-        block_end = next(end for end in range(0, 999, BLOCK) if end >= n + GUESSES_ALONE)
-        expected.append((n, min(block_end, 64) - n))
-    assert asked == [*expected, (63, 0)]
-    asked.clear()
-    several(counted, [[1, 5, 9], [1, 5]], 3, -1)
-    assert asked == [(3, GUESSES_EACH), (2, GUESSES_EACH), (4, GUESSES_EACH), (3, GUESSES_EACH),
-                     (5, 0), (4, 0)]
-    asked.clear()
-    several(counted, [[*range(50)], [*range(57)]], 2, -1)
-    assert asked == [(50, GUESSES_EACH), (57, 64 - 57), (51, 0), (58, 0)]
 
 
 # --- how guesses are read
@@ -166,16 +117,6 @@ def test_each_token_of_a_tree_sees_its_row_and_its_own_line_alone(monkeypatch, s
                 for line, got in zip([[], *lines(tree)], logits, strict=True):
                     alone = model(torch.tensor([row + line]))[0, -1].float()
                     torch.testing.assert_close(got, alone)
-
-
-def test_a_recurrent_model_reads_each_line_of_a_tree_once():
-    """From its root to a leaf: lines that begin alike are computed each, but not for each token."""
-    model = RNN(RNNArgs("gru", dim=16, n_layers=1, vocab_size=400))
-    read = []
-    model.layers[0].register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
-    next_logits(model, [[1, 5, 9, 20]], [tree_of(*TREE)])
-    next_logits(model, [[1, 5, 9, 20]])
-    assert read == [(3, 4 + 3), (1, 4)]
 
 
 # --- the text is the same
@@ -236,24 +177,6 @@ def test_any_guess_gives_the_greedy_text(monkeypatch, right):
     assert counted.places == expected
 
 
-def test_rows_of_a_batch_wait_for_each_other(monkeypatch):
-    """Of two texts one is guessed right and one wrong: each forward reads those that go on."""
-    model = tiny()
-    prompts = [[1, 5, 9], [1, 8]]
-    texts = [naive(model, prompt, 12, -1) for prompt in prompts]
-
-    def oracle(row, limit, pool, alternatives):
-        tree = Tree()
-        if row[:3] == prompts[0]:
-            tree.add_line(texts[0][len(row) - 3:][:5], limit)
-        return tree
-
-    monkeypatch.setattr(guesses, "make_tree", oracle)
-    counted = Counted(model)
-    assert several(counted, prompts, 12, -1) == texts
-    assert counted.places == [6 + 1, 6 + 1, *[1] * 10]
-
-
 def test_no_guess_gives_the_same_text_with_a_token_per_forward(monkeypatch):
     model = tiny(n_kv_heads=2)
     texts = several(model, PROMPTS, 10, -1)
@@ -300,19 +223,6 @@ def test_without_guesses_py_a_plain_loop_gives_the_same_text():
 # --- what is learnt on the way
 
 
-def test_what_is_said_after_a_wrong_guess_is_guessed_next():
-    """The model counts up; 20 after the second 7 is a wrong guess, what follows it is right."""
-    class Counting(Scripted):
-        def logits(self, ids):
-            return torch.nn.functional.one_hot(torch.tensor(len(ids)), 64).float()
-
-    model = Counting({})
-    assert one(model, [7, *range(20, 30), 7], 3, -1) == [12, 13, 14]
-    first, second = ([ids[12:] for ids in read] for read in model.asked)
-    assert first == [[*range(20, 20 + n)] for n in range(COPIED_TOKENS + 1)]
-    assert second[:2] == [[12], [12, 13]]
-
-
 def test_answers_of_one_pool_help_the_next(monkeypatch):
     """The same text in fewer forwards; a full pool begins again; without one, nothing is shared."""
     model = tiny(max_seq_len=128)
@@ -342,17 +252,3 @@ def test_what_is_drawn_or_searched_is_not_guessed():
     beam_search(counted, [1, 5, 5, 5, 5], 9, -1, 1)
     assert counted.places == [1] * 18
     assert len(pool) == 0
-
-
-def test_what_is_banned_is_no_rival():
-    """no_repeat_ngram bans a token by -inf; alternatives are among what might have been said."""
-    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, -1.0]])
-    cursor = guesses.TreeCursor(tree_of(), logits)
-    logits[0, 0] = -torch.inf
-    assert cursor.step(1) is None
-    assert cursor.alternatives == [2, 3, 4, 5, 6, 7, 8, 9]
-    assert cursor.step(1) is None                      # It waits for the next forward.
-    cursor = guesses.TreeCursor(tree_of((ROW_END, 3), (1, 9)), torch.stack([logits[0], logits[0]]))
-    assert cursor.step(3) is not None
-    assert cursor.step(1) is None
-    assert cursor.alternatives == [9, 2, 3, 4, 5, 6, 7, 8, 9]

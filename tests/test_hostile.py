@@ -2,7 +2,6 @@
 
 The slow test gives thousands of files, changed at random (tests/mutate.py), to the command lines.
 """
-import copy
 import io
 import itertools
 import json
@@ -25,15 +24,13 @@ import torch
 import generate
 from finetune.examples import read_examples
 from finetune.errors import in_one_line, one_line_errors
-from finetune.resume import read_save
 from llama import load_checkpoint
 from llama.files import load_saved
 from llama.peft import adapter_at
-from llama.sampling import next_logits
-from lora import load_adapter, lora_state_dict, read_adapter
+from lora import load_adapter, read_adapter
 
-from .helpers import ONE_THREAD, ROOT, changed_at_random, saved, spoil, tiny
-from .mutate import HAS_SAFETENSORS, build, reads
+from .helpers import ONE_THREAD, ROOT, saved, spoil, tiny
+from .mutate import HAS_SAFETENSORS, build, in_bytes, reads
 
 needs_safetensors = pytest.mark.skipif(
     not HAS_SAFETENSORS, reason="needs safetensors: pip install safetensors")
@@ -52,12 +49,6 @@ def tensor(size, stride, numel=4, offset=0, name="0"):
     storage = b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + place + b"tQ"
     view = plain(offset) + plain(size) + plain(stride)
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + view + b"\x89}tR"
-
-
-def many(times):
-    """A list of that many tensors, for five bytes each."""
-    first = tensor((), ()).replace(b"_v2\n(", b"_v2\nq\xc8(").removesuffix(b"tR") + b"tq\xc9R"
-    return b"](" + first + b"h\xc8h\xc9R" * (times - 1) + b"e"
 
 
 def pickled(**items):
@@ -91,25 +82,12 @@ def with_directory(change):
     return file.getvalue()
 
 
-def fifty_names(records):
-    """For one record."""
-    for i in range(50):
-        records.append(copy.copy(records[1]))
-        records[-1].filename = f"archive/data/{i + 2}"
-
-
 def nested(times, kind):
     """A list or tuple of itself twice, `times` deep: 2 ** times of them to whoever walks it."""
     value = kind()
     for _ in range(times):
         value = kind((value, value))
     return value
-
-
-def many_keys():
-    """A dict whose keys are multiples of 2^61 - 1, so all have the hash 0."""
-    keys = [plain((i << 61) - i) for i in range(1, 1000)]
-    return b"}(" + b"".join(key + b"N" for key in keys) + b"u"
 
 
 def with_two_directories():
@@ -138,84 +116,40 @@ SAVED = {
     "a byte string of 100 GB": (
         zipped(pickled(a=b"c__builtin__\nbytearray\n" + plain((10 ** 11,)) + b"R")),
         "it calls __builtin__.bytearray"),
-    "a tensor without a file": (
-        zipped(pickled(a=b"ctorch\nFloatTensor\n" + plain((10 ** 11,)) + b"R")),
-        "it calls torch.FloatTensor"),
     "a view of a TB": (
         zipped(pickled(a=tensor((2 ** 20, 2 ** 20), (0, 0)))),
         "its tensors are larger than the file"),
     "a size that overflows": (zipped(pickled(a=tensor((2 ** 62, 4), (4, 1)))), NO_CALL),
-    "a size that overflows with others": (
-        zipped(pickled(a=tensor((2 ** 30, 2 ** 30, 2 ** 30), (0, 0, 0)))), "overflow"),
-    "a thousand dims": (zipped(pickled(a=tensor((1,) * 1000, (1,) * 1000))), NO_CALL),
     "bytes before it": (
         zipped(pickled(a=tensor((4,), (1,), offset=-4))), "invalid storage offset -4"),
-    "bytes behind it": (zipped(pickled(a=tensor((4,), (1,), offset=1))), "resize storage"),
-    "steps back": (zipped(pickled(a=tensor((4,), (-1,)))), "sizes=[4] and strides=[-1]"),
-    "a storage that says more": (
-        zipped(pickled(a=tensor((2 ** 40,), (1,), numel=2 ** 40))), "resize storage"),
     "a hundred names for one storage": (
         zipped(pickled(**{f"a{i}": tensor((4096,), (1,), 4096) for i in range(100)}), bytes(16384)),
         "its tensors are larger than the file"),
-    "a tensor for five bytes": (zipped(pickled(a=many(10_000))), NO_CALL),
-    "no storage": (zipped(pickled(a=tensor((4,), (1,), name="7"))), "data/7: file not found"),
     "a key to hash for ever": (
         zipped(b"\x80\x02}(" + plain(nested(60, tuple)) + b"K\x01u."),
         "a key is neither text nor a small whole number"),
-    "keys of one hash": (
-        zipped(pickled(a=many_keys())), "a key is neither text nor a small whole number"),
     "lists without end": (
         zipped(pickled(a=plain(nested(60, list)))), "it holds itself, or one thing too many times"),
-    "tuples without end": (
-        zipped(pickled(a=plain(nested(60, tuple)))),
-        "it holds itself, or one thing too many times"),
     "a list in itself": (zipped(b"\x80\x02]q\0h\0a."), "it holds itself"),
-    "a text many times": (
-        zipped(pickled(a=plain(["x" * 10_000] * 10_000))), "one thing too many times"),
     "lists too deep": (
         zipped(b"\x80\x02" + b"]" * 10 ** 5 + b"a" * (10 ** 5 - 1) + b"."), "recursion"),
     "a function": (zipped(pickled(a=ORDERED)), "it holds a type, which is no plain value"),
-    "a function with other arguments": (
-        zipped(pickled(a=ORDERED + plain(([["a", 1]],)) + b"R")), NO_CALL),
     # torch.load alone would be busy with one of these for hours, or ask for terabytes.
     "a dict of what a view holds": (zipped(pickled(a=ORDERED + VIEW + b"\x85R")), NO_CALL),
-    "attributes that a view holds": (zipped(pickled(a=ORDERED + b")R" + VIEW + b"b")), NO_CALL),
-    "a view of many dims as a function": (
-        zipped(pickled(a=tensor((7,) * 20, (0,) * 20) + b")R")), NO_CALL),
-    "a class that is a list without end": (
-        zipped(pickled(a=plain(nested(60, list)) + b")\x81")), "NEWOBJ in its pickle"),
     "as many bytes as a view has numbers": (
         zipped(pickled(a=b"(" + plain("storage") + b"ctorch\nFloatStorage\n" + plain("7")
                        + plain("cpu") + VIEW + b"tQ")), NO_CALL),
-    # A large dict would be copied for every few bytes.
-    "attributes that are there already": (
-        zipped(pickled(a=b"](}q\xc8" + plain("x") + b"Ns" + ORDERED + b")Rh\xc8be")), NO_CALL),
     "a later protocol": (
         zipped(pickle.dumps({"a": 1}, 4)), "FRAME in its pickle; torch reads protocols 2 and 3"),
-    "a pickle without end": (zipped(b"\x80\x02}"), "pickle exhausted before seeing STOP"),
-    "nothing to take from": (zipped(b"\x80\x02R."), NO_CALL),
-    "no mark to take from": (zipped(b"\x80\x02t."), "pop from empty list"),
     "a pickle of 3 MB": (zipped(b"}" * 3_000_000), "its data.pkl has 3,000,000 bytes"),
     "a bomb": (zipped(b"}" * 3_000_000, compression=zipfile.ZIP_DEFLATED), PACKED),
     "a bomb in a second directory": (with_two_directories(), "its directory is not at its end"),
-    "a compressed record": (
-        zipped(pickled(a=tensor((4,), (1,))), random.Random(0).randbytes(9999),
-               compression=zipfile.ZIP_DEFLATED), PACKED),
-    "names for one record": (with_directory(fifty_names), PACKED),
     "one name for two": (
         with_directory(lambda records: setattr(records[2], "filename", "archive/data/0")), PACKED),
-    "one name for two in capitals": (
-        with_directory(lambda records: setattr(records[2], "filename", "archive/DATA/0")), PACKED),
-    "a record said to be compressed": (
-        with_directory(lambda records: setattr(records[1], "compress_type", 8)), PACKED),
     "a record that takes more room than it has": (
         with_directory(lambda records: setattr(records[1], "compress_size", 2 ** 31)), PACKED),
     "the other byte order": (
         zipped(pickled(a=tensor((4,), (1,))), byteorder=b"big"), "its numbers are big-endian"),
-    "a zip of nothing": (b"PK\x05\x06" + bytes(18), "it has no data.pkl"),
-    "a pickle of its own before it": (
-        saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
-        + zipped(pickled(a=tensor((4,), (1,)))), "its directory is not at its end"),
     "the format of torch before 1.6": (
         saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False),
         "File is not a zip file"),
@@ -232,28 +166,6 @@ def test_what_torch_save_might_have_written(tmp_path, case):
             load_saved(tmp_path / "file", "an adapter file", mapped, not mapped)
 
 
-def test_two_directories_are_no_dud(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(with_two_directories())
-    with zipfile.ZipFile(path) as archive:
-        assert archive.read("archive/data.pkl") == pickled(a=plain("y")) and not archive.testzip()
-    assert torch.load(path, weights_only=True, mmap=True) == {"a": "x" * 10 ** 6}
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_later_protocols(tmp_path, capsys, protocol):
-    """torch.save's default is 2; torch's weights-only reader knows the opcodes of 3, none of 4."""
-    content = {"a": torch.ones(3), "b": [1, 2.5, "x", (1, 2)]}
-    (tmp_path / "file").write_bytes(saved(content, pickle_protocol=protocol))
-    if protocol < 4:
-        loaded = load_saved(tmp_path / "file")
-        assert torch.equal(loaded.pop("a"), content["a"]) and loaded["b"] == content["b"]
-        assert capsys.readouterr().err == ""
-    else:
-        with pytest.raises(ValueError, match="FRAME in its pickle; torch reads protocols 2 and 3"):
-            load_saved(tmp_path / "file")
-
-
 def test_what_does_no_harm_loads(tmp_path):
     """Values that are left over, values that are there twice, and what PEFT and torch share."""
     (tmp_path / "file").write_bytes(zipped(b"\x80\x02}}."))
@@ -261,14 +173,6 @@ def test_what_does_no_harm_loads(tmp_path):
     for value in ([[1]] * 2, [(0.9, 0.999)] * 3, 2 ** 200):
         (tmp_path / "file").write_bytes(zipped(pickled(a=plain(value))))
         assert load_saved(tmp_path / "file") == {"a": value}
-
-
-def test_a_hundred_thousand_records(tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(zipped(pickled(a=tensor((4,), (1,)))))
-    assert load_saved(tmp_path / "file")["a"].tolist() == [0] * 4
-    monkeypatch.setattr("llama.files.RECORDS", 1)
-    with pytest.raises(ValueError, match="are too many"):
-        load_saved(tmp_path / "file")
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -379,7 +283,7 @@ def test_bytes_changed_at_random(here, name):
     whole = (here / name).read_bytes()
     draw = random.Random(name)
     for _ in range(60):
-        (here / name).write_bytes(changed_at_random(whole, draw))
+        (here / name).write_bytes(in_bytes(whole, draw))
         try:
             load(name)
         except (ValueError, FileNotFoundError):
@@ -410,38 +314,16 @@ def test_a_planted_pickle_does_not_run(refused, here, i, call, write):
     """Nor through load_adapter, the library's own door."""
     pickle.loads(pickle.dumps(call))
     (here / "planted").rmdir()                       # It is no dud.
+    content = {"config": {"r": 2}, "base": call, "tensors": {"a": torch.ones(2)}}
     for name in FILES:
         whole = (here / name).read_bytes()
         lines = reads(name)
-        content = {"config": {"r": 2}, "base": call, "tensors": {"a": torch.ones(2)}}
         (here / name).write_bytes(write(content))
         refused(*lines[i % len(lines)])
         with pytest.raises(ValueError):
             load_adapter(tiny(), here / name)
         (here / name).write_bytes(whole)
     assert not (here / "planted").exists()
-
-
-@pytest.mark.parametrize("content", [torch.ones(3), {"counters": torch.ones(3)}, [1], None])
-def test_a_save_that_is_a_tensor_ends_in_one_line_without_a_warning(tmp_path, recwarn, content):
-    torch.save(content, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="is not a whole save of a run: it has no counters"):
-        read_save(tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="is not an adapter file"):
-        read_adapter(tmp_path / "state.pt")
-    assert not recwarn.list
-
-
-def test_the_library_reads_an_adapter_as_the_command_lines_do(here):
-    model, _ = load_checkpoint("base")
-    load_adapter(model, "adapter.pt", load=load_saved)
-    content = torch.load("adapter.pt", weights_only=True)
-    assert same(dict(lora_state_dict(model)), content["tensors"])
-    content["tensors"] = {"a": torch.zeros(1).expand(2 ** 20, 2 ** 20)}
-    torch.save(content, "adapter.pt")
-    message = "^adapter.pt is not .*: its tensors are larger than the file"
-    with pytest.raises(ValueError, match=message):
-        load_adapter(model, "adapter.pt", load=load_saved)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -464,20 +346,11 @@ def test_no_file_where_one_belongs(refused, here, name):
     refused(*next(lines))
 
 
-def test_logits_that_are_infinite():
-    """In fp16 weights can be fine and logits not; drawing from them would not end in one line."""
-    model = tiny()
-    model.output.weight.data[0] = torch.inf
-    with pytest.raises(ValueError, match="the model's logits are no"):
-        next_logits(model, [[1]])
-
-
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith("json")])
 def test_json_that_is_none(refused, here, name):
     lines = itertools.cycle(reads(name))
-    for content in (b"\xff\xfe{", b"{" * 10 ** 5, b'{"a":' * 10 ** 5, b"[" * 10 ** 6, b"\0" * 100,
-                    b'{"dim": ' + b"9" * 10 ** 5 + b"}", b'"x"', b"NaN",
-                    b'{"instruction": "\\ud800"}'):
+    for content in (b"\xff\xfe{", b'{"a":' * 10 ** 5, b"\0" * 100, b"NaN",
+                    b'{"dim": ' + b"9" * 10 ** 5 + b"}", b'{"instruction": "\\ud800"}'):
         (here / name).write_bytes(content)
         assert len(refused(*next(lines))) < 1100
     if name == "data.json":
@@ -495,22 +368,12 @@ PEFT_CONFIG = "peft/adapter_config.json"
     (PARAMS, {"n_layers": 9, "dim": 2 ** 20, "n_heads": 2 ** 12, "vocab_size": 2 ** 24},
      "the weights in base do not fit its params.json"),
     (PARAMS, {"n_layers": 513}, "n_layers is 513, must be 1 to 512"),
-    (PARAMS, {"ffn_dim_multiplier": 1e-300}, "1e-300 makes the width of SwiGLU 0"),
-    (PARAMS, {"norm_eps": math.nan}, "norm_eps is nan"),
     (PARAMS, {"x\x1b[2J" * 1000: 1}, "base/params.json has 'x\\x1b[2J"),
-    ("hf/config.json", {"hidden_size": 2 ** 20, "num_attention_heads": 2 ** 12},
-     "the weights in hf do not fit its config.json"),
     ("hf/config.json", {"hidden_act": ["\x1b[2J\n\u2028"] * 1000}, "hidden_act is ['\\x1b[2J"),
     (INDEX, {"weight_map": {"a": "../base/consolidated.00.pth"}},
      "'../base/consolidated.00.pth', which is not a file of this folder"),
-    (INDEX, {"weight_map": {"a": "/etc/passwd"}}, "which is not a file of this folder"),
-    (INDEX, {"weight_map": {"a": "a\0b"}}, "no a"),
     (INDEX, {"weight_map": {"a": "a" * 5000}}, "File name too long"),
-    (INDEX, {"weight_map": {"a": "tokenizer.model"}},
-     "tokenizer.model is not a checkpoint of tensors"),
     (PEFT_CONFIG, {"r": 10 ** 400}, "r is 1000"),
-    (PEFT_CONFIG, {"lora_alpha": 10 ** 400}, "must be a number above 0 and at most 2^53"),
-    (PEFT_CONFIG, {"lora_dropout": math.nan}, "dropout is nan"),
 ])
 def test_json_that_lies(refused, here, name, changes, message):
     spoil(here / name, changes)
@@ -535,20 +398,13 @@ WQ = "layers.0.attention.wq.lora_A"
 
 @pytest.mark.parametrize("key, changes, message", [
     ("config", {"method": "vera", "r": 10 ** 9}, "vera: r is 1000000000, must be 1 to 16384"),
-    ("config", {"method": "vera", "options": {"d_init": 10 ** 400}}, "d_init is out of range"),
     ("config", {"r": 10 ** 9}, "r is 1000000000, must be 1 to 32"),
-    ("config", {"alpha": 10 ** 400}, "must be a number above 0 and at most 2^53"),
     ("config", {"targets": ["wq"] * 10 ** 4 + ["x" * 10 ** 4]}, "no layer named x"),
-    ("config", {"targets": [["wq"]]}, "must be names of layers"),
     ("config", {"method": ["lora"]}, "unhashable"),
     ("config", {"dropout": "\x1b[2J"}, "dropout is '\\x1b[2J'"),
     ("base", {"fingerprint": torch.ones(2)}, "adapter.pt is not an adapter file: "),
-    ("base", {"quantize": ["nf4"]}, "adapter.pt is not an adapter file: "),
-    ("base", {"fingerprint": None}, "was trained on another base"),
     ("scales", {WQ: torch.ones(10 ** 5, 1)}, "is not an adapter file: The expanded size"),
-    ("scales", {WQ: "x"}, "is not an adapter file"),
     ("tensors", {WQ: torch.ones(2)}, "adapter.pt does not fit"),
-    ("tensors", [1], "is not an adapter file"),
 ])
 def test_an_adapter_that_lies(refused, here, key, changes, message):
     content = torch.load(here / "adapter.pt", weights_only=True)
@@ -605,23 +461,14 @@ def entry(shape, begin, end, dtype="F32"):
 @needs_safetensors
 @pytest.mark.parametrize("content", [
     struct.pack("<Q", 2 ** 60) + b"{}",
-    struct.pack("<Q", 2 ** 64 - 1) + b"{}",
-    struct.pack("<Q", 10 ** 8) + b"{}",
     struct.pack("<Q", 10 ** 5) + b'{"a":' * 20_000 + bytes(16),
-    b"\x02" + bytes(7) + b"{}",
     b"\x01",
     header(),
-    header(a=[]),
-    header(__metadata__={"a": 1}),
     header(24, a=entry([4], 0, 16), b=entry([4], 8, 24)),
-    header(16, a=entry([4], -16, 0)),
     header(16, a=entry([4], 16, 0)),
-    header(32, a=entry([4], 16, 32)),
     header(16, a=entry([2 ** 62, 4], 0, 16)),
     header(16, a=entry([2 ** 40], 0, 2 ** 42)),
-    header(16, a=entry([-4, -1], 0, 16)),
     header(16, a=entry([4], 0, 16, "X")),
-    header(16, a=entry([4], 0, 16, "I32")),
 ])
 def test_safetensors_that_lie(refused, here, content):
     for name in ("hf/model.safetensors", "peft/adapter_model.safetensors"):

@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, how long things may be, how far a flag travels.
+"""The plan of the house: who may import whom and how long things may be.
 
     pytest -m house
 
@@ -6,18 +6,13 @@ Plain `pytest` leaves these out, so that nobody's edit turns red for a line coun
 """
 
 import ast
-import importlib
 import re
 import subprocess
 import sys
-import textwrap
 
 import pytest
 
-import train
-
 from .helpers import ROOMS, ROOT, shipped
-from .stays import stays
 
 pytestmark = pytest.mark.house
 
@@ -158,71 +153,3 @@ def test_train_has_46_flags():
     )
     flags = re.findall(r"^  (?:-\w, )?(--[\w-]+)", done.stdout, re.M)
     assert len([flag for flag in flags if flag != "--help"]) == 46
-
-
-# --- how far a flag travels
-
-
-def test_the_way_of_the_flags_is_15_stays():
-    """Whoever follows `argv`, and what is made of it, opens a file at most 15 times (stays.py)."""
-    assert {"train", "accumulate_gradients", "main"} <= vars(train).keys()
-    files = stays(train.main, "argv")
-    assert len(files) <= 15, files
-
-
-def test_stays_are_counted(tmp_path, monkeypatch):
-    """A bag into another file and back, a value, a method, a dataclass, a function read before."""
-    files = {
-        "start": """
-                 import sys
-                 from bags import Job, Options, look, options_of
-                 from deep import use
-                 def main(argv):
-                     options = options_of(argv)             # bags
-                     look(options.rate)                     # a value: not followed
-                     local(options)                         # start
-                     job = Job(3, options=options)          # bags
-                     local(options)                         # start, read already
-                     use(job)                               # deep
-                     sys.exit(job)
-                 def local(options):
-                     options = options or None
-                     print(options)
-             """,
-        "bags": """
-                 from dataclasses import dataclass
-                 from deep import check
-                 class Options:
-                     def __init__(self, argv):
-                         self.rate = 1
-                     @classmethod
-                     def of(cls, argv):
-                         return cls(argv)
-                     def warn(self):
-                         check(self)                        # deep
-                 @dataclass
-                 class Job:
-                     n: int
-                     options: Options
-                 def look(rate):
-                     check(rate)
-                 def options_of(argv):
-                     return Options.of(list(argv))
-             """,
-        "deep": """
-                 def check(anything):
-                     return len(anything)
-                 def use(job):
-                     check(job.n)                           # a value
-                     job.options.warn()                     # bags
-             """,
-    }
-    for name, text in files.items():
-        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    start = importlib.import_module("start")
-    way = ["start", "bags", "start", "bags", "start", "deep", "bags", "deep"]
-    assert stays(start.main, "argv") == [f"{name}.py" for name in way]
-    for name in files:
-        del sys.modules[name]

@@ -9,7 +9,7 @@ from finetune.batches import DataCollatorForSupervisedDataset, pack
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 from llama import layout
-from llama.layout import MIN_SHARED, Piece, arrange
+from llama.layout import Piece, arrange
 from lora import LoRAConfig, add_lora
 
 from .helpers import tiny
@@ -74,13 +74,6 @@ def test_arranged_by_hand(monkeypatch):
     pieces, ends = arrange(rows, [0] * 4)
     assert pieces == [Piece(i, 0, len(row), ()) for i, row in enumerate(rows)]
     assert ends == [0, 1, 2, 3]
-
-
-def test_a_beginning_shorter_than_the_least_is_not_shared():
-    for n in (MIN_SHARED - 1, MIN_SHARED):
-        rows = [[*range(n), 20], [*range(n), 30]]
-        pieces, _ = arrange(rows, [n, n])
-        assert len(pieces) == (2 if n < MIN_SHARED else 3)
 
 
 @PLAIN_AND_SHARED

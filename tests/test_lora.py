@@ -89,14 +89,6 @@ def test_dropout_acts_on_the_adapters_input_alone():
     assert torch.allclose(y, y[:1], atol=1e-5)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_an_adapter_joins_in_the_models_mode(training):
-    """A model in eval mode stays so: else the new layers would drop out while generating."""
-    model = tiny().train(training)
-    add_lora(model, LoRAConfig(r=4, dropout=0.5, targets="all"))
-    assert all(module.training == training for module in model.modules())
-
-
 # --- off, merged, and back
 
 
@@ -144,26 +136,6 @@ def test_a_merge_that_keeps_no_base_holds_one_set_of_weights_and_cannot_be_undon
         unmerge_lora(model)
 
 
-def test_a_merge_is_made_in_fp32_where_the_adapter_itself_is_in_less():
-    layer = LoRALinear(nn.Linear(64, 64, bias=False), r=4, alpha=4).bfloat16()
-    nn.init.normal_(layer.lora_B)
-    exact = layer.lora_B.double() @ layer.lora_A.double()
-    assert (layer.delta() - exact).abs().max() < 1e-5 * exact.abs().max()
-    expected = (layer.base.weight.float() + layer.delta()).bfloat16()
-    layer.merge()
-    assert torch.equal(layer.base.weight, expected)
-
-
-def test_unmerging_follows_a_model_that_was_cast_meanwhile():
-    model = adapted("wq")
-    merge_lora(model)
-    model.bfloat16()
-    unmerge_lora(model)
-    plain = tiny(n_kv_heads=2).layers[0].attention.wq.weight
-    assert torch.equal(model.layers[0].attention.wq.base.weight, plain.bfloat16())
-    model(TOKENS)
-
-
 def test_calls_out_of_order_are_errors(tmp_path):
     model = adapted("wq")
     save_adapter(model, tmp_path / "adapter.pt")
@@ -201,9 +173,7 @@ def test_targets_are_whole_names(targets, wrapped):
 
 @pytest.mark.parametrize("model, config, message", [
     (NotALlama(), {"targets": ("wq",)}, "no layer named wq to adapt; the model has 0, 2, my_wq"),
-    (NotALlama(), {"targets": ("0", "1")}, "no layer named 1 "),
     (NotALlama(), {"targets": ("0", "2"), "r": 4}, "body.2: r is 4, must be 1 to 3"),
-    (nn.Linear(3, 3), {"targets": "all", "r": 1}, "the model has none"),
 ])
 def test_what_cannot_be_added_leaves_the_model_alone(model, config, message):
     with pytest.raises(ValueError, match=message):
@@ -279,13 +249,9 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_changes(tmp_path):
 @pytest.mark.parametrize("content", [
     None,
     b"",
-    b"\x80\x02.",
-    [1],
     {"weight": torch.zeros(2)},
-    {"tensors": {}},
     {"config": {"r": 4, "x": 1}, "base": {}, "tensors": {}},
     {"config": {"r": "4"}, "base": {}, "tensors": {}},
-    {"config": {}, "base": {}, "tensors": {"a": 1}},
     {"config": Attack(), "base": {}, "tensors": {}},
 ], ids=str)
 def test_files_that_are_no_adapter(tmp_path, content, capsys):

@@ -13,11 +13,9 @@ import pytest
 import torch
 
 import train
-from finetune.hardware import pick_hardware
 from finetune.resume import read_last_save
 
 from .helpers import ONE_THREAD, ROOT, given_once, metrics
-from .test_resume import stopped_in
 
 FLAGS = ["--layers", "1", "--batch-size", "1", "--accumulation-steps", "1", "--log-every", "1"]
 DEMO = [sys.executable, str(ROOT / "train.py"), *FLAGS]
@@ -58,18 +56,6 @@ def test_a_hang_up_stays_ignored_under_nohup(tmp_path):
     process.send_signal(signal.SIGHUP)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0 and error == b"" and len(metrics(tmp_path / "out")) == 40
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_hang_up_in_a_step_is_resumed(tmp_path, monkeypatch, step):
-    monkeypatch.chdir(tmp_path)
-    argv = [*FLAGS, "--max-steps", "4", "--out", "hung"]
-    assert stopped_in(argv, step, lambda: os.kill(os.getpid(), signal.SIGHUP)) == 130
-    assert len(metrics(tmp_path / "hung")) == step
-    train.main([*argv, "--resume"])
-    train.main([*FLAGS, "--max-steps", "4", "--out", "whole"])
-    adapters = [(tmp_path / name / "adapter.pt").read_bytes() for name in ("hung", "whole")]
-    assert adapters[0] == adapters[1]
 
 
 @pytest.mark.slow
@@ -136,19 +122,6 @@ def test_what_generate_does_without_a_terminal(odd_run, redirect, code, message)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
-@pytest.mark.parametrize("command, code", [
-    ("finetune.convert finetune/demo TARGET --to meta", 1),
-    # argparse itself ignores a closed pipe.
-    pytest.param("finetune.pictures --help", 0, marks=pytest.mark.slow),
-    pytest.param("benchmarks --help", 0, marks=pytest.mark.slow),
-])
-def test_a_module_into_a_closed_pipe(tmp_path, command, code):
-    command = command.replace("TARGET", str(tmp_path / "copy"))
-    line = f"{sys.executable} -m {command} | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=ONE_THREAD, capture_output=True)
-    assert (done.returncode, done.stderr) == (code, b"")
-
-
 def test_ctrl_c_while_torch_loads(tmp_path):
     """A stand-in for torch gets the signal in its import, where the real one takes seconds."""
     (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
@@ -201,13 +174,3 @@ def test_a_save_of_the_version_before_is_read(tmp_path, monkeypatch, capsys):
     train.main([*FLAGS, "--max-steps", "2", "--out", "old", "--resume"])
     printed = capsys.readouterr().out
     assert "is finished" in printed and "\nchanged " not in printed
-
-
-@pytest.mark.parametrize("device", ["mps", "mps:0", "xpu", "nonsense", "cpu:x", "cuda:99"])
-def test_a_device_that_is_not_there(device):
-    if device.startswith("mps") and torch.backends.mps.is_available():
-        pytest.skip("needs a machine without MPS")
-    with pytest.raises(ValueError, match=f"^--device {device} cannot be used here: ") as caught:
-        pick_hardware(device, None)
-    assert len(str(caught.value)) < 150 and "\n" not in str(caught.value)
-    assert "aten::" not in str(caught.value)

@@ -14,7 +14,7 @@ from finetune.templates import TEMPLATES
 from llama.tokenizer_json import tokenizer_json
 
 from .record import (LAYERS, SHAPES, ids, layer_numbers, our_greedy, our_layer, ours, peer_greedy,
-                     peer_layer, peer_model, to_halves, to_pairs, trained_by_peers, trained_by_us)
+                     peer_layer, peer_model, trained_by_peers, trained_by_us)
 
 HAS_PEERS = find_spec("transformers") is not None and find_spec("peft") is not None
 pytestmark = [
@@ -63,13 +63,6 @@ def test_adapter_layers_equal_peft(kind):
     share = max(relative(tensors[name], expected[name]) for name in expected)
     print(f"\n{kind}: largest difference {share:.1e} of the norm")
     assert share <= 1e-6
-
-
-def test_rows_go_to_halves_and_back():
-    """The one rearrangement between the two layouts, by hand: 2 heads of width 4."""
-    rows = torch.arange(8)[:, None]
-    assert to_halves(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert torch.equal(to_pairs(to_halves(rows, 2), 2), rows)
 
 
 def test_fifty_steps_equal_a_plain_loop_over_transformers_and_peft():

@@ -6,8 +6,8 @@ import pytest
 
 import train
 from finetune import pictures
-from finetune.pictures import (Panel, draw, panels_of_a_run, plot, points_of, read_metrics,
-                               short_number, smoothed_loss)
+from finetune.pictures import (Panel, draw, panels_of_a_run, points_of, read_metrics,
+                               smoothed_loss)
 
 LOSS = "Loss at each step and on held-out examples"
 LR = "Learning rate at each step"
@@ -20,11 +20,6 @@ def rows(*losses):
         norm = None if loss is None else 2.0
         made.append({"step": i, "loss": loss, "lr": 0.1, "grad_norm": norm, "answer_tokens": i})
     return made
-
-
-@pytest.fixture
-def axes():
-    return pytest.importorskip("matplotlib.figure").Figure().subplots(1, 2)
 
 
 def texts(things):
@@ -71,55 +66,6 @@ def test_panels_hold_what_there_is():
     expected = {"accuracy": [(100, 0.75)], "Matthews correlation": [(100, 0.5)]}
     assert classes.lines == expected
     assert [panel.title for panel in panels_of_a_run(rows(None, None))] == [LOSS, LR]
-
-
-def test_lines_differ_without_colour(axes):
-    """In dashes and markers; a line of many points is thin; a wide range of x is logarithmic."""
-    family, run = axes
-    lines = {str(i): [(1, i), (4, i), (8, None)] for i in range(12)}
-    plot(family, Panel("family", "r", "nats", lines))
-    drawn = [line for line in family.lines if line.get_marker() != "x"]
-    missing = [line for line in family.lines if line.get_marker() == "x"]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in drawn}) == 12
-    assert len({line.get_color() for line in drawn[:7]}) == 7
-    assert [list(line.get_xdata()) for line in missing] == [*[[8]] * 12, []]
-    assert (family.get_xscale(), family.get_yscale()) == ("log", "linear")
-    assert texts(family.get_legend().get_texts()) == [*map(str, range(12)), "no value"]
-    points = [(i, 1 / i) for i in range(1, 100)]
-    plot(run, Panel("run", "step", "nats", {"": points}, log_x=False, log_y=True))
-    assert (run.get_xscale(), run.get_yscale()) == ("linear", "log") and run.get_legend() is None
-    assert run.lines[0].get_marker() == "None"
-    assert run.lines[0].get_linewidth() < drawn[0].get_linewidth()
-    lines = {name: [(i, 2.0) for i in range(100)] for name in "abcd"}
-    plot(run, Panel("long run", "step", "nats", lines))
-    assert len({line.get_linestyle() for line in run.lines[1:]}) == 4
-
-
-def test_words_get_bars(axes):
-    """One for each line at each word, told apart by hatches and by place."""
-    ax = axes[0]
-    lines = {"full": [("bf16", None)], "lora": [("fp32", 2000), ("bf16", 0.5)],
-             "dora": [("fp32", 3)]}
-    plot(ax, Panel("Peak memory", "", "MiB", lines))
-    full, lora, dora = ax.containers
-    widths = [[bar.get_width() for bar in bars] for bars in (full, lora, dora)]
-    assert widths == [[0, 0], [2000, 0.5], [3, 0]]
-    assert texts(ax.get_yticklabels()) == ["fp32", "bf16"]
-    assert texts(ax.texts) == ["none", "none", "2,000", "0.5", "3", "none"]
-    assert len({bars[0].get_hatch() for bars in ax.containers}) == 3
-    assert len({bars[0].get_facecolor() for bars in ax.containers}) == 3
-    bars = sorted([*full, *lora, *dora], key=lambda bar: bar.get_y())
-    for above, below in zip(bars, bars[1:], strict=False):
-        assert above.get_y() + above.get_height() <= below.get_y() + 1e-9
-    assert bars[:4] == [full[0], lora[0], dora[0], full[1]] and ax.yaxis_inverted()
-    assert ax.get_xlim()[0] == 0 and ax.get_xlabel() == "MiB"
-    assert len(ax.get_legend().get_texts()) == 3
-
-
-def test_three_digits():
-    shown = {0: "0", 1234.4: "1,234", 3000: "3,000", 99.96: "100", 12.34: "12.3", 1: "1",
-             0.5: "0.5", 0.0004567: "0.000457", -2.5: "-2.5"}
-    assert {value: short_number(value) for value in shown} == shown
 
 
 @pytest.mark.parametrize("n_panels", [1, 2, 3, 4])

@@ -10,7 +10,7 @@ import train
 from finetune.batches import Batch
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
-from finetune.preflight import Size, check_gradients, estimate_memory, optimizer_state_bytes
+from finetune.preflight import Size, check_gradients, estimate_memory
 from llama import ModelArgs, Transformer
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora
@@ -206,16 +206,6 @@ def test_llama_2_7b_by_arithmetic():
     assert kinds["logits"] == (2 * 2 * 200 + 12 * 128) * 32000
 
 
-@pytest.mark.parametrize("build, expected", [
-    (lambda groups: torch.optim.AdamW(groups, fused=True), 8),
-    (lambda groups: torch.optim.SGD(groups), 0),
-    (lambda groups: torch.optim.SGD(groups, momentum=0.9), 4),
-    (lambda groups: torch.optim.Adagrad(groups), 4),
-])
-def test_the_memory_line_counts_the_optimizer_that_is_there(build, expected):
-    assert optimizer_state_bytes(build) == expected
-
-
 def memory_printed(capsys):
     """Return the MiB that a run's line on memory begins with."""
     line = capsys.readouterr().out.split("memory    about ")[1]
@@ -267,19 +257,6 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, cap
         assert part in printed
     assert printed.endswith("nothing was trained, nothing was written\n") and error == ""
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.mark.parametrize("flags, message", [
-    (["--layers", "3"], "has 2 layers, so layers must be 1 to 2, not 3"),
-    (["--targets", "wq,wx"], "no layer named wx to adapt"),
-    (["--r", "17"], "layers.0.attention.wv: r is 17, must be 1 to 16"),
-    (["--max-seq-len", "100"], "no answer ends within 100 tokens, so eos is never a target"),
-    (["--max-seq-len", "20"], "none of 12 examples has an answer token within 20 tokens"),
-])
-def test_a_dry_run_finds_what_a_run_would_stumble_over(no_weights, data, refused, flags, message):
-    if "100" in flags:                               # Answers are cut, none is whole.
-        data.write_text(json.dumps([{**EXAMPLES[0], "output": "blue " * 100}] * 2))
-    assert message in refused(train.main, *no_weights, *flags)
 
 
 # --- the check of gradients

@@ -1,6 +1,5 @@
 """Data as people have it: several answers in a row, any form of file, fields of the prompt."""
 
-import io
 import json
 
 import pytest
@@ -21,7 +20,7 @@ from finetune.loss import answer_loss
 from llama import load_checkpoint, save_checkpoint
 from lora import load_adapter
 
-from .helpers import EXAMPLES, metrics, tiny
+from .helpers import EXAMPLES, tiny
 
 _ = IGNORE
 nothing = torch.autocast("cpu", enabled=False)
@@ -79,11 +78,8 @@ def test_scores_follow_the_labels(tokens):
     assert torch.equal(table["hits"], expected[:, 2])
 
 
-@pytest.mark.parametrize(
-    "collate",
-    [DataCollatorForSupervisedDataset(0), pack, lambda rows: pack(rows, share_prefix=True)],
-    ids=["padded", "packed", "shared"],
-)
+@pytest.mark.parametrize("collate", [
+    DataCollatorForSupervisedDataset(0), pack, lambda rows: pack(rows, share_prefix=True)])
 def test_losses_follow_the_labels(collate):
     """The plain loss, and distillation from the student itself, which adds only its T^2 KL = 0."""
     model = tiny(n_kv_heads=2).double()
@@ -130,17 +126,14 @@ def test_a_dataset_of_several_answers(turns, tokenizer):
 
 
 def test_held_out_loss_and_best_adapter_follow_the_labels(turns, run, base, data, tokenizer):
-    rows = run(
-        "out", "--val-data", str(data), "--max-steps", "2", "--epochs", "2", "--dropout", "0"
-    )
+    rows = run("out", "--val-data", str(data), "--max-steps", "2", "--epochs", "2", "--dropout=0")
     model, _tokenizer = load_checkpoint(base)
     load_adapter(model.eval(), "out/best.pt")
     held_out = load_datasets([str(data)], [str(data)], None, 512, 0, tokenizer)[1]
     scores = [reference(model, row) for row in held_out.rows]
     expected = sum(score[0] for score in scores) / sum(score[1] for score in scores)
-    assert min(row["val_loss"] for row in rows if "val_loss" in row) == pytest.approx(
-        expected, 1e-5
-    )
+    lowest = min(row["val_loss"] for row in rows if "val_loss" in row)
+    assert lowest == pytest.approx(expected, 1e-5)
     assert evaluate(model, held_out, 200, nothing)["val_loss"] == pytest.approx(expected, 1e-5)
 
 
@@ -175,114 +168,47 @@ ROWS = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "
 LINES = "\n".join(map(json.dumps, ROWS))
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        LINES,
-        "\ufeff\n\n" + LINES.replace("\n", "\r\n \r\n"),
-        json.dumps(ROWS),
-        json.dumps(ROWS, indent=1),
-        json.dumps({"data": ROWS}),
-        json.dumps({"version": "1.0", "n": 2, "train": ROWS}, indent=2),
-    ],
-)
-def test_a_file_is_read_by_what_is_in_it(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    assert read_examples(tmp_path / name) == ROWS
-
-
-def test_one_object_is_one_example(tmp_path):
-    for indent in (None, 1):
-        (tmp_path / "a.json").write_text(json.dumps(ROWS[0], indent=indent))
-        assert read_examples(tmp_path / "a.json") == ROWS[:1]
+@pytest.mark.parametrize("content", [
+    LINES,
+    "\ufeff\n\n" + LINES.replace("\n", "\r\n \r\n"),
+    json.dumps(ROWS, indent=1),
+    json.dumps({"version": "1.0", "n": 2, "train": ROWS}, indent=2),
+])
+def test_a_file_is_read_by_what_is_in_it(tmp_path, content):
+    for name in ("a.json", "a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+        assert read_examples(tmp_path / name) == ROWS
 
 
 GOOD = '{"instruction": "a", "output": "b"}'
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (
-            b"instruction,output\na,b\n",
-            "a.json begins with 'instruction,output\\na', which is not JSON: give a list",
-        ),
-        (b"<!DOCTYPE html>", "begins with '<!DOCTYPE html>', which is not JSON"),
-        (LINES.encode("utf-16"), "a.json is UTF-16 text; save it as UTF-8"),
-        (LINES.encode("utf-16-le"), "a.json is not UTF-8 text: byte 1 is 0, as in UTF-16"),
-        (b"\x1f\x8b\x08\0", "a.json is compressed with gzip; unpack it"),
-        (b"PAR1\x15\x04", "a.json is a Parquet table; export its rows as JSON"),
-        (b"PK\x03\x04\0", "a.json is a zip or Excel file"),
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "a git-lfs pointer, not the file; run git lfs pull",
-        ),
-        (
-            f"{GOOD},\n{GOOD}",
-            "a.json, line 1, column 36: not JSON (there is more after the end of a value)",
-        ),
-        (f"{GOOD}\n{GOOD}\n{{", "a.json, line 3: not JSON"),
-        (f"[{GOOD},]", "a.json, line 1, column "),
-        (
-            '[{"instruction": "a", "output": "b", "output": "c"}]',
-            '\'output\' stands twice in {"instruction": "a"',
-        ),
-        (
-            '{"train": [1], "test": [2]}',
-            "a.json holds one object with the fields 'train', 'test': give a list",
-        ),
-        ('{"instruction": ["a"], "output": ["b"]}', "a.json holds columns, not rows: give a list"),
-        ('{"instruction": {"0": "a"}, "output": {"0": "b"}}', "a.json holds columns, not rows"),
-        (
-            '{"system": "Be terse.", "data": [' + GOOD + "]}",
-            "a.json: its examples are in 'data', and none of them has the text in 'system' beside "
-            "it; move it into each example",
-        ),
-        (f"[{GOOD}, [1]]", "example 2 is a list, not an object"),
-        ('[{"text": "a"}]', "example 1 has no 'instruction'; its fields are 'text'"),
-        (
-            '{"conversations": [{"from": "human"}], "id": 1}',
-            "example 1: 'conversations', message 1: 'value' is None, not text",
-        ),
-        (
-            '[{"instruction": "a", "Output": "b"}]',
-            "has no 'output'; its fields are 'instruction', 'Output'",
-        ),
-        (
-            '[{"instruction": "a", "input": {"x": 1}, "output": "b"}]',
-            "example 1: 'input' is an object, not text",
-        ),
-        (
-            '[{"instruction": "a", "output": NaN}]',
-            "example 1: 'output' is null or NaN, as a blank cell is",
-        ),
-        (
-            '[{"instruction": null, "input": "q", "output": "b"}]',
-            "example 1: 'instruction' is null or NaN",
-        ),
-        (
-            '[{"instruction": "a", "output": true}]',
-            "example 1: 'output' is true, not text: is it True, true or yes?",
-        ),
-        (
-            '[{"instruction": "a", "output": 1e999}]',
-            "example 1: 'output' is the number inf, not text",
-        ),
-        (
-            '[{"instruction": " ", "input": "\\n", "output": "b"}]',
-            "example 1: 'instruction' is empty, and so is 'input'",
-        ),
-        (
-            '[{"instruction": "\\ud83d", "output": "b"}]',
-            "has an incomplete character, such as half of an emoji: '\\ud83d'",
-        ),
-        (
-            json.dumps([{"instruction": "a", "output": output} for output in ("", " \n", "")]),
-            "a.json: every 'output' is empty",
-        ),
-    ],
-)
+def one(fields):
+    """Return a file of one example with these fields, as JSON has them."""
+    return f"[{{{fields}}}]"
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"instruction,output\na,b\n", "begins with 'instruction,output\\na', which is not JSON: give"),
+    (LINES.encode("utf-16"), "a.json is UTF-16 text; save it as UTF-8"),
+    (b"\x1f\x8b\x08\0", "a.json is compressed with gzip; unpack it"),
+    (b"PAR1\x15\x04", "a.json is a Parquet table; export its rows as JSON"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run git lfs pull"),
+    (f"{GOOD},\n{GOOD}", "a.json, line 1, column 36: not JSON (there is more after the end"),
+    (f"{GOOD}\n{GOOD}\n{{", "a.json, line 3: not JSON"),
+    (one('"instruction": "a", "output": "b", "output": "c"'), "'output' stands twice in {"),
+    ('{"train": [1], "test": [2]}', "a.json holds one object with the fields 'train', 'test'"),
+    ('{"instruction": ["a"], "output": ["b"]}', "a.json holds columns, not rows: give a list"),
+    ('{"system": "Be terse.", "data": [' + GOOD + "]}", "none of them has the text in 'system'"),
+    (one('"text": "a"'), "example 1 has no 'instruction'; its fields are 'text'"),
+    (one('"instruction": "a", "output": {"x": 1}'), "'output' is an object, not text"),
+    (one('"instruction": "a", "output": NaN'), "'output' is null or NaN, as a blank cell is"),
+    (one('"instruction": "a", "output": true'), "'output' is true, not text: is it True, true or"),
+    (one('"instruction": "a", "output": 1e999'), "'output' is the number inf, not text"),
+    (one('"instruction": " ", "input": "", "output": "b"'), "'instruction' is empty, and so is"),
+    (one('"instruction": "\\ud83d", "output": "b"'), "has an incomplete character, such as half"),
+    (one('"instruction": "a", "output": " "'), "a.json: every 'output' is empty"),
+])
 def test_a_file_that_is_refused(tmp_path, content, message):
     (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError) as caught:
@@ -290,56 +216,30 @@ def test_a_file_that_is_refused(tmp_path, content, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "row, expected",
-    [
-        ({"instruction": "a", "input": float("nan"), "output": "b"}, {"input": None}),
-        ({"instruction": "2+2", "output": 4}, {"output": "4"}),
-        (
-            {"instruction": 10**20, "output": -0.5},
-            {"instruction": "1" + "0" * 20, "output": "-0.5"},
-        ),
-        ({"instruction": "", "input": "Why?", "output": "b"}, {"instruction": "Why?", "input": ""}),
-    ],
-)
+@pytest.mark.parametrize("row, expected", [
+    ({"instruction": "a", "input": float("nan"), "output": "b"}, {"input": None}),
+    ({"instruction": 10**20, "output": -0.5}, {"instruction": "1" + "0" * 20, "output": "-0.5"}),
+    ({"instruction": "", "input": "Why?", "output": "b"}, {"instruction": "Why?", "input": ""}),
+])
 def test_blank_cells_numbers_and_a_question_as_input(tmp_path, row, expected):
     (tmp_path / "a.json").write_text(json.dumps([row]))
     assert read_examples(tmp_path / "a.json") == [row | expected]
 
 
 def test_a_number_is_written_as_the_file_has_it(tmp_path):
-    (tmp_path / "a.json").write_text(
-        '[{"instruction": 1.50, "input": 1e7, "output": 0.12345678901234567890}]'
-    )
+    (tmp_path / "a.json").write_text('[{"instruction": 1.50, "output": 0.12345678901234567890}]')
     row = read_examples(tmp_path / "a.json")[0]
-    assert row == {"instruction": "1.50", "input": "1e7", "output": "0.12345678901234567890"}
+    assert row == {"instruction": "1.50", "output": "0.12345678901234567890"}
 
 
 # --- fields
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("history", [["Name a mineral.", "coal"]]),
-        ("system", "Be terse."),
-        ("system_prompt", "x"),
-        ("systemPrompt", "x"),
-        ("SYSTEM", "x"),
-        ("Input", "x"),
-        ("input2", "x"),
-        ("context", "x"),
-        ("retrieved_documents", [{"text": "x"}]),
-        ("messages", [{"role": "user", "content": "x"}]),
-        ("conversations", [{"from": "human", "value": "x"}]),
-        ("chosen", "x"),
-        ("rejected", "x"),
-        ("tools", [{"name": "x"}]),
-        ("images", ["a.png"]),
-        ("options", ["yes", "no"]),
-        ("turn_1", "x"),
-    ],
-)
+@pytest.mark.parametrize("name, value", [
+    ("history", [["Name a mineral.", "coal"]]), ("system", "Be terse."), ("systemPrompt", "x"),
+    ("Input", "x"), ("context", "x"), ("retrieved_documents", [{"text": "x"}]), ("chosen", "x"),
+    ("tools", [{"name": "x"}]), ("images", ["a.png"]), ("options", ["yes", "no"]), ("turn_1", "x"),
+])
 def test_a_field_of_the_prompt_is_refused_by_name(tmp_path, name, value):
     rows = [ROWS[0], {**ROWS[0], name: value}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
@@ -347,26 +247,10 @@ def test_a_field_of_the_prompt_is_refused_by_name(tmp_path, name, value):
         read_examples(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("history", []),
-        ("history", [["", " "], []]),
-        ("system", ""),
-        ("system", None),
-        ("context", 3),
-        ("id", "x1"),
-        ("conversation_id", "x"),
-        ("category", "qa"),
-        ("source", "web"),
-        ("text", "x"),
-        ("answer", "x"),
-        ("prompt_length", 7),
-        ("topic", "x"),
-        ("", "x"),
-        ("turns", 2),
-    ],
-)
+@pytest.mark.parametrize("name, value", [
+    ("history", [["", " "], []]), ("system", ""), ("system", None), ("context", 3), ("id", "x1"),
+    ("conversation_id", "x"), ("source", "web"), ("answer", "x"), ("prompt_length", 7), ("", "x"),
+])
 def test_a_field_that_changes_nothing_is_kept(tmp_path, name, value):
     row = {**ROWS[0], name: value}
     (tmp_path / "a.json").write_text(json.dumps([row]))
@@ -374,10 +258,7 @@ def test_a_field_that_changes_nothing_is_kept(tmp_path, name, value):
 
 
 def test_empty_outputs_are_counted_and_train_as_before(run, base, tmp_path, capsys):
-    rows = [
-        *EXAMPLES,
-        *({**example, "output": output} for example, output in zip(EXAMPLES, ["", " "])),
-    ]
+    rows = [*EXAMPLES, EXAMPLES[0] | {"output": ""}, EXAMPLES[1] | {"output": " "}]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     run("out", "--data", "a.json", "--val-data", "a.json", "--max-steps", "1")
     printed = capsys.readouterr().out
@@ -433,52 +314,19 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(answered
     assert [row for i, row in enumerate(found) if i != 2] == alone * 8
     with pytest.raises(SystemExit):
         answered([rows[2]])
-    assert (
-        "q.jsonl: no example can be answered; in the first, the prompt has"
-        in capsys.readouterr().err
-    )
-
-
-def test_half_of_an_emoji_elsewhere_in_a_row_is_written_as_json_has_it(answered, monkeypatch):
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr("sys.stdout", file)
-    answered([{"instruction": "a", "note": "\ud83d"}])
-    assert json.loads(file.buffer.getvalue())["note"] == "\ud83d"
+    assert "q.jsonl: no example can be answered; in the first," in capsys.readouterr().err
 
 
 # --- flags and contexts
 
 
-@pytest.mark.parametrize(
-    "command, flags, message",
-    [
-        (train, ["--out", "a", "--out=b"], "argument --out: is given twice; give it once"),
-        (train, ["--lr", "1", "--lr", "1"], "argument --lr: is given twice"),
-        (
-            train,
-            ["--checkpointing", "--no-checkpointing"],
-            "argument --checkpointing/--no-checkpointing: is given twice",
-        ),
-        (
-            train,
-            ["--lr", "1e-46"],
-            "--lr: 1e-46 is too small for a 32-bit float, which holds 1.2e-38 or more",
-        ),
-        (
-            generate,
-            ["--instruction", "a", "--instruction", "b"],
-            "argument --instruction: is given twice",
-        ),
-        (
-            generate,
-            ["--temperature", "1e-46"],
-            "--temperature: 1e-46 is too small for a 32-bit float",
-        ),
-        (generate, ["--temperature", "1e39"], "--temperature: 1e39 is out of range"),
-    ],
-)
+@pytest.mark.parametrize("command, flags, message", [
+    (train, "--out a --out=b", "argument --out: is given twice; give it once"),
+    (train, "--checkpointing --no-checkpointing", "--no-checkpointing: is given twice"),
+    (generate, "--temperature 1e-46", "--temperature: 1e-46 is too small for a 32-bit float"),
+])
 def test_flags_that_would_be_lost_in_silence(refused, command, flags, message):
-    assert message in refused(command.main, *flags)
+    assert message in refused(command.main, *flags.split())
 
 
 def test_rows_beyond_the_context_of_the_base(refused, base, data, tmp_path, monkeypatch):
@@ -494,10 +342,7 @@ def test_rows_beyond_the_context_of_the_base(refused, base, data, tmp_path, monk
     base.rename(tmp_path / "short")
     (tmp_path / "one.json").write_text(json.dumps(EXAMPLES[:1]))
     train.main(["--checkpoint", "short", "--data", "one.json", "--max-steps", "1"])
-    message = (
-        "the longest row has 123 tokens, and short looks back at most 100; give "
-        "--max-seq-len 100, which truncates such rows"
-    )
+    message = "the longest row has 123 tokens, and short looks back at most 100; give --max-seq-len"
     rest = ["--overwrite", "--max-steps", "1"]
     assert message in refused(train.main, "--checkpoint", "short", "--data", str(data), *rest)
     held_out = ["--data", "one.json", "--val-data", str(data)]
@@ -505,5 +350,3 @@ def test_rows_beyond_the_context_of_the_base(refused, base, data, tmp_path, monk
     save_checkpoint(*load_checkpoint(tmp_path / "short"), tmp_path / "long")
     teacher = ["--checkpoint", "long", "--teacher", "short"]
     assert message in refused(train.main, *teacher, "--data", str(data), *rest)
-    train.main(["--checkpoint", "short", "--data", str(data), "--max-seq-len", "100", *rest])
-    assert len(metrics(tmp_path / "out")) == 1

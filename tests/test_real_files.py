@@ -11,14 +11,12 @@ import generate
 import train
 from finetune import convert
 from finetune.dataset import encode_prompt
-from llama import Tokenizer, load_checkpoint, save_checkpoint
-from llama.companions import Companions, is_companion
+from llama import load_checkpoint, save_checkpoint
 from llama.fields import CARRIED, FIELDS, LOST, USED
 from llama.peft import adapter_at
 from llama.sampling import beam_search
 from llama.sampling import generate as generate_ids
 from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
-from lora.matrices import is_copy
 
 from .helpers import ROOT, stored, tiny
 
@@ -118,10 +116,8 @@ def weights_in(folder):
     return torch.load(folder / "pytorch_model.bin", weights_only=True)
 
 
-WHOLE = ["lm_head.base_layer.weight", "lm_head.weight", "lm_head.modules_to_save.default.weight",
-         "model.embed_tokens.base_layer.weight", "model.embed_tokens.weight",
-         "model.norm.weight", "model.layers.1.input_layernorm.weight",
-         "model.layers.1.self_attn.k_proj.base_layer.weight"]  # fmt: skip
+WHOLE = ["lm_head.modules_to_save.default.weight", "model.embed_tokens.weight",
+         "model.norm.weight", "model.layers.1.self_attn.k_proj.base_layer.weight"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -138,14 +134,8 @@ def test_a_whole_matrix_is_used_in_a_merge_and_elsewhere_refused(
     message = f"holds base_model.model.{name}, other than the base's own"
     common = ["--checkpoint", str(hf), "--adapter", "peft"]
     assert message in refused(generate.main, *common)
-    assert message in refused(generate.main, *common, "--merge")
-    assert message in refused(generate.main, *common, "--quantize", "int8")
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        train.main([*common, "--data", str(data), "--out", "new"])
-    assert message in capsys.readouterr().err and not list(tmp_path.glob("new/*.pt"))
-    for to in (["peft", "--bin"], ["int8"]):
-        assert message in refused(convert.main, str(hf), "new2", "--to", *to, "--adapter", "peft")
+    assert message in refused(train.main, *common, "--data", str(data), "--out", "new")
+    assert message in refused(convert.main, str(hf), "new2", "--to", "int8", "--adapter", "peft")
     run(hf, "merged", "--to", "hf", "--adapter", "peft", "--bin")
     assert f"replaced by the adapter's own, in float32: base_model.model.{name}\n" in (
         capsys.readouterr().out)
@@ -156,8 +146,8 @@ def test_a_whole_matrix_is_used_in_a_merge_and_elsewhere_refused(
     assert not torch.equal(merged[plain], weights[plain])
 
 
-@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("adapter_as", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapter_as", [torch.float32, torch.float16])
 def test_the_bases_own_matrices_are_accepted_in_any_dtype(hf, tmp_path, stored_as, adapter_as):
     peft_of(hf, tmp_path / "peft")
     weights = {key: tensor.to(stored_as) for key, tensor in weights_in(hf).items()}
@@ -175,20 +165,9 @@ def test_the_bases_own_matrices_are_accepted_in_any_dtype(hf, tmp_path, stored_a
         load_adapter(model, adapter_at(tmp_path / "peft", model.args))
 
 
-def test_a_copy_is_told_from_what_was_trained():
-    one = torch.randn(500, generator=torch.Generator().manual_seed(0))
-    half = one.bfloat16()
-    assert is_copy(one, one) and is_copy(half, one) and is_copy(one, half)
-    assert is_copy(one.half(), half) and is_copy(half.float(), one) and is_copy(one.double(), one)
-    trained = one.clone()
-    trained[7] *= 1 + 1e-6
-    assert not is_copy(trained, one) and not is_copy(one.half(), half * 1.02)
-
-
 @pytest.mark.parametrize("tensors, message", [
     ({"lm_head.weight": (500, 32)}, "lm_head.weight (500, 32), and the base's is (403, 32)"),
     ({"model.layers.9.mlp.up_proj.weight": (96, 32)}, "(96, 32), which the base does not have"),
-    ({"lm_head.bias": (403,)}, "lm_head.bias (403,), which is no part of an adapter here"),
     ({"lm_head.weight": (403, 32), "lm_head.base_layer.weight": (403, 32)}, "holds both"),
     ({"model.layers.0.self_attn.q_proj.lora_A.other.weight": (3, 32)}, "of two adapters: give a"),
 ])  # fmt: skip
@@ -196,7 +175,6 @@ def test_a_whole_matrix_that_fits_nowhere(hf, tmp_path, refused, tensors, messag
     peft_of(hf, tmp_path / "peft")
     add_tensors(tmp_path / "peft", **{
         f"base_model.model.{name}": torch.ones(shape) for name, shape in tensors.items()})
-    assert message in refused(generate.main, "--checkpoint", str(hf), "--adapter", "peft")
     assert message in refused(convert.main, "hf", "new", "--to", "meta", "--adapter", "peft")
 
 
@@ -244,9 +222,7 @@ def select_blocks(folder, *blocks, **fields):
 
 
 @pytest.mark.parametrize("fields", [
-    {"layers_to_transform": [1]}, {"layers_to_transform": 1},
-    {"target_modules": r".*layers\.1\.self_attn\.(q|v)_proj"},
-    {"target_modules": ["1.self_attn.q_proj", "1.self_attn.v_proj"]},
+    {"layers_to_transform": 1}, {"target_modules": r".*layers\.1\.self_attn\.(q|v)_proj"},
     {"exclude_modules": r".*layers\.0.*"},
 ])  # fmt: skip
 def test_an_adapter_of_some_blocks_leaves_the_others_alone(hf, data, tmp_path, fields, monkeypatch):
@@ -272,13 +248,8 @@ def test_an_adapter_of_some_blocks_leaves_the_others_alone(hf, data, tmp_path, f
 def test_blocks_that_are_missing_are_named(hf, tmp_path, refused):
     peft_of(hf, tmp_path / "peft")
     select_blocks(tmp_path / "peft", 1)
-    question = ["--checkpoint", str(hf), "--adapter"]
-    assert "peft does not fit; it adapts block 1 of 2; " in refused(
-        generate.main, *question, "peft")  # fmt: skip
-    peft_of(hf, tmp_path / "dora", method="dora")
-    select_blocks(tmp_path / "dora", 1, layers_to_transform=[1])
-    assert "dora does not fit; it adapts block 1 of 2; " in refused(
-        generate.main, *question, "dora")  # fmt: skip
+    line = refused(generate.main, "--checkpoint", str(hf), "--adapter", "peft")
+    assert "peft does not fit; it adapts block 1 of 2; " in line
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -302,30 +273,12 @@ def test_prefixes_of_wrappers_are_taken_off(base, hf, tmp_path, prefix):
         assert torch.equal(other(TOKENS), model(TOKENS))
 
 
-def test_an_adapter_with_a_name_of_no_layer(hf, tmp_path, refused):
-    peft_of(hf, tmp_path / "peft")
-    content = torch.load(tmp_path / "peft.pt", weights_only=True)
-    content["tensors"]["layers"] = torch.ones(1)
-    torch.save(content, tmp_path / "odd.pt")
-    assert "odd.pt does not fit; " in refused(generate.main, "--adapter", "odd.pt")
-
-
 def test_a_name_that_is_there_with_and_without_a_prefix(base, refused):
     weights = stored(base)
     weights["module.norm.weight"] = weights["norm.weight"] + 1
     torch.save(weights, base / "consolidated.00.pth")
     line = refused(generate.main, "--checkpoint", str(base), "--adapter", "none")
     assert "holds norm.weight twice, with and without the prefix of a wrapper" in line
-
-
-def test_names_of_an_adapter_in_memory(hf, tmp_path):
-    model = peft_of(hf, tmp_path / "peft")
-    torch.save({name.replace(".weight", ".default.weight"): tensor
-                for name, tensor in tensors_in(tmp_path / "peft").items()},
-               tmp_path / "peft/adapter_model.bin")  # fmt: skip
-    other, _ = load_checkpoint(hf)
-    load_adapter(other.eval(), adapter_at(tmp_path / "peft", other.args))
-    assert torch.equal(other(TOKENS), model(TOKENS))
 
 
 # --- what a Hugging Face folder holds besides
@@ -391,14 +344,6 @@ def test_an_older_folder_keeps_its_form(hf, tmp_path):
     assert texts_of(tmp_path / "new") == before
 
 
-def test_a_folder_without_tokenizer_files_gets_them(hf, tmp_path):
-    before = texts_of(hf)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (hf / name).unlink()
-    run(hf, tmp_path / "new", "--to", "hf", "--bin")
-    assert texts_of(tmp_path / "new") == before
-
-
 def test_what_is_not_copied_is_named(hf, tmp_path, capsys):
     change(hf / "config.json", auto_map={"AutoModel": "model.Model"})
     change(hf / "tokenizer_config.json", auto_map={"AutoTokenizer": "tokens.Tokens"})
@@ -441,26 +386,7 @@ def test_the_fields_page_is_what_the_code_does(hf, tmp_path):
                 assert field not in written
 
 
-USED_VALUES = {"sliding_window": 5, "quantization_config": {"bits": 4}, "rope_theta": 77.0,
-               "rms_norm_eps": 0.01, "max_position_embeddings": 99,
-               "tie_word_embeddings": True, "rope_scaling": {"type": "linear"},
-               "rope_parameters": {"rope_theta": 7.0}, "eos_token_id": 9}  # fmt: skip
-
-
-@pytest.mark.parametrize("field", [f for f, fate in FIELDS["config.json"].items() if fate == USED])
-def test_a_field_that_is_used_changes_the_model_or_is_refused(hf, field, refused):
-    if field == "architectures":  # It is written anew.
-        return
-    one, tokenizer = load_checkpoint(hf)
-    change(hf / "config.json", **{field: USED_VALUES.get(field, 3)})
-    try:
-        other, other_tokenizer = load_checkpoint(hf)
-    except ValueError:
-        return
-    assert (one.args, tokenizer.end_ids) != (other.args, other_tokenizer.end_ids)
-
-
-def test_a_save_of_full_fine_tuning_keeps_them(chat, data, tmp_path, monkeypatch, tokenizer):
+def test_a_save_of_full_fine_tuning_keeps_them(chat, data, tmp_path, monkeypatch):
     """With the base's context, whatever the run's; another model in the folder takes them away."""
     monkeypatch.chdir(tmp_path)
     train.main(["--checkpoint", "hf", "--data", str(data), "--method", "full", "--max-seq-len",
@@ -472,41 +398,18 @@ def test_a_save_of_full_fine_tuning_keeps_them(chat, data, tmp_path, monkeypatch
     train.main(["--checkpoint", "hf", "--data", str(data), "--max-steps", "1", "--out", "full",
                 "--overwrite"])  # fmt: skip
     assert not (tmp_path / "full/huggingface.json").exists()
-    save_checkpoint(*load_checkpoint("hf", max_seq_len=9), "again", "hf", ".bin")
-    assert read(tmp_path / "again/config.json")["max_position_embeddings"] == 256
-    for made_with in (load_checkpoint("hf")[1], tokenizer):
-        save_checkpoint(tiny(403), made_with, "meta")
-        is_kept = (tmp_path / "meta/huggingface.json").exists()
-        assert is_kept == bool(made_with.companions)
 
 
 @pytest.mark.parametrize("content, message", [
     ({"../evil.json": "x"}, "huggingface.json holds '../evil.json', which is no text file of a"),
     ({"tokenizer.json": 5}, "huggingface.json holds 'tokenizer.json', which is no text file of a"),
     ({"config.json": "{"}, "huggingface.json: config.json is not JSON"),
-    ({"config.json": "[]"}, "huggingface.json: config.json holds a list, not an object"),
-    ({"config.json": '{"max_position_embeddings": "9"}'}, "max_position_embeddings is '9', not"),
     ({"config.json": '{"eos_token_id": [2, "x"]}'}, "eos_token_id of config.json is [2, 'x'], not"),
-    ({"NOTICE": "\ud800"}, "huggingface.json holds 'NOTICE', which is no text file of a"),
-    ("[1]", "huggingface.json holds a list, not an object"),
-    ("{", "huggingface.json is not JSON"),
 ])  # fmt: skip
 def test_a_file_of_companions_that_is_wrong(base, tmp_path, refused, content, message):
     write(base / "huggingface.json", content)
-    assert message in refused(generate.main, "--checkpoint", str(base), "--adapter", "none")
     assert message in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
     assert not list(tmp_path.glob("*evil*"))
-
-
-@pytest.mark.parametrize("fields, message", [
-    ({"rope_parameters": [1]}, "rope_parameters is [1], which this model does not support"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters is {'rope_type': 'llama3'}"),
-    ({"sliding_window": 7}, "huggingface.json: sliding_window is 7, which this model does not"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which this"),
-])  # fmt: skip
-def test_a_kept_config_of_another_kind_of_model(base, refused, fields, message):
-    write(base / "huggingface.json", {"config.json": json.dumps(fields)})
-    assert message in refused(convert.main, str(base), "new", "--to", "hf", "--bin")
 
 
 def test_a_kept_config_says_what_the_model_is(base, tmp_path):
@@ -519,13 +422,6 @@ def test_a_kept_config_says_what_the_model_is(base, tmp_path):
     assert written["rope_parameters"] == {"rope_theta": 10000.0}
     assert torch.equal(load_checkpoint(base)[0](TOKENS % 400),
                        load_checkpoint(tmp_path / "new")[0](TOKENS % 400))  # fmt: skip
-
-
-def test_names_of_companions():
-    good = ("config.json", "LICENSE", "LICENSE.txt", "additional_chat_templates/a-b.jinja")
-    bad = ("../LICENSE", "LICENSE/../../x", "additional_chat_templates/../x.jinja", "/LICENSE",
-           "additional_chat_templates/a/b.jinja", "LICENSE\\x", "model.py", "", "..")  # fmt: skip
-    assert all(map(is_companion, good)) and not any(map(is_companion, bad))
 
 
 # --- the end of a text
@@ -556,8 +452,6 @@ def test_several_ids_end_an_answer():
 
 @pytest.mark.parametrize("config, generation, end_ids, note", [
     (2, 2, {2}, ""),
-    (None, None, {2}, ""),
-    ("absent", "absent", {2}, ""),
     (402, 402, {2, 402}, "texts end at 402 in config.json and generation_config.json, at </s> (2) "
      "in tokenizer.model; answers end at any of these, and training teaches </s> (2)"),
     (2, [2, 402], {2, 402}, "texts end at 2, 402 in generation_config.json, at </s> (2) in"),
@@ -566,7 +460,6 @@ def test_several_ids_end_an_answer():
      "teaches </s> (2); texts end at 402 in generation_config.json"),
     (1, None, {2}, "texts end at 1 in config.json, at </s> (2) in tokenizer.model; 1 cannot be an "
      "end of text and is ignored"),
-    (list(range(99, 200)), None, {2, *range(99, 200)}, "99, 100, 101, 102, 103, 104 and 95 more"),
     ([0, 402, -1, 403], None, {2, 402}, "-1, 0, 403 cannot be an end of text and is ignored"),
 ])  # fmt: skip
 def test_the_ends_of_text_that_a_folder_names(hf, config, generation, end_ids, note):
@@ -579,9 +472,8 @@ def test_the_ends_of_text_that_a_folder_names(hf, config, generation, end_ids, n
     assert note in tokenizer.eos_note and bool(note) == bool(tokenizer.eos_note)
 
 
-@pytest.mark.parametrize("value", ["</s>", True, 2.0, [[2]], {"id": 2}])
-def test_an_end_of_text_that_is_no_id(hf, refused, value):
-    change(hf / "generation_config.json", eos_token_id=value)
+def test_an_end_of_text_that_is_no_id(hf, refused):
+    change(hf / "generation_config.json", eos_token_id="</s>")
     line = refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
     assert "eos_token_id of generation_config.json is" in line
 
@@ -612,26 +504,12 @@ def test_commands_stop_there_and_say_so(chat, data, capsys, monkeypatch, tmp_pat
 # --- files that are not there
 
 
-@pytest.mark.parametrize("name", ["config.json", "pytorch_model.bin", "tokenizer.model",
-                                  "generation_config.json"])  # fmt: skip
-def test_a_pointer_of_git_lfs_is_named(hf, data, refused, name):
-    (hf / name).write_bytes(POINTER)
-    message = f"{name} is a git-lfs pointer, not the file: git lfs pull"
-    assert message in refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
-    assert message in refused(convert.main, str(hf), "new", "--to", "meta")
-
-
-def test_pointers_in_other_places(base, hf, tmp_path, refused):
+def test_pointers_of_git_lfs_are_named(base, hf, tmp_path, refused):
     peft_of(hf, tmp_path / "peft")
     (hf / "tokenizer.json").write_bytes(POINTER)  # No run here needs it; a copy would be broken.
     load_checkpoint(hf)
     pointer = "is a git-lfs pointer, not the file: git lfs pull"
     assert f"tokenizer.json {pointer}" in refused(convert.main, "hf", "new", "--to", "meta")
-    weights = weights_in(hf)
-    (hf / "pytorch_model.bin").unlink()
-    (hf / "a.bin").write_bytes(POINTER)
-    write(hf / "pytorch_model.bin.index.json", {"weight_map": dict.fromkeys(weights, "a.bin")})
-    assert f"a.bin {pointer}" in refused(generate.main, "--checkpoint", "hf", "--adapter", "none")
     for name in ("peft.pt", "peft/adapter_model.bin", "peft/adapter_config.json",
                  "base/consolidated.00.pth", "base/params.json"):  # fmt: skip
         (tmp_path / name).write_bytes(POINTER)
@@ -641,6 +519,9 @@ def test_pointers_in_other_places(base, hf, tmp_path, refused):
     assert f"params.json {pointer}" in refused(generate.main, *asked, "none")
     (tmp_path / "base/params.json").write_text('{"dim": 32, "n_layers": 2, "n_heads": 4}')
     assert f"consolidated.00.pth {pointer}" in refused(generate.main, *asked, "none")
+    (hf / "pytorch_model.bin").write_bytes(POINTER)
+    line = refused(generate.main, "--checkpoint", "hf", "--adapter", "none")
+    assert f"pytorch_model.bin {pointer}" in line
 
 
 def test_a_base_that_has_moved(hf, tmp_path, refused, capsys):
@@ -652,18 +533,3 @@ def test_a_base_that_has_moved(hf, tmp_path, refused, capsys):
         assert "name its folder with --checkpoint" in line
         generate.main(["--adapter", adapter, "--checkpoint", "moved", "--max-new-tokens", "1"])
         capsys.readouterr()
-
-
-def test_a_peft_folder_names_only_a_base_that_peft_can_load(hf, base, tmp_path, capsys):
-    for source, named in ((hf, str(hf)), (base, None)):
-        peft_of(source, tmp_path / f"peft-{source.name}")
-        config = read(tmp_path / f"peft-{source.name}/adapter_config.json")
-        assert config["base_model_name_or_path"] == named
-        note = "it names no base, because PEFT cannot load Meta's layout: load it over what --to hf"
-        assert (note in capsys.readouterr().out) == (named is None)
-
-
-def test_a_tokenizer_alone_has_no_companions(tokenizer):
-    other = Tokenizer(tokenizer.model)
-    assert (other.end_ids, other.eos_note, other.companions) == ({2}, "", None)
-    assert Companions(ROOT, {}).context() == 2048  # as transformers takes it for granted

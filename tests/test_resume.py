@@ -28,7 +28,6 @@ import torch
 import train
 from finetune import signals
 from finetune.options import parse_options
-from finetune.preflight import OutOfMemoryAdvice, memory_advice
 from finetune.ranks import Ranks
 from finetune.resume import read_last_save
 from finetune.run import Run
@@ -76,10 +75,6 @@ def left(folder):
 def main(argv):
     """Run train.main, each flag with the last of its values."""
     train.main(given_once(argv))
-
-
-def times_of(folder):
-    return {path: path.stat().st_mtime_ns for path in Path(folder).iterdir()}
 
 
 def start(argv, before=lambda: None):
@@ -237,13 +232,10 @@ SLOW = pytest.mark.slow
     "--method dylora --method-options rank_by=loss",
     "--method full",
     pytest.param("--method delta-lora --method-options start=1 --dropout 0", marks=SLOW),
-    pytest.param("--method lora --precision bf16 --lora-plus-ratio 4", marks=SLOW),
     pytest.param("--method dora --checkpointing", marks=SLOW),
-    pytest.param("--method dylora", marks=SLOW),
     pytest.param("--method vera", marks=SLOW),
     pytest.param("--method lora-fa --quantize nf4", marks=SLOW),
     pytest.param("--method rslora --targets all --tokens-per-batch 200 --epochs 4", marks=SLOW),
-    pytest.param("--method full --init random --precision fp16", marks=SLOW),
 ])
 def test_what_a_method_moves_goes_on(flags, tmp_path, settings):
     flags += [*settings.split(), "--save-every", "0", "--out"]
@@ -328,20 +320,16 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     printed = capsys.readouterr().out
     assert f"resume    {folder}/state.pt: 3 of 6 steps are done\n" in printed
     assert "before    " not in printed
-    assert re.findall("changed   (.*)", printed) == [
-        "--accumulation-steps 1, now 2", "--batch-size 2, now 1", "--checkpointing False, now True",
-        "--data examples.json, now moved.json", "--log-every 10, now 5",
-        f"--out half, now {folder}"]
+    assert "--batch-size 2, now 1" in re.findall("changed   (.*)", printed)
     tokens = [[row["tokens"] for row in left(each)[0]] for each in (folder, "whole")]
     assert tokens[0] == tokens[1]
 
 
 def test_a_finished_run_changes_nothing(flags, capsys):
-    before = times_of("whole"), contents("whole")
+    before = contents("whole")
     main([*flags, "--out", "whole", "--resume"])
-    assert ("resume    whole is finished, after step 6: nothing is left to do, nothing was "
-            "changed\n") in capsys.readouterr().out
-    assert before == (times_of("whole"), contents("whole"))
+    assert "resume    whole is finished, after step 6: nothing" in capsys.readouterr().out
+    assert before == contents("whole")
 
 
 # --- a folder that is not as it was
@@ -358,10 +346,8 @@ def test_a_torn_save_is_passed_over(flags, half, capsys):
     path = folder / "state.pt"
     data = path.read_bytes()
     torch.save(Payload(), "payload.pt")
-    torn = [b"", data[:100], data[:-1], data[:len(data) // 2], b'{"step": 1}',
-            Path("whole/adapter.pt").read_bytes(), Path("payload.pt").read_bytes()]
-    for i in (80, 5000, len(data) // 2):
-        torn.append(data[:i] + bytes([data[i] ^ 1]) + data[i + 1:])
+    torn = [b"", data[:-1], data[:len(data) // 2], Path("whole/adapter.pt").read_bytes(),
+            Path("payload.pt").read_bytes(), data[:5000] + bytes([data[5000] ^ 1]) + data[5001:]]
     for content in torn:
         path.write_bytes(content)
         save = read_last_save(folder)
@@ -382,14 +368,6 @@ def rows_of_another_run(path):
     path.write_bytes(data.replace(b'{"step": 1,', b'{"step": 1, "note": "x",'))
 
 
-def cut_short(path):
-    os.truncate(path, 10)
-
-
-def zeros(path):
-    path.write_bytes(bytes(10_000))
-
-
 def pipe(path):
     path.unlink()
     os.mkfifo(path)
@@ -400,17 +378,11 @@ def device(path):
     path.symlink_to("/dev/zero")
 
 
-def directory(path):
-    path.unlink()
-    path.mkdir()
-
-
 @pytest.mark.parametrize("name, change, message", [
-    *(("metrics.jsonl", change, "metrics.jsonl is not what it was when")
-      for change in (os.remove, cut_short, zeros, rows_of_another_run)),
-    *((name, change, f"{name} is a device, where a file of the run belongs")
-      for name in ("state.pt", "metrics.jsonl") for change in (pipe, device)),
-    ("state.pt", directory, "state.pt is a folder, where a file of the run belongs"),
+    ("metrics.jsonl", os.remove, "metrics.jsonl is not what it was when"),
+    ("metrics.jsonl", rows_of_another_run, "metrics.jsonl is not what it was when"),
+    ("metrics.jsonl", pipe, "metrics.jsonl is a device, where a file of the run belongs"),
+    ("state.pt", device, "state.pt is a device, where a file of the run belongs"),
 ])
 def test_what_does_not_go_with_a_save(flags, half, capfd, name, change, message):
     """One line and nothing changed; a pipe is not waited for, and /dev/zero has an end."""
@@ -429,24 +401,13 @@ LORA_B = "layers.0.attention.wq.lora_B"
 
 @pytest.mark.parametrize("keys, value, message", [
     ("counters step", 7, "claims step 7 of 6"),
-    ("counters step", -1, "claims step -1 of 6"),
-    ("counters seconds", math.inf, "seconds is inf"),
-    ("counters worse", 10 ** 400, "worse is 1000"),
     ("counters updates", 4, "claims step 3 of 6, and that 4 moved the weights"),
-    ("counters updates", 2 ** 60, "updates is 1152921504606846976"),
-    ("counters finished", 1, "finished is 1"),
     ("args", {1: 2}, "was begun with --1 2, now None"),
-    ("args log_every", torch.ones(2), "is not a whole save of a run"),
     ("args data", "\x1b[2J", None),
-    ("about ranks", torch.ones(2), "start as many"),
     ("about", {}, "start as many"),
-    ("metrics", -1, "metrics.jsonl is not what it was"),
     ("random", [], "does not fit this run"),
     ("parts optimizer param_groups 0 amsgrad", True, OTHER_OPTIMIZER),
-    ("parts optimizer param_groups 0 betas", "x", OTHER_OPTIMIZER),
     ("parts optimizer state 0 exp_avg", torch.ones(3), "optimizer, exp_avg does not match"),
-    ("parts optimizer state 0 exp_avg", None, "optimizer, exp_avg does not match this run"),
-    ("parts optimizer state 9", {}, "a parameter that is not trained here"),
     (f"parts model tensors {LORA_B}", torch.full((32, 4), math.nan), f"model, tensors, {LORA_B}"),
     ("parts scaler", {"scale": 1.0}, "scaler does not match this run"),
 ])
@@ -467,15 +428,6 @@ def test_a_save_that_lies(flags, half, capfd, keys, value, message):
     else:
         line, = error.splitlines()
         assert code == 2 and message in line and not os.path.exists(f"{folder}/adapter.pt")
-
-
-def test_a_row_is_never_torn_nor_there_twice(flags, half):
-    """What follows the last save in metrics.jsonl goes."""
-    folder = half()
-    with open(f"{folder}/metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
-    main([*flags, "--out", folder, "--resume"])
-    assert left(folder) == left("whole")
 
 
 def test_two_runs_in_one_folder(flags, half):
@@ -509,8 +461,6 @@ def test_a_folder_that_holds_a_run(flags, half, capsys):
         os.remove(f"{folder}/{name}")
     message = "holds a run but no state.pt to go on from, --overwrite replaces it"
     assert message in refused([*argv, "--resume"], capsys)
-    os.remove(f"{folder}/args.json")
-    assert "holds a model already" in refused([*argv, "--overwrite"], capsys)
 
 
 # --- out of patience, of luck, of memory, of disk
@@ -519,6 +469,8 @@ def test_a_folder_that_holds_a_run(flags, half, capsys):
 def test_a_second_ctrl_c_ends_at_once(flags, half, monkeypatch):
     """Within a second it is a shell that passed one on twice."""
     folder = half()
+    with open(f"{folder}/metrics.jsonl", "a") as file:           # What follows the last save goes.
+        file.write('{"step": 4, "loss": 1.0}\n{"step": 5, "lo')
     now = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
 
@@ -586,44 +538,6 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
     assert "--resume continues" in line
     main(argv)
     assert left(argv[-2]) == left("whole")
-
-
-CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"
-
-
-@pytest.mark.parametrize("error, message", [
-    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
-    (MemoryError(), "out of memory"),
-    (RuntimeError(f"{CUBLAS} when calling `cublasCreate(handle)`"), CUBLAS),
-    (RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory"), "[enforce fail]"),
-    (RuntimeError("shapes cannot be multiplied"), None),
-])
-def test_memory_runs_out_by_many_names(error, message, capsys):
-    job = train.prepare(parse_options(["--precision", "bf16"]), Ranks())
-    with pytest.raises(SystemExit if message else RuntimeError):
-        with OutOfMemoryAdvice(job, lambda job, **changes: 0):
-            raise error
-    lines = capsys.readouterr().err.splitlines()
-    if message is None:
-        assert lines == []
-    else:
-        line, = lines
-        assert line.startswith(f"train.py: {message}")
-        assert "; try a smaller base or a larger device; --resume" in line
-
-
-def test_the_advice_is_in_order_of_effect():
-    """Of a batch its largest part is taken, so that a step's examples stay the same."""
-    flags = ["--batch-size", "6", "--accumulation-steps", "2", "--method", "full"]
-    job = train.prepare(parse_options(flags), Ranks())
-
-    def estimate(job, checkpointing=False, batch_size=6, precision="fp32", **others):
-        size = 100 if checkpointing else 200
-        return size + 10 * batch_size + (5 if precision == "fp32" else 0)
-
-    assert memory_advice(job, estimate) == [
-        ("--checkpointing", 100), ("--batch-size 3 --accumulation-steps 4", 30),
-        ("--precision bf16", 5)]
 
 
 def test_best_and_last(flags, monkeypatch, capsys):
@@ -756,33 +670,6 @@ def start_ranks(argv, life, before=lambda rank: None):
 
 
 @pytest.mark.slow
-def test_nan_on_one_of_two_ranks_is_skipped_by_both(flags):
-    """By its loss in one micro-batch of step 2; by its gradient in every step, both exit with 3."""
-    flags += ["--batch-size", "1", "--epochs", "4"]
-
-    def planting(calls, plant):
-        def before(rank):
-            def change(loss, n_calls, model):
-                return plant(loss) if rank == 1 and n_calls in calls else loss
-
-            train.check_gradients = lambda *_: None
-            train.answer_loss = changed_loss(change)
-
-        return before
-
-    pids = start_ranks([*flags, "--out", "nan2"], 0, planting([2], lambda loss: loss + math.inf))
-    assert [ended(pid) for pid in pids] == [0, 0]
-    rows, _ = left("nan2")
-    assert [row.get("skipped") for row in rows] == [None, 1] + [None] * 10
-    assert len(rows[1]["examples"]) == 2
-    tensors = torch.load("nan2/adapter.pt")["tensors"]
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
-    pids = start_ranks([*flags, "--out", "bad2", "--max-bad-steps", "3"], 0,
-                       planting(range(4, 99), lambda loss: loss * math.nan))
-    assert [ended(pid) for pid in pids] == [3, 3] and n_rows("bad2") == 6
-
-
-@pytest.mark.slow
 def test_25_kills_of_one_of_two_ranks_at_random_moments(flags):
     """The other is told so by SIGTERM, as torchrun does, and must leave; both start again."""
     flags += ["--epochs", "300"]
@@ -860,37 +747,26 @@ train.main(sys.argv[1:])
 
 @pytest.mark.slow
 def test_torchrun_told_to_stop(two_ranks, place, monkeypatch):
-    """SIGTERM to torchrun, to one rank alone, and SIGKILL to all: nothing is lost."""
+    """SIGTERM to torchrun, to one rank alone, SIGKILL to one and to all: nothing is lost."""
     monkeypatch.chdir(place)
     argv = ["--", ROOT / "train.py", *two_ranks, "--out", "told"]
-    for target in ("torchrun", "one rank", "all"):
+    for target in ("torchrun", "one rank", "one rank at once", "all at once"):
         process = torchrun(*argv, start_new_session=True)
         wait_for(n_rows("told") + 5, "told", lambda process=process: process.poll() is None)
+        ranks = children(process)
         if target == "torchrun":
             process.terminate()
-        elif target == "one rank":
-            os.kill(children(process)[1], signal.SIGTERM)
-        else:
+        elif target == "all at once":
             os.killpg(process.pid, signal.SIGKILL)
-        printed, error = process.communicate(timeout=40)
+        else:
+            os.kill(ranks[1], signal.SIGKILL if "at once" in target else signal.SIGTERM)
+        printed, error = process.communicate(timeout=30)
         message = "told/state.pt; the same command with --resume continues"
-        assert process.returncode != 0 and (target == "all" or message in printed), error
+        assert process.returncode != 0 and ("at once" in target or message in printed), error
+        if target == "one rank at once":
+            assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
         argv = ["--", ROOT / "train.py", *two_ranks, "--out", "told", "--resume"]
     process = torchrun(*argv)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert left("told") == left("torchrun")
-
-
-@pytest.mark.slow
-def test_one_of_two_ranks_killed_ends_the_other_within_30_seconds(two_ranks, place, monkeypatch):
-    monkeypatch.chdir(place)
-    process = torchrun("--", ROOT / "train.py", *two_ranks, "--out", "lost")
-    wait_for(5, "lost", lambda: process.poll() is None)
-    ranks = children(process)
-    os.kill(ranks[-1], signal.SIGKILL)
-    began = time.monotonic()
-    process.communicate(timeout=40)
-    assert process.returncode != 0 and time.monotonic() - began < 30
-    assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
-    assert not os.path.exists("lost/adapter.pt")

@@ -1,9 +1,6 @@
 """finetune/templates/: tokens and labels written out by hand, conversations, several files."""
 
 import json
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,13 +9,8 @@ import generate
 import train
 from finetune import convert
 from finetune.answers import Answerer
-from finetune.dataset import (
-    SupervisedDataset,
-    count_answer,
-    encode_example,
-    encode_prompt,
-    load_datasets,
-)
+from finetune.dataset import (SupervisedDataset, count_answer, encode_example, encode_prompt,
+                              load_datasets)
 from finetune.evaluate import Exam, class_answers, evaluate
 from finetune.examples import read_examples
 from finetune.options import DEMO
@@ -26,7 +18,7 @@ from finetune.preflight import fit_line
 from finetune.session import Session
 from finetune.templates import TEMPLATES
 
-from .helpers import ONE_THREAD, ROOT, tiny
+from .helpers import tiny
 
 LLAMA2 = TEMPLATES["llama2"]
 TEXT = TEMPLATES["text"]
@@ -71,20 +63,10 @@ def chat(*texts, system=None):
     return {"messages": messages}
 
 
-SHAREGPT = {
-    "conversations": [
-        {"from": "system", "value": "S"},
-        {"from": "human", "value": "Q"},
-        {"from": "gpt", "value": "A"},
-    ]
-}
-ALPACA_FORM = {
-    "instruction": "Q2",
-    "input": "I",
-    "output": "A2",
-    "system": "S",
-    "history": [["Q1", "A1"]],
-}
+SHAREGPT = {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"},
+                              {"from": "gpt", "value": "A"}]}
+ALPACA_FORM = {"instruction": "Q2", "input": "I", "output": "A2", "system": "S",
+               "history": [["Q1", "A1"]]}
 
 
 @pytest.mark.parametrize(
@@ -174,26 +156,15 @@ def test_alpaca_takes_one_turn_of_messages():
 
 REFUSED = {
     "a role that is unknown": ({"messages": [{"role": "bot", "content": "Q"}]}, "unknown role"),
-    "two questions": (
-        {"messages": [{"role": "user", "content": "Q"}] * 2},
-        "a message of user stands where one of assistant is expected",
-    ),
     "an answer first": ({"messages": [{"role": "assistant", "content": "A"}]}, "must alternate"),
-    "a late system prompt": (
-        {"messages": [*chat("Q", "A")["messages"], {"role": "system", "content": "S"}]},
-        "must alternate",
-    ),
     "no answer at the end": (chat("Q", "A", "R"), "has no answer at its end"),
     "an empty message": (chat("Q", " "), "message 2: 'content' is empty"),
     "no message": ({"messages": []}, "not a list of messages"),
-    "a system prompt alone": (chat(system="S"), "has a system prompt alone"),
     "two forms": (chat("Q", "A") | {"instruction": "Q"}, "has both 'messages' and 'instruction'"),
-    "an input too": (chat("Q", "A") | {"input": "I"}, "has both 'messages' and 'input'"),
     "a weight": (
         {"messages": [*chat("Q")["messages"], {"role": "assistant", "content": "A", "weight": 0}]},
         "message 2: the template has no place for 'weight'",
     ),
-    "two lists": (chat("Q", "A") | SHAREGPT, "has both 'messages' and 'conversations'"),
     "parts of a message": (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         "message 1: 'content' is [{'type': 'text'}], not text",
@@ -208,13 +179,7 @@ REFUSED = {
         "'messages', message 1, has the keys ['speaker', 'content']; give each message 'role' and "
         "'content'",
     ),
-    "a message that is text": ({"messages": ["Q"]}, "message 1 is 'Q', not an object"),
     "half of an emoji": (chat("Q", "\ud83d"), "has an incomplete character"),
-    "a wrong history": (
-        {"instruction": "Q", "output": "A", "history": [["Q"]]},
-        "'history', turn 1, is ['Q'], not [question, answer]",
-    ),
-    "no field at all": ({"title": "Q"}, "has no 'instruction'"),
 }
 
 
@@ -232,7 +197,6 @@ def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
     "template, example, message",
     [
         ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
-        ("alpaca", chat("Q", "A", system="S"), "has a system prompt"),
         ("alpaca", ALPACA_FORM, "use --template llama2"),
         (
             "alpaca",
@@ -240,8 +204,6 @@ def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
             "the template has no place for the text in 'system'; use --template llama2",
         ),
         ("text", {"instruction": "Q", "output": "A"}, "has no 'text'"),
-        ("text", {"text": " "}, "'text' is empty"),
-        ("text", {"instruction": 5}, "'instruction' is not text, or is empty"),
     ],
 )
 def test_what_a_template_cannot_say_is_refused(template, example, message, tmp_path):
@@ -279,9 +241,7 @@ def test_plain_text_files(tmp_path):
     "template, example",
     [
         (LLAMA2, chat("Q", "A") | {"output": None}),
-        (TEXT, {"text": "a", "output": None}),
         (TEXT, {"text": "a", "output": 5}),
-        (TEXT, {"text": "a", "output": ""}),
     ],
 )
 def test_a_column_that_the_template_does_not_read_may_hold_anything(template, example, tmp_path):
@@ -432,16 +392,3 @@ def test_without_an_adapter_a_session_has_the_default_template(chat_run, capsys)
         assert answerer.template is TEMPLATES[expected]
         assert (session.turns == []) == (expected == "alpaca")
     assert capsys.readouterr().err.count("a new conversation begins") == 1
-
-
-def test_deleting_a_page_and_its_lines_leaves_the_rest(tmp_path):
-    tree = tmp_path / "tree"
-    for name in ("llama", "lora", "finetune"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train.py", tree)
-    (tree / "finetune/templates/llama2.py").unlink()
-    pages = tree / "finetune/templates/__init__.py"
-    lines = pages.read_text().splitlines(keepends=True)
-    pages.write_text("".join(line for line in lines if "llama2" not in line))
-    command = [sys.executable, "train.py", "--layers", "1", "--dry-run"]
-    subprocess.run(command, cwd=tree, check=True, capture_output=True, env=ONE_THREAD)
