@@ -642,3 +642,24 @@ def test_without_the_safetensors_package(refused, base, monkeypatch):
     (hf / "pytorch_model.bin").unlink()
     error = refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
     assert f"model.safetensors {message}" in error
+
+
+def test_random_weights_over_a_hugging_face_folder(base):
+    hf = to_hf(base)
+    (hf / "pytorch_model.bin").unlink()
+    spoil(hf / "config.json", {"tie_word_embeddings": True})
+    model = loaded(hf, init="random")
+    assert model.output.weight is model.tok_embeddings.weight and model(TOKENS).isfinite().all()
+
+
+def test_a_tied_matrix_that_is_stored_twice(tmp_path, tokenizer):
+    save_checkpoint(tiny(tie_embeddings=True), tokenizer, tmp_path, "hf", ".bin")
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model = loaded(tmp_path)
+    assert model.output.weight is model.tok_embeddings.weight
+    state["lm_head.weight"] += 1
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="ties lm_head.weight to .*, but the weights differ"):
+        load_checkpoint(tmp_path)

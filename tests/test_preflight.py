@@ -305,3 +305,16 @@ def test_an_adapter_without_gradient_and_a_loss_that_is_no_number_are_stopped():
     with pytest.raises(ValueError, match="the loss is nan before the first step"):
         check()
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--layers", "3"], "has 2 layers, so layers must be 1 to 2, not 3"),
+    (["--targets", "wq,wx"], "no layer named wx to adapt"),
+    (["--r", "17"], "layers.0.attention.wv: r is 17, must be 1 to 16"),
+    (["--max-seq-len", "100"], "no answer ends within 100 tokens, so eos is never a target"),
+    (["--max-seq-len", "20"], "none of 12 examples has an answer token within 20 tokens"),
+])
+def test_a_dry_run_finds_what_a_run_would_stumble_over(no_weights, data, refused, flags, message):
+    if "100" in flags:                               # Answers are cut, none is whole.
+        data.write_text(json.dumps([{**EXAMPLES[0], "output": "blue " * 100}] * 2))
+    assert message in refused(train.main, *no_weights, *flags)

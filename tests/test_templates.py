@@ -1,6 +1,9 @@
 """finetune/templates/: tokens and labels written out by hand, conversations, several files."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from finetune.preflight import fit_line
 from finetune.session import Session
 from finetune.templates import TEMPLATES
 
-from .helpers import tiny
+from .helpers import ONE_THREAD, ROOT, tiny
 
 LLAMA2 = TEMPLATES["llama2"]
 TEXT = TEMPLATES["text"]
@@ -392,3 +395,16 @@ def test_without_an_adapter_a_session_has_the_default_template(chat_run, capsys)
         assert answerer.template is TEMPLATES[expected]
         assert (session.turns == []) == (expected == "alpaca")
     assert capsys.readouterr().err.count("a new conversation begins") == 1
+
+
+def test_deleting_a_page_and_its_lines_leaves_the_rest(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("llama", "lora", "finetune"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tree)
+    (tree / "finetune/templates/llama2.py").unlink()
+    pages = tree / "finetune/templates/__init__.py"
+    lines = pages.read_text().splitlines(keepends=True)
+    pages.write_text("".join(line for line in lines if "llama2" not in line))
+    command = [sys.executable, "train.py", "--layers", "1", "--dry-run"]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True, env=ONE_THREAD)
