@@ -19,8 +19,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 
 from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
@@ -30,7 +28,6 @@ from finetune.evaluate import SCORING_TOKENS, evaluate
 from finetune.hardware import DTYPES, Precision, check_compiler, peak_memory_mb, pick_hardware
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
-from finetune.pictures import picture_of
 from finetune.preflight import (
     OutOfMemoryAdvice,
     check_data,
@@ -41,8 +38,9 @@ from finetune.preflight import (
     optimizer_state_bytes,
 )
 from finetune.ranks import Ranks, connected_ranks
-from finetune.printed import held_out_columns, progress_line
+from finetune.printed import held_out_columns, progress_line, report_end
 from finetune.run import ADAPTER, Run
+from finetune.shard import Sharding, clip_grad_norm_
 from finetune.signals import stop_after_step_on_signals
 from finetune.templates import template_name
 from llama.checkpoint import (
@@ -83,6 +81,7 @@ class Job:
     """
     options: Options
     ranks: Ranks
+    sharding: Sharding                   # how the ranks share the base (--shard)
     precision: Precision
     lora: LoRAConfig | None              # None for --method full
     template: str                        # the prompt format, for adapter files
@@ -123,6 +122,7 @@ def main(argv=None):
             run.begin(job)
         with stop_after_step_on_signals(run), memory_advice:
             train(job, run)
+            job = replace(job, model=job.sharding.whole_model(job.model))
             if ranks.is_first:
                 save(job, run.out)
             run.finish()
@@ -145,6 +145,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
     lora, quantize, template = adapter_settings(options, adapter)
+    sharding = Sharding.planned(options, ranks, model_args)
     train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
                                        options.max_seq_len, options.seed, tokenizer,
                                        template=template)
@@ -153,7 +154,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     state_bytes = optimizer_state_bytes(lambda groups: build_optimizer(groups, options))
     job = with_plan_and_shapes(Job(
         options=options,
-        ranks=ranks,
+        ranks=sharding.ranks,
+        sharding=sharding,
         precision=mixed_precision(precision_name, device, lora),
         lora=lora,
         quantize=quantize,
@@ -240,12 +242,14 @@ def check_gradient_paths(job: Job):
 def load_weights(job: Job) -> Job:
     """Load the weights, and test one backward pass on the largest micro-batch."""
     device = job.precision.device
+    job = replace(job, sharding=job.sharding.connected(device))
     torch.manual_seed(job.options.seed)                       # before the first weight is drawn
     model, adapter_paths = load_model(job, device, job.options.init)
     if job.adapter:
         load_adapter(model, job.adapter)
     distillation = load_distillation(job, device, "checkpoint")     # even with --init random
     loss_fn = distillation or answer_loss
+    job.ranks.exchange()                                      # An error before ends all ranks here.
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
         check_gradients(model, adapter_paths, lambda: loss_fn(model, batch.to(device))[0])
@@ -264,7 +268,8 @@ def load_model(job: Job, device: torch.device, init: str):
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
-                               options.max_seq_len, init, convert=quantizer(job.quantize))
+                               options.max_seq_len, init, convert=quantizer(job.quantize),
+                               sharding=job.sharding)
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora) if job.lora else []
@@ -283,7 +288,7 @@ def load_distillation(job: Job, device: torch.device, init: str) -> Distillation
     if not options.teacher:
         return None
     teacher = load_teacher(options.teacher, options.teacher_adapter, job.precision.dtype, device,
-                           options.max_seq_len, init)
+                           options.max_seq_len, init, sharding=job.sharding.of_teacher())
     return Distillation(teacher, options.distill_temperature, options.distill_weight)
 
 
@@ -293,9 +298,7 @@ def train(job: Job, run: Run):
     ranks = job.ranks
     precision = job.precision
     model = job.model
-    # DDP expects a gradient of every parameter that is trainable when it wraps the model, so the
-    # base must be frozen before.  add_lora has frozen it.
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
+    ddp_model = job.sharding.wrapped(model)                   # add_lora has frozen the base.
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
@@ -406,11 +409,14 @@ def trained_part(job: Job):
 
 
 def save_best(job: Job, path):
-    """Write the adapter, or the whole model's weights, to best.pt."""
+    """Write the adapter, or the whole model's weights, to best.pt.  All ranks call this."""
+    model = job.sharding.whole_model(job.model)
+    if not job.ranks.is_first:
+        return
     if job.lora:
-        save_adapter(job.model, path)
+        save_adapter(model, path)
     else:
-        save_weights(job.model, path)
+        save_weights(model, path)
 
 
 def save(job: Job, out):
@@ -432,15 +438,6 @@ def save(job: Job, out):
         print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none{flags}")
     for name in old_results:                                  # after the new files are written
         (out / name).unlink(missing_ok=True)
-
-
-def report_end(out, device: torch.device, seconds: float, ranks: Ranks):
-    """Print what the run took, and draw its picture where matplotlib is installed."""
-    peak = peak_memory_mb(device)
-    memory = f", peak memory {peak:,.0f} MiB" if peak else ""
-    print(f"total     {seconds:.1f} s{memory}")
-    if ranks.is_first:
-        print(f"picture   {picture_of(out)}")
 
 
 if __name__ == "__main__":

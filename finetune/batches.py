@@ -186,9 +186,10 @@ def example_indices(step) -> list:
 def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterator[Window]:
     """Yield a Window for each step of a plan, (epochs completed, [rank][micro-batch][index]).
 
-    Each rank knows the whole plan, so token counts need no all-reduce.  A rank that has no example
-    in a step gets one micro-batch whose labels are all masked and whose loss is 0, because it must
-    take part in the all-reduce of the gradients.
+    Each rank knows the whole plan, so token counts need no all-reduce.  All ranks get as many
+    micro-batches in a step: those that have fewer get some whose labels are all masked and whose
+    loss is 0.  A rank without any would leave out the all-reduce of the gradients, and with --shard
+    every forward needs all ranks.
     """
     for step in plan:
         epoch, ranks = step
@@ -196,9 +197,9 @@ def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterat
         batches = []
         for batch in ranks[rank]:
             batches.append(collate([dataset[i] for i in batch]))
-        if not batches:
-            tokens, labels = rows[0]
-            batches = [collate([(tokens, [IGNORE] * len(labels))])]
+        tokens, labels = rows[0]
+        for _ in range(max(map(len, ranks)) - len(batches)):
+            batches.append(collate([(tokens, [IGNORE] * len(labels))]))
         n_tokens = sum(len(tokens) for tokens, _ in rows)
         n_answer = sum(count_answer(labels) for _, labels in rows)
         yield Window(batches, n_tokens, n_answer, epoch)

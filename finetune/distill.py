@@ -32,11 +32,12 @@ def check_teacher(folder: str, student_args: ModelArgs, student_tokenizer: Token
 
 
 def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, device: torch.device,
-                 max_seq_len: int, init: str) -> nn.Module:
+                 max_seq_len: int, init: str, *, sharding=None) -> nn.Module:
     """Return the teacher with its adapter, in this dtype.
 
     init: "checkpoint"; or "random", which adds the adapter's layers without its values and is for
     models on the meta device.
+    sharding: see load_checkpoint.
     Raises FileNotFoundError or ValueError for files that do not fit.
     """
     content = None
@@ -47,7 +48,7 @@ def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, devi
         base_info = read_adapter(content)["base"] or {}
     quantize = base_info.get("quantize", "none")
     teacher, _ = load_checkpoint(folder, base_info.get("layers"), dtype, device, max_seq_len, init,
-                                 convert=quantizer(quantize))
+                                 convert=quantizer(quantize), sharding=sharding)
     if content and init == "checkpoint":
         load_adapter(teacher, content)
     elif content:                                    # layers only, on the meta device

@@ -192,6 +192,14 @@ def count_targets(labels: Sequence[int]) -> int:
     return sum(label != IGNORE for label in labels)
 
 
+def questions_of(rows: Sequence, choices: list | None) -> list[Question]:
+    """Return the question of each row (tokens, labels), with `choices` as its answers if given."""
+    questions = [as_question(row) for row in rows]
+    if choices:
+        return [Question(question.prompt, choices) for question in questions]
+    return questions
+
+
 def group_questions(questions: Sequence[Question], max_tokens: int) -> list[list[int]]:
     """Return the indices of the questions in groups of up to max_tokens tokens.
 
@@ -222,15 +230,14 @@ def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
     among them.  They add the column "confusion" (n, C, C), with a one at [its answer, likeliest].
     tokens: at most so many per forward.  How the examples are grouped affects the speed alone.
     """
-    questions = [as_question(row) for row in rows]
-    n = len(questions)
+    n = len(rows)
+    questions = questions_of(rows, choices)
     table = {name: torch.zeros(n, dtype=torch.float64)
              for name in ("examples", "tokens", "nats", "hits")}
     expected = [0] * n                               # the place of each example's own answer
     if choices:
         table["confusion"] = torch.zeros(n, len(choices), len(choices), dtype=torch.float64)
-        expected = [choices.index(question.answers[0]) for question in questions]
-        questions = [Question(question.prompt, choices) for question in questions]
+        expected = [choices.index(as_question(row).answers[0]) for row in rows]
     for group in group_questions(questions, tokens):
         with autocast or nullcontext():
             scores = iter(log_likelihoods(model, [questions[i] for i in group]))
@@ -290,12 +297,17 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
 
     These are "val_accuracy" and "val_mcc".  Each rank scores its share of the dataset, and all get
     the same values, from the sums over all examples.  tokens: at most so many per forward.
-    model: without the DDP wrapper, whose forward may wait for the other ranks, and they may have
-    another number of batches.  It is in training mode afterwards.
+    model: without the DDP wrapper, whose forward may wait for the other ranks.  It is in training
+    mode afterwards.
     """
     model.eval()
     choices = class_answers(dataset, model.args.max_seq_len)
-    table = score_answers(model, dataset.rows[rank::world_size], choices, tokens, autocast)
+    shares = [dataset.rows[i::world_size] for i in range(world_size)]
+    table = score_answers(model, shares[rank], choices, tokens, autocast)
+    n_forwards = [len(group_questions(questions_of(share, choices), tokens)) for share in shares]
+    # With --shard every forward needs all ranks, so each runs as many.
+    for _ in range(max(n_forwards) - n_forwards[rank]):
+        score_answers(model, dataset.rows[:1], choices, tokens, autocast)     # not used
     model.train()
     values = measures({name: sum_over_ranks(column.sum(0)) for name, column in table.items()})
     names = [name for name in ("loss", "accuracy", "mcc") if name in values]

@@ -8,6 +8,7 @@ from lora.methods import METHODS
 from lora.quantize import KINDS as QUANTIZED
 
 from .arguments import Parser, add_hardware_flags, named_values, names, number, text
+from .shard import ALL_RANKS
 from .templates import TEMPLATES
 
 DEMO = Path(__file__).parent / "demo"
@@ -65,6 +66,7 @@ class Options:
     fast_matmul: bool
     checkpointing: bool
     quantize: str | None
+    shard: int | None
     device: str | None
     precision: str | None
     log_every: int
@@ -267,6 +269,9 @@ def add_cost_flags(group):
     flag("--quantize", choices=("none", *QUANTIZED),
          help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or as --adapter was "
               "trained)")
+    flag("--shard", metavar="N", type=number(int, 2), nargs="?", const=ALL_RANKS,
+         help="cut the base over N ranks of torchrun, which together hold one copy; with --dry-run "
+              "also without torchrun (default without N: the ranks of a machine)")
     add_hardware_flags(group)
     flag("--log-every", metavar="N", type=number(int, 1), default=10,
          help="print a line every N optimizer steps (default: 10)")

@@ -241,14 +241,22 @@ def activation_bytes(model, adapter_paths, size: Size, precision):
 
 
 def memory_of_a_step(job):
-    """Return the estimate for the plan's largest micro-batch, plus the teacher's share."""
+    """Return the estimate for the plan's largest micro-batch, plus the teacher's part.
+
+    With --shard it is that of a rank.
+    """
     size = largest_size(job.train_set, job.plan)
     kinds, where = estimate_memory(job.model, job.adapter_paths, size, job.precision,
                                    job.ranks.size, job.optimizer_bytes_per_parameter)
+    kinds = job.sharding.bytes_of_rank(kinds, job.model)
     if job.distillation:
         student = kinds["activations"] + kinds["logits"]
         itemsize = job.precision.dtype.itemsize
-        kinds |= job.distillation.memory(size.tokens, size.answers, itemsize, student)
+        teacher = job.distillation.memory(size.tokens, size.answers, itemsize, student)
+        teacher = job.sharding.of_teacher().bytes_of_rank(teacher, job.distillation.teacher)
+        if "gathered" in kinds:                      # One model at a time gathers its blocks.
+            teacher["gathered"] = max(kinds["gathered"], teacher["gathered"])
+        kinds |= teacher
     return kinds, where
 
 
@@ -284,6 +292,8 @@ def memory_advice(job, estimate: Callable) -> list:
         smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
         micro_batches = options.accumulation_steps * options.batch_size // smaller
         candidates.append({"batch_size": smaller, "accumulation_steps": micro_batches})
+    if job.ranks.size > 1 and job.sharding.size == 1:
+        candidates.append({"shard": job.ranks.size})
     if not job.lora:
         candidates.append({"method": "lora"})
     elif job.quantize == "none" and job.lora.method != "delta-lora":
@@ -370,6 +380,8 @@ def describe(job):
         more = "; the MiB in the lines below also count Python and torch themselves"
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, peak {where}: "
           f"{listed}{more}", flush=True)
+    if job.sharding.size > 1:
+        print(f"shard     {job.sharding.line(job.model, job.optimizer_bytes_per_parameter)}", flush=True)
 
 
 def base_line(job) -> str:

@@ -1,4 +1,6 @@
 """Lines that a run prints: of each step, and what was measured on held-out examples."""
+from .hardware import peak_memory_mb
+from .pictures import picture_of
 
 
 def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
@@ -27,3 +29,12 @@ def held_out_columns(row: dict) -> str:
     if "val_accuracy" in row:
         text += f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}"
     return text
+
+
+def report_end(out, device, seconds: float, ranks):
+    """Print what the run took, and draw its picture where matplotlib is installed."""
+    peak = peak_memory_mb(device)
+    memory = f", peak memory {peak:,.0f} MiB" if peak else ""
+    print(f"total     {seconds:.1f} s{memory}")
+    if ranks.is_first:
+        print(f"picture   {picture_of(out)}")

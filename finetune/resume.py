@@ -4,6 +4,7 @@ A save is written to a file beside, flushed and renamed, and the one before it s
 state.previous.pt.  So a kill at any moment leaves an intact save.
 """
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from llama.files import first_line, load_saved, reading, write_whole
+
+from .shard import share_like, whole_state
 
 STATE = "state.pt"
 PREVIOUS = "state.previous.pt"
@@ -135,9 +138,12 @@ def write_save(save: Save):
     write_whole(save.path, lambda file: torch.save(content, file), previous)
 
 
-def states_of(parts: dict) -> dict:
-    """Return {name: state} of parts that have state_dict()."""
-    return {name: part.state_dict() for name, part in parts.items()}
+def states_of(parts: dict, keeps: bool) -> dict:
+    """Return {name: state} of parts that have state_dict(), with whole tensors.
+
+    All ranks call this; keeps: whether this one wants the tensors that are cut over ranks.
+    """
+    return {name: whole_state(part.state_dict(), keeps) for name, part in parts.items()}
 
 
 def restore(save: Save, parts: dict, rank: int, device):
@@ -151,8 +157,9 @@ def restore(save: Save, parts: dict, rank: int, device):
             if isinstance(part, torch.optim.Optimizer):
                 restore_optimizer(part, state)
             else:
-                check_form(part.state_dict(), state, name)
-                part.load_state_dict(state)
+                current = part.state_dict()
+                check_form(current, state, name)
+                part.load_state_dict(shares_like(state, current))
         set_random_state(save.random_states[rank], device)
     except Exception as error:                       # Each part raises its own kind of error.
         raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
@@ -167,19 +174,30 @@ def restore_optimizer(optimizer, state: dict):
     """
     if settings_of(optimizer.param_groups) != settings_of(state["param_groups"]):
         raise ValueError("it was saved by another optimizer, or one with other settings")
-    optimizer.load_state_dict(state)
-    n_checked = 0
+    parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    moments = {}
+    for i, parameter in enumerate(parameters):
+        if i in state["state"]:
+            moments[i] = {name: share_like(value, parameter)
+                          for name, value in state["state"][i].items()}
+    if moments.keys() != state["state"].keys():
+        raise ValueError("optimizer holds the state of a parameter that is not trained here")
+    optimizer.load_state_dict({**state, "state": moments})
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in optimizer.state:
-                n_checked += 1
                 stand_in = torch.zeros_like(parameter).requires_grad_()
                 stand_in.grad = torch.zeros_like(stand_in)
                 trial = type(optimizer)([{**group, "params": [stand_in]}])
                 trial.step()
                 check_form(trial.state[stand_in], optimizer.state[parameter], "optimizer")
-    if n_checked < len(optimizer.state):
-        raise ValueError("optimizer holds the state of a parameter that is not trained here")
+
+
+def shares_like(state, current):
+    """Return a saved state in which tensors are cut as those of the `current` state."""
+    if isinstance(state, dict):
+        return {name: shares_like(value, current[name]) for name, value in state.items()}
+    return share_like(state, current) if isinstance(state, torch.Tensor) else state
 
 
 def settings_of(param_groups: list) -> list:

@@ -52,7 +52,7 @@ RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs 
 MAY_CHANGE = {
     "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device",
     "log_every", "save_every", "max_bad_steps", "early_stop", "batch_size", "accumulation_steps",
-    "tokens_per_batch", "share_prefix", "checkpointing", "compile"}
+    "tokens_per_batch", "share_prefix", "checkpointing", "compile", "shard"}
 NOT_COMPARED = {"resume", "overwrite", "dry_run"}
 # Paths may differ between machines, and each rank has a device of its own.
 MAY_DIFFER_BETWEEN_RANKS = {
@@ -262,7 +262,7 @@ class Run:
         """Register the parts to save; a resumed run loads their states first.
 
         parts: objects with state_dict() and load_state_dict().  save_best(path) writes the model
-        as it is at that moment.  Raises ValueError for a state that does not fit.
+        as it is at that moment; all ranks call it.  Raises ValueError for a state that does not fit.
         """
         self.device = device
         self.save_best = save_best
@@ -276,10 +276,11 @@ class Run:
     def save(self):
         """Save the run.  Every rank calls this after the same step; the first one writes."""
         random_states = self.ranks.gather(random_state(self.device))
+        states = states_of(self.parts, keeps=self.ranks.is_first)
         if self.ranks.is_first:
             self.progress.seconds = time.perf_counter() - self.began
             os.fsync(self.metrics.fileno())          # Rows are on disk before a save counts them.
-            self.write(states_of(self.parts), random_states, self.metrics.tell())
+            self.write(states, random_states, self.metrics.tell())
 
     def sum_loss(self, loss) -> float:
         """Return the step's loss, summed over the ranks.
@@ -338,8 +339,7 @@ class Run:
             progress.best = val_loss
             progress.best_step = progress.step
             progress.worse = 0
-            if self.ranks.is_first:
-                self.save_best(self.out / BEST)
+            self.save_best(self.out / BEST)
         else:
             progress.worse += 1
 

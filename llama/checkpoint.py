@@ -15,7 +15,15 @@ import torch.nn as nn
 
 from . import huggingface
 from .companions import COMPANIONS, add_companions, beside_meta
-from .files import SAFETENSORS, listed, read_object, read_tensors, write_tensors, write_whole
+from .files import (
+    SAFETENSORS,
+    listed,
+    read_object,
+    read_tensors,
+    whole,
+    write_tensors,
+    write_whole,
+)
 from .model import ModelArgs, Transformer
 from .rnn import RNN, RNNArgs
 from .tokenizer import Tokenizer
@@ -32,7 +40,8 @@ SHARD = 5 * 10 ** 9                # bytes per file in Hugging Face's layout
 def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.dtype | None = None,
                     device: torch.device | str = "cpu", max_seq_len: int | None = None,
                     init: str = "checkpoint", *,
-                    convert: Callable | None = None) -> tuple[nn.Module, Tokenizer]:
+                    convert: Callable | None = None,
+                    sharding=None) -> tuple[nn.Module, Tokenizer]:
     """Return (model, tokenizer) from a folder in Meta's or Hugging Face's layout.
 
     layers: the number of blocks to keep, from the first; the others are not read.
@@ -41,6 +50,8 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     init: "random" reads only sizes and tokenizer and draws the weights from torch's seed.
     convert: takes a block's nn.Linear and returns its replacement.  It is called as soon as that
     layer is read, so that a base to be quantised is never in memory as a whole.
+    sharding: its cut(block) is called as soon as a block is read, and cut_root(model) at the end.
+    So a rank that keeps only a part of each block never holds more than one whole block.
 
     If the files have no output matrix, it is tied to the embedding.  model.origin says where the
     weights come from; adapter files store it.
@@ -61,17 +72,22 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     args.n_layers = len(model.layers)
     if not stored:
         draw_weights(model, folder, dtype, device)
-    # This lists paths, because a list of the layers would keep the converted ones in memory.
-    paths = [path for path, _ in model.named_modules()]
-    for path in paths:
-        layer = model.get_submodule(path)
-        is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
-        if stored:
-            # A layer to convert is read in the file's dtype, and cast after it was converted.
-            stored.fill(layer, path, None if is_converted else dtype, device)
-        if is_converted:
-            model.set_submodule(path, convert(layer).to(dtype))
+    for part in ("tok_embeddings", *(f"layers.{i}" for i in range(args.n_layers)), "norm", "output"):
+        # This lists paths, because a list of the layers would keep the converted ones in memory.
+        paths = [path for path, _ in model.get_submodule(part).named_modules(prefix=part)]
+        for path in paths:
+            layer = model.get_submodule(path)
+            is_converted = convert and isinstance(layer, nn.Linear) and path.startswith("layers.")
+            if stored:
+                # A layer to convert is read in the file's dtype, and cast after it was converted.
+                stored.fill(layer, path, None if is_converted else dtype, device)
+            if is_converted:
+                model.set_submodule(path, convert(layer).to(dtype))
+        if sharding and part.startswith("layers."):
+            sharding.cut(model.get_submodule(part))
     tie_output(model)
+    if sharding:
+        sharding.cut_root(model)
     model.origin = {"folder": str(folder.resolve()), "layers": args.n_layers, "init": init,
                     "quantize": getattr(convert, "kind", "none"),
                     "fingerprint": base_fingerprint(model, stored)}
@@ -365,7 +381,7 @@ def sample_bytes(tensor: torch.Tensor) -> bytes:
 
     Magnitudes below 2^-14 count as 0, because fp16 cannot store them exactly.
     """
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     places = torch.linspace(0, flat.numel() - 1, 64, dtype=torch.float64).long()
     sample = flat[places].float().bfloat16().float()
     return torch.where(sample.abs() < 2 ** -14, 0.0, sample).numpy(force=True).tobytes()

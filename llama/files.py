@@ -265,6 +265,14 @@ def detached(value: Any, copy: bool) -> Any:
     return value
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor as it is, or put together from the ranks' parts if it is cut over them.
+
+    All ranks call this.  A value of a cut tensor that is read otherwise may be this rank's alone.
+    """
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write {name: tensor} in the safetensors package's format or torch's, as the suffix says."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -222,7 +222,12 @@ def follow_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer):
 
 def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return {name: tensor} of the adapter's own tensors, trained or frozen, without the base."""
-    return {name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}
+    tensors = {}
+    for path, layer in lora_layers(model).items():       # not the model's: a base may be cut
+        for name, tensor in layer.state_dict(prefix=f"{path}.").items():
+            if is_lora(name):
+                tensors[name] = tensor
+    return tensors
 
 
 class AdapterState:

@@ -5,6 +5,8 @@ differ, and replace_matrices uses them where base and adapter are merged for goo
 
 saved: an adapter as read_adapter returns it.  Names are the model's unless something else is said.
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 
@@ -34,12 +36,16 @@ def different_matrices(model: nn.Module, saved: dict) -> list[str]:
 
 
 def base_weight(model: nn.Module, name: str) -> torch.Tensor | None:
-    """Return the weight of this name, also under an adapter; None if there is none."""
+    """Return the weight of this name, also under an adapter; None if there is none.
+
+    It is whole, also if it is cut over ranks, which then all call this.
+    """
     try:
         layer = model.get_submodule(name.removesuffix(".weight"))
     except AttributeError:
         return None
-    return getattr(getattr(layer, "base", layer), "weight", None)
+    weight = getattr(getattr(layer, "base", layer), "weight", None)
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def is_copy(matrix: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -73,3 +79,18 @@ def replace_matrices(model: nn.Module, saved: dict) -> list[str]:
                              "to another matrix")
         parameter.copy_(saved["matrices"][name])
     return names_in_file(saved, different)
+
+
+@contextmanager
+def whole(layer: nn.Module):
+    """Within the block, give a layer whose weights are cut over ranks its whole weights.
+
+    All ranks use it at the same point.  Forward does not need it: there the ranks have gathered the
+    weights already.
+    """
+    parts = {name: parameter for name, parameter in layer.named_parameters(recurse=False)
+             if hasattr(parameter, "full_tensor")}
+    for name, part in parts.items():
+        layer._parameters[name] = nn.Parameter(part.full_tensor(), requires_grad=False)
+    yield
+    layer._parameters.update(parts)

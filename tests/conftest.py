@@ -7,6 +7,7 @@ import sentencepiece as spm
 import torch
 
 import train
+from finetune import printed
 from llama import Tokenizer, save_checkpoint
 
 from .helpers import CORPUS, EXAMPLES, given_once, metrics, tiny
@@ -18,7 +19,7 @@ torch.set_num_threads(1)  # For tensors this small, threads only wait for each o
 def undrawn():
     """Runs leave no picture: where matplotlib is installed, it takes most of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "picture_of", lambda out: "none")
+        patch.setattr(printed, "picture_of", lambda out: "none")
         yield
 
 

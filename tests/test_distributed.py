@@ -12,7 +12,7 @@ from .helpers import EXAMPLES, ROOT, adapter_tensors, given_once, metrics, torch
 EXACT = ("step", "epoch", "lr", "tokens", "answer_tokens")
 COUNT_REDUCTIONS = """
 reduced_file = open(f"reduced{rank}", "w")
-class Counting(train.DistributedDataParallel):
+class Counting(shard.DistributedDataParallel):
     def __init__(self, model, **settings):
         super().__init__(model, **settings)
         self.register_comm_hook(None, self.count)
@@ -21,7 +21,7 @@ class Counting(train.DistributedDataParallel):
         print("reduced", file=reduced_file, flush=True)
         reduced = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True)
         return reduced.get_future().then(lambda future: future.value()[0])
-train.DistributedDataParallel = Counting
+shard.DistributedDataParallel = Counting
 """
 NOTE_EXAMPLES = """
 seen_file = open(f"seen{rank}", "w")
@@ -59,7 +59,7 @@ def launch(tmp_path):
     def launch(code, *flags):
         script = tmp_path / "launch.py"
         script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                          "import torch, train\nargv = sys.argv[1:]\n"
+                          "import torch, train\nfrom finetune import shard\nargv = sys.argv[1:]\n"
                           f"rank = int(os.environ['RANK'])\n{code}\ntrain.main(argv)\n")
         return torchrun(tmp_path, script, *given_once(flags))
 

@@ -17,9 +17,7 @@ from .helpers import ONE_THREAD, ROOT
 LOSS = "loss_sum * ranks.size / window.n_answer"
 LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
 NORM = "F.rms_norm(x, self.weight.shape, self.weight, self.eps)"
-WRAPPING = """
-    ddp_model = DistributedDataParallel(model, broadcast_buffers=False) if ranks.size > 1 else model
-"""
+WRAPPING = "ddp_model = job.sharding.wrapped(model)"
 
 # trap: (file, code, what stands there with the trap), compared as syntax trees, so that line breaks
 # and quotes do not matter.  Code is statements, an expression, or an argument `name=value`.
@@ -178,7 +176,7 @@ MUTATIONS = {
         WRAPPING,
         f"""
         frozen = [p.requires_grad_() for p in model.parameters() if not p.requires_grad]
-        {WRAPPING.strip()}
+        {WRAPPING}
         [p.requires_grad_(False) for p in frozen]
         """),
     "soft_targets_grow_faint": ("finetune/distill.py",

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import train
-from finetune import pictures
+from finetune import pictures, printed
 from finetune.pictures import (Panel, draw, panels_of_a_run, points_of, read_metrics,
                                smoothed_loss)
 
@@ -107,7 +107,7 @@ def test_a_run_ends_well_without_a_picture(base, data, tmp_path, monkeypatch, ca
     out.mkdir()
     for name in ("args.json", "loss.png"):
         (out / name).write_text("another's")
-    monkeypatch.setattr(train, "picture_of", pictures.picture_of)
+    monkeypatch.setattr(printed, "picture_of", pictures.picture_of)
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     train.main(["--checkpoint", str(base), "--data", str(data), "--out", str(out), "--r", "4",

@@ -656,8 +656,9 @@ NOTING = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train
+from finetune import shard
 notes = open(f"notes{{os.environ['RANK']}}", "w")
-class Noting(train.DistributedDataParallel):
+class Noting(shard.DistributedDataParallel):
     def __init__(self, model, **settings):
         super().__init__(model, **settings)
         self.register_comm_hook(None, self.reduce)
@@ -666,7 +667,7 @@ class Noting(train.DistributedDataParallel):
         print("reduced", file=notes, flush=True)
         reduced = torch.distributed.all_reduce(bucket.buffer() / 2, async_op=True)
         return reduced.get_future().then(lambda future: future.value()[0])
-train.DistributedDataParallel = Noting
+shard.DistributedDataParallel = Noting
 evaluate = train.evaluate
 def noting_evaluate(model, *rest):
     print("evaluated", type(model).__name__, file=notes, flush=True)

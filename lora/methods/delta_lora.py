@@ -6,6 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers import LoRALinear
+from ..matrices import whole
 
 
 class DeltaLoRALinear(LoRALinear):
@@ -19,7 +20,8 @@ class DeltaLoRALinear(LoRALinear):
     the layer equals its base to the bit until the first step.  lora_W is fp32 even over a 16-bit
     base, because 16 bits would round steps this small away.  Adapter files hold lora_W.  A forward
     in 16 bits copies it and keeps the copy until the backward pass, unless the block is
-    checkpointed.  W0 stays unchanged, so the adapter can be disabled, unmerged and removed.
+    checkpointed.  W0 stays unchanged, so the adapter can be disabled, unmerged and removed.  Where
+    ranks share the base (--shard), each still holds lora_W whole.
 
     The method takes the change of B A in place of W's gradient.  With dropout, dA and dB would not
     be gradients of s B A, so the paper leaves dropout out.
@@ -53,7 +55,8 @@ class DeltaLoRALinear(LoRALinear):
         if getattr(base, "kind", None):      # Only quantised layers have a kind.
             raise ValueError("delta-lora moves the weight itself, so the base cannot be quantised")
         super().__init__(base, r, alpha, dropout, init, **options)
-        W = base.weight.detach().to(self.lora_A.dtype, copy=True)
+        with whole(base):
+            W = base.weight.detach().to(self.lora_A.dtype, copy=True)
         self.lora_W = nn.Parameter(W, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ..layers import LoRALinear
 from ..lora_layer import at_least_fp32
+from ..matrices import whole
 
 
 class DoRALinear(LoRALinear):
@@ -36,7 +37,8 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0,
                  init: str = "kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
-        self.lora_magnitude = nn.Parameter(self.norm())
+        with whole(base):
+            self.lora_magnitude = nn.Parameter(self.norm())
 
     def direction(self) -> torch.Tensor:
         """Return V (d_out, d_in) in at least fp32.
