@@ -13,22 +13,24 @@ from finetune.console import run_command     # First: it ends a Ctrl-C while tor
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from typing import NamedTuple
 
 import torch
 
 from finetune.answer_options import parse_args
 from finetune.answers import Answerer, Decoding, QuestionFile
-from finetune.errors import one_line_errors, short_path
+from finetune.errors import BAD_INPUT, exit_with_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
+from finetune.ranks import Ranks, connected_ranks
 from finetune.session import Session
+from finetune.shard import Sharding
 from finetune.templates import TEMPLATES, Template, template_name
-from llama.checkpoint import PROBE, load_checkpoint
+from llama.checkpoint import PROBE, load_checkpoint, read_params
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import tokens_left
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
@@ -51,15 +53,16 @@ def main(argv=None):
         # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.  Half of
         # an emoji becomes \ud83d, as in JSON.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    with one_line_errors("generate.py"):
+    with connected_ranks() as ranks, one_line_errors("generate.py", ranks), silence(ranks):
         args = parse_args(argv, __doc__)
-        device, precision = pick_hardware(args.device, args.precision)
+        device, precision = pick_hardware(args.device, args.precision, ranks.local_rank)
         with default_adapter_explained(args):
             saved = read_saved(args)
             template = template_of(args, saved)
         rows, examples = questions_of(args, template)
+        ranks.agree(vars(args), "their flags")
         with default_adapter_explained(args):
-            model, tokenizer, summary = load(args, saved, device, precision)
+            model, tokenizer, summary = load(args, saved, device, precision, ranks)
         answerer = Answerer(model, tokenizer, template, decoding_of(args), args.verbose)
         # Fail before the first answer if a prompt is too long or an output is not in --choices.
         if args.score:
@@ -70,15 +73,36 @@ def main(argv=None):
         else:
             tokens_left(model, [answerer.prompt(example) for example in examples],
                         args.max_new_tokens)
+        ranks.exchange()                             # An error before ends all ranks here.
         print(summary, file=sys.stderr, flush=True)
-        if args.score:
-            score(model, exam, args)
-        elif args.data:
-            questions.print_answers()
-        elif args.interactive:
-            Session(answerer, args.template, has_adapter=bool(args.adapter)).run()
-        else:
-            show_answers(answerer, examples)
+        with lost_output_ends_all(ranks):
+            if args.score:
+                score(model, exam, args)
+            elif args.data:
+                questions.print_answers()
+            elif args.interactive:
+                Session(answerer, args.template, has_adapter=bool(args.adapter)).run()
+            else:
+                show_answers(answerer, examples)
+
+
+@contextmanager
+def silence(ranks: Ranks):
+    """Within the block, let only rank 0 print on standard error."""
+    with open(os.devnull, "w") as nowhere:
+        with nullcontext() if ranks.is_first else redirect_stderr(nowhere):
+            yield
+
+
+@contextmanager
+def lost_output_ends_all(ranks: Ranks):
+    """Exit at once if rank 0 can print no more: the others wait for it in their next forward."""
+    try:
+        yield
+    except OSError as error:
+        if ranks.size == 1 or isinstance(error, BrokenPipeError):
+            raise
+        exit_with_line(f"generate.py: {error}", BAD_INPUT)
 
 
 class Saved(NamedTuple):
@@ -137,16 +161,21 @@ def questions_of(args, template: Template) -> tuple[list, list]:
     return [], INSTRUCTIONS
 
 
-def load(args, saved: Saved, device: torch.device, precision: str):
+def load(args, saved: Saved, device: torch.device, precision: str, ranks: Ranks):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
     base_info = saved.base_info
     folder = args.checkpoint or base_info.get("folder", str(DEMO))
     layers = args.layers or base_info.get("layers")
     check_base(args, base_info, folder, layers)
     quantize = args.quantize or base_info.get("quantize", "none")
+    sharding = sharding_of(args, folder, ranks).connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
-                                       convert=quantizer(quantize))
-    prepack(model.eval())                            # a faster layout on a CPU
+                                       convert=quantizer(quantize), sharding=sharding)
+    model.eval()
+    if args.shard:
+        sharding.keep_in_step(model)
+    else:
+        prepack(model)                               # a faster layout on a CPU
     number_format = precision if quantize == "none" else f"{precision} and {quantize}"
     n_layers = plural(model.args.n_layers, "layer")
     summary = f"base {short_path(folder)}, {n_layers}, {number_format} on {device}"
@@ -164,6 +193,15 @@ def load(args, saved: Saved, device: torch.device, precision: str):
         summary += "\n" + merge_report(model, probe, "--precision fp32")
         prepack(model)                               # the merged layers too
     return model, tokenizer, summary
+
+
+def sharding_of(args, folder, ranks: Ranks) -> Sharding:
+    """Return how the ranks share the base.  Raises ValueError for ranks that share nothing."""
+    if not args.shard and ranks.size > 1:
+        raise ValueError(f"{ranks.size} processes would give the same answers: --shard cuts the "
+                         "base over them; without it, start generate.py without torchrun")
+    size = ranks.size if args.shard else None
+    return Sharding.planned(size, ranks, read_params(folder)[0])
 
 
 def check_base(args, base_info: dict, folder, layers):

@@ -145,7 +145,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
     if options.adapter:
         adapter = adapter_at(options.adapter, model_args)
     lora, quantize, template = adapter_settings(options, adapter)
-    sharding = Sharding.planned(options, ranks, model_args)
+    sharding = Sharding.planned(options.shard, ranks, model_args, options.dry_run,
+                                options.method == "full")
     train_set, val_set = load_datasets(options.data, options.val_data, options.val_fraction,
                                        options.max_seq_len, options.seed, tokenizer,
                                        template=template)

@@ -39,6 +39,9 @@ def check_combinations(args, parser):
         parser.error("--beams searches and --temperature draws; give only one")
     if args.score and not args.data:
         parser.error("--score needs --data, whose outputs are the right answers")
+    if args.shard and (args.interactive or args.merge):
+        parser.error("--shard cuts the base over processes that read no terminal and merge nothing: "
+                     "leave --interactive and --merge out")
     if args.choices and not args.score:
         parser.error("--choices needs --score")
     if args.choices:
@@ -56,7 +59,11 @@ def make_parser(description: str | None) -> Parser:
     add_question_flags(parser.add_argument_group(
         "input (default: a few built-in instructions)"))
     add_decoding_flags(parser.add_argument_group("decoding"))
-    add_hardware_flags(parser.add_argument_group("hardware"))
+    hardware = parser.add_argument_group("hardware")
+    add_hardware_flags(hardware)
+    hardware.add_argument("--shard", action="store_true",
+                          help="cut the base over the ranks of torchrun, if one GPU cannot hold it; "
+                               "rank 0 prints")
     return parser
 
 

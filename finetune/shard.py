@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,32 +43,33 @@ class Sharding:
     mesh: DeviceMesh | None = None
 
     @classmethod
-    def planned(cls, options, ranks: Ranks, args) -> "Sharding":
-        """Return the Sharding that --shard asks for, of a model of the sizes `args`.
+    def planned(cls, size: int | None, ranks: Ranks, args, dry_run: bool = False,
+                trains_base: bool = False) -> "Sharding":
+        """Return the Sharding of a model of the sizes `args` that --shard asks for.
 
+        size: ALL_RANKS or the number that was given; None without --shard.
         Raises ValueError for a number of ranks or a model with which there is none.
         """
-        size = options.shard
         if size is None:
             return cls(ranks)
         if isinstance(args, RNNArgs):
-            raise ValueError(f"--shard cuts the blocks of a transformer, and {options.checkpoint} "
-                             "is recurrent: leave --shard out")
+            raise ValueError("--shard cuts the blocks of a transformer, and this model is "
+                             "recurrent: leave --shard out")
         if size == ALL_RANKS:
             size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if ranks.size == 1 and options.dry_run and size > 1:
+        if ranks.size == 1 and dry_run and size > 1:
             ranks = replace(ranks, size=size)        # A dry run needs no other process.
         if size == 1 and ranks.size > 1:
             raise ValueError("--shard cuts the base over the ranks of a machine, and each has one: "
                              f"give --shard {ranks.size} to cut it over all machines")
         if ranks.size == 1:
             raise ValueError("--shard cuts the base over several processes, and this is a single "
-                             "one: start torchrun --nproc_per_node=N, or estimate with --dry-run "
-                             "--shard N")
+                             "one: start it with torchrun --nproc_per_node=N, or estimate with "
+                             "train.py --dry-run --shard N")
         if ranks.size % size:
             raise ValueError(f"--shard {size} does not divide the {ranks.size} ranks: each copy of "
                              f"the base needs {size}")
-        return cls(ranks, size, trains_base=options.method == "full")
+        return cls(ranks, size, trains_base)
 
     def connected(self, device: torch.device) -> "Sharding":
         """Return it with its mesh.  All ranks call this at the same point."""
@@ -134,6 +136,14 @@ class Sharding:
         # init_sync would copy rank 0's tensors to all ranks, and cannot copy cut ones.
         return DistributedDataParallel(model, broadcast_buffers=False, init_sync=self.mesh is None)
 
+    def keep_in_step(self, model: nn.Module):
+        """Let every forward return rank 0's result on all ranks, so that all choose the same token.
+
+        Ranks that chose differently would run other forwards, and wait for ever.
+        """
+        if self.mesh is not None:
+            model.register_forward_hook(lambda _model, _inputs, logits: from_rank_0(logits))
+
     def bytes_of_rank(self, kinds: dict, model: nn.Module) -> dict:
         """Return a rank's bytes by kind, from those of a rank that holds the whole model.
 
@@ -183,6 +193,13 @@ class Sharding:
         copy.load_state_dict(state, assign=True)
         tie_output(copy)
         return copy
+
+
+def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:
+    """Return rank 0's tensor.  All ranks call this."""
+    tensor = tensor.contiguous()
+    dist.broadcast(tensor, 0)
+    return tensor
 
 
 def buffers_to_parameters(block: nn.Module):

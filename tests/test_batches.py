@@ -140,7 +140,8 @@ def test_filled_by_hand():
     assert fill([0, 1, 2, 3], lengths, 10, at_once=2) == [[0], [1], [2, 3]]
 
 
-def test_a_rank_without_a_micro_batch_gets_a_masked_one():
+def test_a_rank_with_fewer_micro_batches_gets_masked_ones():
+    """All ranks have as many: with --shard every forward needs all of them."""
     rows = [([1, 5, 2], [_, 5, 2])] * 3
 
     def windows_of(rank, n):
@@ -150,7 +151,7 @@ def test_a_rank_without_a_micro_batch_gets_a_masked_one():
     second = windows_of(1, 3)
     assert [window.n_answer for window in first] == [window.n_answer for window in second] == [6]
     assert [batch.n_answer for batch in first[0].batches] == [2, 2]
-    assert [batch.n_answer for batch in second[0].batches] == [2]
+    assert [batch.n_answer for batch in second[0].batches] == [2, 0]
     masked = windows_of(1, 1)[0].batches[0]
     assert masked.n_answer == 0
     assert (masked.labels == IGNORE).all()

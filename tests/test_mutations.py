@@ -124,8 +124,11 @@ MUTATIONS = {
         "pass"),
     "adapter_silently_not_loaded": ("lora/adapter.py", "in_model or in_file", "False"),
     "adapter_file_that_holds_the_base": ("lora/adapter.py",
-        "{name: tensor for name, tensor in model.state_dict().items() if is_lora(name)}",
-        "{name: tensor for name, tensor in model.state_dict().items()}"),
+        """
+        if is_lora(name):
+            tensors[name] = tensor
+        """,
+        "tensors[name] = tensor"),
     "misspelt_target": ("lora/adapter.py",
         "missing = targets - names", "missing = set() if targets & names else targets"),
     "dropout_on_the_base_path": ("lora/layers.py",

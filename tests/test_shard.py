@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import generate
 import train
-from finetune.options import parse_options
 from finetune.preflight import Size, estimate_memory
 from finetune.ranks import Ranks
-from finetune.shard import Sharding, cut_bytes
+from finetune.shard import ALL_RANKS, Sharding, cut_bytes
 from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from lora import LoRAConfig, add_lora
@@ -35,6 +35,7 @@ import gc, json, os, signal, sys
 from contextlib import contextmanager
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import generate
 import train
 from finetune import printed, ranks, run
 connected = ranks.connect()
@@ -239,6 +240,18 @@ def test_saves_are_those_of_a_whole_base(two_ranks):
             assert torch.allclose(tensor, other["optimizer"]["state"][i][name], atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["", "--temperature 0.8 --seed 3", "--data data.json --beams 2"])
+def test_ranks_that_share_a_base_answer_as_one_process_does(two_ranks, capsys, how, monkeypatch):
+    """With an adapter that was trained so; rank 0 prints."""
+    monkeypatch.chdir(two_ranks)
+    flags = ["--adapter", "cut0/adapter.pt", "--max-new-tokens", "12", *how.split()]
+    generate.main(flags)
+    alone = capsys.readouterr().out
+    done = torchrun(two_ranks, ROOT / "generate.py", *flags, "--shard")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == alone and done.stderr.count("adapter cut0") == 1
+
+
 # --- without other processes
 
 
@@ -255,13 +268,12 @@ def test_what_cannot_be_cut_is_refused(refused, base, data, tmp_path, tokenizer)
 
 @pytest.mark.parametrize("size, n_ranks, words", [
     (3, 4, "--shard 3 does not divide the 4 ranks"), (8, 4, "--shard 8 does not divide"),
-    (0, 4, "give --shard 4")])
+    (ALL_RANKS, 4, "give --shard 4")])
 def test_copies_are_whole(monkeypatch, size, n_ranks, words):
     """Without N it is the ranks of a machine: here one on each of four machines."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    options = parse_options(["--shard", str(size)] if size else ["--shard"])
     with pytest.raises(ValueError, match=words):
-        Sharding.planned(options, Ranks(0, n_ranks), ModelArgs(vocab_size=400))
+        Sharding.planned(size, Ranks(0, n_ranks), ModelArgs(vocab_size=400))
 
 
 def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypatch, capsys):
@@ -285,7 +297,8 @@ FITS = [("7B", "bf16", 1, 13.6), ("7B", "bf16", 2, 7.9), ("7B", "bf16", 4, 4.7),
         ("7B", "bf16", 8, 3.1), ("7B", "full", 1, 108), ("7B", "full", 8, 19),
         ("13B", "bf16", 4, 8.5), ("13B", "full", 8, 34), ("70B", "bf16", 1, 138),
         ("70B", "bf16", 2, 73.5), ("70B", "bf16", 8, 22.1), ("70B", "bf16", 64, 7.1),
-        ("70B", "full", 8, 156), ("70B", "full", 64, 35)]
+        ("70B", "full", 8, 156), ("70B", "full", 64, 35), ("7B", "nf4", 2, 2.5),
+        ("70B", "nf4", 8, 6.9), ("70B", "nf4", 64, 3.0)]
 
 
 def planned(size, method):
@@ -295,6 +308,10 @@ def planned(size, method):
     if method == "full":
         return model, []
     model.to(torch.bfloat16)
+    if method == "nf4":
+        for path, layer in list(model.layers.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                model.layers.set_submodule(path, quantizer("nf4")(layer).to(torch.bfloat16))
     return model, add_lora(model, LoRAConfig())
 
 
@@ -323,10 +340,11 @@ def test_fsdp_cuts_a_70b_as_planned(n, method):
         sharding = Sharding(Ranks(size=n), n, method == "full").connected(torch.device("cpu"))
         for block in model.layers:
             sharding.cut(block)
-        fully_shard_root = model if method == "full" else model.layers
+        cut = model.layers
         if method == "full":
             sharding.cut_root(model)
-        parts = [parameter.to_local() for parameter in fully_shard_root.parameters()]
+            cut = model
+        parts = [parameter.to_local() for parameter in cut.parameters()]
         assert sum(part.nbytes for part in parts) == expected.share
     finally:
         dist.destroy_process_group()
@@ -396,12 +414,11 @@ def test_201_examples(place):
 @pytest.mark.parametrize("before, after", [([], CUT), (CUT, [])])
 def test_a_killed_full_run_goes_on_if_shard_has_changed(place, before, after):
     out = f"killed-{len(before)}"
-    runs = [[*FULL, "--out", "never-killed"], [*FULL, "--out", out, *before],
+    runs = [[*FULL, "--out", "alone", "--overwrite"], [*FULL, "--out", out, *before],
             [*FULL, "--out", out, *after, "--resume"]]
-    shutil.rmtree(place / "never-killed", ignore_errors=True)
     done = launch(place, runs, change=KILL)
     assert done.returncode == 0, done.stderr[-4000:]
-    check_close(place / "never-killed", place / out)
+    check_close(place / "alone", place / out)
 
 
 OVERFLOW = """
