@@ -224,7 +224,10 @@ def estimate_step_bytes(job: Job, **changes) -> int:
     lora, quantize, _ = adapter_settings(options, job.adapter)
     name = options.precision or job.precision.name
     precision = mixed_precision(name, job.precision.device, lora)
-    variant = replace(job, options=options, lora=lora, quantize=quantize, precision=precision)
+    sharding = replace(job.sharding, size=options.shard or job.sharding.size,
+                       trains_base=lora is None)
+    variant = replace(job, options=options, lora=lora, quantize=quantize, precision=precision,
+                      sharding=sharding)
     bytes_by_kind, _ = memory_of_a_step(with_plan_and_shapes(variant))
     return sum(bytes_by_kind.values())
 

@@ -40,8 +40,8 @@ def check_combinations(args, parser):
     if args.score and not args.data:
         parser.error("--score needs --data, whose outputs are the right answers")
     if args.shard and (args.interactive or args.merge):
-        parser.error("--shard cuts the base over processes that read no terminal and merge nothing: "
-                     "leave --interactive and --merge out")
+        parser.error("--shard cuts the base over processes, which read no terminal and merge "
+                     "nothing: leave --interactive and --merge out")
     if args.choices and not args.score:
         parser.error("--choices needs --score")
     if args.choices:
@@ -62,8 +62,8 @@ def make_parser(description: str | None) -> Parser:
     hardware = parser.add_argument_group("hardware")
     add_hardware_flags(hardware)
     hardware.add_argument("--shard", action="store_true",
-                          help="cut the base over the ranks of torchrun, if one GPU cannot hold it; "
-                               "rank 0 prints")
+                          help="cut the base over the ranks of torchrun, if one GPU cannot hold "
+                               "it; rank 0 prints")
     return parser
 
 

@@ -13,6 +13,7 @@ from .dataset import count_answer
 from .errors import GAVE_UP, exit_with_line, short_path, short_paths
 from .evaluate import class_answers
 from .loss import CHUNK
+from .ranks import sum_over_ranks
 
 MIB = 2 ** 20
 FP32 = 4                                             # bytes
@@ -115,7 +116,7 @@ def check_gradients(model, adapter_paths, loss: Callable):
         if unreached:
             others = " and others" if len(unreached) > 4 else ""
             raise ValueError(f"no gradient reaches {', '.join(unreached[:4])}{others}")
-        if not value.is_meta and not any(has_grad(p) and p.grad.any() for p in model.parameters()):
+        if not value.is_meta and not any_gradient(model):
             raise ValueError("every gradient is zero before the first step: are the weight files "
                              "complete?")
         counted = plural(len(parts), "adapter" if adapter_paths else "parameter")
@@ -129,6 +130,15 @@ def check_gradients(model, adapter_paths, loss: Callable):
 
 def has_grad(parameter) -> bool:
     return parameter.grad is not None
+
+
+def any_gradient(model) -> bool:
+    """Return whether any gradient on any rank has a value other than 0.
+
+    With --shard, `any` of a cut gradient is that of this rank's part.
+    """
+    has_value = any(has_grad(p) and p.grad.any() for p in model.parameters())
+    return sum_over_ranks(torch.tensor(float(has_value))).item() > 0
 
 
 def block_bytes(args, itemsize: int, adapters: dict | None, dropout: bool, on_cpu: bool) -> int:
@@ -241,10 +251,7 @@ def activation_bytes(model, adapter_paths, size: Size, precision):
 
 
 def memory_of_a_step(job):
-    """Return the estimate for the plan's largest micro-batch, plus the teacher's part.
-
-    With --shard it is that of a rank.
-    """
+    """Return a rank's estimate for the plan's largest micro-batch, plus the teacher's part."""
     size = largest_size(job.train_set, job.plan)
     kinds, where = estimate_memory(job.model, job.adapter_paths, size, job.precision,
                                    job.ranks.size, job.optimizer_bytes_per_parameter)
@@ -292,7 +299,8 @@ def memory_advice(job, estimate: Callable) -> list:
         smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
         micro_batches = options.accumulation_steps * options.batch_size // smaller
         candidates.append({"batch_size": smaller, "accumulation_steps": micro_batches})
-    if job.ranks.size > 1 and job.sharding.size == 1:
+    is_recurrent = hasattr(job.model, "block_bytes")
+    if job.ranks.size > 1 and job.sharding.size == 1 and not is_recurrent:
         candidates.append({"shard": job.ranks.size})
     if not job.lora:
         candidates.append({"method": "lora"})
@@ -372,6 +380,8 @@ def describe(job):
     if job.distillation:
         print(f"teacher   {teacher_line(job)}")
         warn_of_template(job.distillation.adapter_template, job.template)
+    if job.sharding.size > 1:
+        print("shard    ", job.sharding.line(job.model, job.optimizer_bytes_per_parameter))
     kinds, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
     listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
@@ -380,8 +390,6 @@ def describe(job):
         more = "; the MiB in the lines below also count Python and torch themselves"
     print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, peak {where}: "
           f"{listed}{more}", flush=True)
-    if job.sharding.size > 1:
-        print(f"shard     {job.sharding.line(job.model, job.optimizer_bytes_per_parameter)}", flush=True)
 
 
 def base_line(job) -> str:

@@ -262,7 +262,8 @@ class Run:
         """Register the parts to save; a resumed run loads their states first.
 
         parts: objects with state_dict() and load_state_dict().  save_best(path) writes the model
-        as it is at that moment; all ranks call it.  Raises ValueError for a state that does not fit.
+        as it is at that moment; all ranks call it.
+        Raises ValueError for a state that does not fit.
         """
         self.device = device
         self.save_best = save_best

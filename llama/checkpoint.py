@@ -72,7 +72,8 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     args.n_layers = len(model.layers)
     if not stored:
         draw_weights(model, folder, dtype, device)
-    for part in ("tok_embeddings", *(f"layers.{i}" for i in range(args.n_layers)), "norm", "output"):
+    blocks = [f"layers.{i}" for i in range(args.n_layers)]
+    for part in ("tok_embeddings", *blocks, "norm", "output"):
         # This lists paths, because a list of the layers would keep the converted ones in memory.
         paths = [path for path, _ in model.get_submodule(part).named_modules(prefix=part)]
         for path in paths:
@@ -83,7 +84,7 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
                 stored.fill(layer, path, None if is_converted else dtype, device)
             if is_converted:
                 model.set_submodule(path, convert(layer).to(dtype))
-        if sharding and part.startswith("layers."):
+        if sharding and part in blocks:
             sharding.cut(model.get_submodule(part))
     tie_output(model)
     if sharding:

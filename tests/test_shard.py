@@ -15,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import generate
 import train
-from finetune.preflight import Size, estimate_memory
+from finetune.options import parse_options
+from finetune.preflight import Size, estimate_memory, memory_advice
 from finetune.ranks import Ranks
 from finetune.shard import ALL_RANKS, Sharding, cut_bytes
 from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
@@ -24,7 +25,7 @@ from lora import LoRAConfig, add_lora
 from lora.adapter import METHODS
 from lora.quantize import quantizer
 
-from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, metrics, saved, stored, tiny, torchrun,
+from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, metrics, stored, tiny, torchrun,
                       untimed)
 from .test_mutations import mutated
 
@@ -288,6 +289,14 @@ def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypa
     assert "in rank 0's main memory, 0." in capsys.readouterr().out
 
 
+def test_shard_is_advised_where_memory_ends():
+    """On the demo, whose base has four blocks: two of them are gathered at a time."""
+    job = train.prepare(parse_options([]), Ranks(0, 8))
+    advice = dict(memory_advice(job, train.estimate_step_bytes))
+    base = cut_bytes(job.model, 8, False)
+    assert advice["--shard 8"] == base.whole - base.share - base.gathered > 0
+
+
 SIZES = {"7B": {},
          "13B": {"dim": 5120, "n_layers": 40, "n_heads": 40},
          "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "n_kv_heads": 8,
@@ -395,7 +404,8 @@ def test_full_fine_tuning_with_other_options(place):
 def test_more_ranks_and_copies(place, n_ranks, size):
     """Rows that three ranks cannot share evenly; two copies on two ranks each."""
     cut = ["--shard", str(size)]
-    check_equal(place, ["--method lora", "--method dora --quantize nf4 --targets all"], n_ranks, cut)
+    settings = ["--method lora", "--method dora --quantize nf4 --targets all"]
+    check_equal(place, settings, n_ranks, cut)
     runs = [[*FULL, "--out", f"full{n_ranks}"], [*FULL, "--out", f"cut-full{n_ranks}", *cut]]
     done = launch(place, runs, n_ranks)
     assert done.returncode == 0, done.stderr[-4000:]
