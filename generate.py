@@ -26,7 +26,7 @@ from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
-from finetune.ranks import Ranks, connected_ranks
+from finetune.ranks import SINGLE_PROCESS, Ranks, connected_ranks
 from finetune.session import Session
 from finetune.shard import Sharding
 from finetune.templates import TEMPLATES, Template, template_name
@@ -161,7 +161,8 @@ def questions_of(args, template: Template) -> tuple[list, list]:
     return [], INSTRUCTIONS
 
 
-def load(args, saved: Saved, device: torch.device, precision: str, ranks: Ranks):
+def load(args, saved: Saved, device: torch.device, precision: str,
+         ranks: Ranks = SINGLE_PROCESS):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
     base_info = saved.base_info
     folder = args.checkpoint or base_info.get("folder", str(DEMO))

@@ -255,22 +255,25 @@ class CutBytes:
 def cut_bytes(model: nn.Module, size: int, trains_base: bool) -> CutBytes:
     """Return the CutBytes of a model cut over `size` ranks; it may be on the meta device."""
     groups = [tensors_to_cut(block) for block in model.layers]
-    largest = max(sum(tensor.nbytes for tensor in group) for group in groups)
-    gathered = largest * min(2, len(groups))
+    gathered = max(map(total_bytes, groups)) * min(2, len(groups))
     if trains_base:
         in_blocks = set(model.layers.parameters())
         root = [parameter for parameter in model.parameters() if parameter not in in_blocks]
         groups.append(root)
-        gathered += sum(parameter.nbytes for parameter in root)
+        gathered += total_bytes(root)
     tensors = list(itertools.chain.from_iterable(groups))
-    return CutBytes(sum(tensor.nbytes for tensor in tensors),
-                    sum(share_bytes(tensor, size) for tensor in tensors), gathered)
+    share = sum(share_bytes(tensor, size) for tensor in tensors)
+    return CutBytes(total_bytes(tensors), share, gathered)
 
 
 def tensors_to_cut(block: nn.Module) -> list[torch.Tensor]:
     """Return the tensors of a block that --shard cuts: those of the base."""
     return [tensor for name, tensor in block.state_dict().items()
             if tensor.dim() > 0 and not is_lora(name)]
+
+
+def total_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def share_bytes(tensor: torch.Tensor, size: int) -> int:
