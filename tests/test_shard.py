@@ -533,9 +533,6 @@ MUTATIONS = {
             states = states_of(self.parts, keeps=self.ranks.is_first)
         """),
     "codes stay buffers": ("finetune/shard.py", "buffers_to_parameters(block)", "pass"),
-    "a rank's own norm": ("finetune/shard.py",
-        "whole(nn.utils.clip_grad_norm_(parameters, max_norm))",
-        "nn.utils.clip_grad_norm_(parameters, max_norm)"),
     "blocks stay gathered": ("finetune/shard.py",
         "fully_shard(block, mesh=self.mesh_to_cut(), reshard_after_forward=True, "
         "ignored_params=uncut)",
