@@ -8,7 +8,8 @@
     python generate.py --data questions.json > answers.jsonl
     python generate.py --data held_out.json --score        score base and adapter
 """
-from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
+# First, because it ends a Ctrl-C while torch loads quietly.
+from finetune.console import OUTPUT_CLOSED, run_command
 
 import json
 import os
@@ -26,9 +27,9 @@ from finetune.examples import read_rows, to_examples
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
-from finetune.ranks import SINGLE_PROCESS, Ranks, connected_ranks
+from finetune.ranks import Ranks, connected_ranks, exit_now
 from finetune.session import Session
-from finetune.shard import Sharding
+from finetune.shard import UNSHARDED, Sharding
 from finetune.templates import TEMPLATES, Template, template_name
 from llama.checkpoint import PROBE, load_checkpoint, read_params
 from llama.peft import adapter_at, is_peft, read_config
@@ -61,8 +62,9 @@ def main(argv=None):
             template = template_of(args, saved)
         rows, examples = questions_of(args, template)
         ranks.agree(vars(args), "their flags")
+        sharding = sharding_of(args, saved, ranks)
         with default_adapter_explained(args):
-            model, tokenizer, summary = load(args, saved, device, precision, ranks)
+            model, tokenizer, summary = load(args, saved, device, precision, sharding)
         answerer = Answerer(model, tokenizer, template, decoding_of(args), args.verbose)
         # Fail before the first answer if a prompt is too long or an output is not in --choices.
         if args.score:
@@ -73,7 +75,7 @@ def main(argv=None):
         else:
             tokens_left(model, [answerer.prompt(example) for example in examples],
                         args.max_new_tokens)
-        ranks.exchange()                             # An error before ends all ranks here.
+        ranks.exchange()                     # If a rank has failed so far, all ranks stop here.
         print(summary, file=sys.stderr, flush=True)
         with lost_output_ends_all(ranks):
             if args.score:
@@ -96,20 +98,23 @@ def silence(ranks: Ranks):
 
 @contextmanager
 def lost_output_ends_all(ranks: Ranks):
-    """Exit at once if rank 0 can print no more: the others wait for it in their next forward."""
+    """Exit at once if printing fails on rank 0: the others would wait for its next forward."""
     try:
         yield
     except OSError as error:
-        if ranks.size == 1 or isinstance(error, BrokenPipeError):
+        if ranks.size == 1:
             raise
+        if isinstance(error, BrokenPipeError):
+            exit_now(OUTPUT_CLOSED)
         exit_with_line(f"generate.py: {error}", BAD_INPUT)
 
 
 class Saved(NamedTuple):
-    """An adapter as its file has it, read before the base.
+    """What is known of the adapter before its base is loaded.
 
-    content: of an adapter file; None for a PEFT folder, where the base's heads order the rows.
-    base_info: what it says of its base, as model.origin has it; empty without an adapter.
+    content: the adapter file's dict; None for a PEFT folder, which needs the base's number of heads
+    to be read.  base_info: what it says of its base, as model.origin has it; empty without an
+    adapter.
     """
     content: dict | None
     base_info: dict
@@ -137,7 +142,7 @@ def default_adapter_explained(args):
     except (ValueError, OSError) as error:
         if not args.adapter_by_default:
             raise
-        raise ValueError(f"{error}; {args.adapter} is the default because it is there, --adapter "
+        raise ValueError(f"{error}; {args.adapter} was chosen because it exists; --adapter "
                          "none runs without it") from error
 
 
@@ -162,14 +167,14 @@ def questions_of(args, template: Template) -> tuple[list, list]:
 
 
 def load(args, saved: Saved, device: torch.device, precision: str,
-         ranks: Ranks = SINGLE_PROCESS):
+         sharding: Sharding = UNSHARDED):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
     base_info = saved.base_info
     folder = args.checkpoint or base_info.get("folder", str(DEMO))
     layers = args.layers or base_info.get("layers")
     check_base(args, base_info, folder, layers)
     quantize = args.quantize or base_info.get("quantize", "none")
-    sharding = sharding_of(args, folder, ranks).connected(device)
+    sharding = sharding.connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize), sharding=sharding)
     model.eval()
@@ -196,13 +201,15 @@ def load(args, saved: Saved, device: torch.device, precision: str,
     return model, tokenizer, summary
 
 
-def sharding_of(args, folder, ranks: Ranks) -> Sharding:
+def sharding_of(args, saved: Saved, ranks: Ranks) -> Sharding:
     """Return how the ranks share the base.  Raises ValueError for ranks that share nothing."""
-    if not args.shard and ranks.size > 1:
+    if args.shard:
+        folder = args.checkpoint or saved.base_info.get("folder", DEMO)
+        return Sharding.planned(ranks.size, ranks, read_params(folder)[0])
+    if ranks.size > 1:
         raise ValueError(f"{ranks.size} processes would give the same answers: --shard cuts the "
                          "base over them; without it, start generate.py without torchrun")
-    size = ranks.size if args.shard else None
-    return Sharding.planned(size, ranks, read_params(folder)[0])
+    return UNSHARDED
 
 
 def check_base(args, base_info: dict, folder, layers):
@@ -230,7 +237,7 @@ def show_answers(answerer: Answerer, examples: list):
 def score(model, exam, args):
     """Print one JSON line: facts about the examples, then [value, low, high] per measure.
 
-    The measures are those of the base and, with an adapter, of it and of the difference.
+    The measures are of the base; with an adapter also of the adapter, and of their difference.
     """
     tables = {}
 

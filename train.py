@@ -93,7 +93,7 @@ class Job:
     val_set: SupervisedDataset | None    # held-out examples
     collate: Callable                    # list of (tokens, labels) -> Batch
     optimizer_bytes_per_parameter: float         # per trained parameter; AdamW in fp32: 8
-    plan: list = ()                      # per step: (epochs done after it, [rank][micro-batch][i])
+    plan: list = ()          # per step: (epochs done after it, indices[rank][micro-batch])
     model: torch.nn.Module | None = None
     adapter_paths: list = ()             # where the adapter layers are in the model
     distillation: Distillation | None = None
@@ -107,12 +107,12 @@ def main(argv=None):
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
             run = Run.open(options, ranks)                    # with --resume the saved one
-            job = prepare(options, ranks)                     # every check that needs no weights
+            job = prepare(options, ranks)                     # checks options, data and sizes
             run.check_same_run(job)
             if run.progress.finished:                         # Nothing is left to resume.
                 return
             describe(job)
-            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # made now, from shapes
+            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # for this job of shapes
             if options.dry_run:
                 check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")
@@ -122,9 +122,7 @@ def main(argv=None):
             run.begin(job)
         with stop_after_step_on_signals(run), memory_advice:
             train(job, run)
-            job = replace(job, model=job.sharding.whole_model(job.model))
-            if ranks.is_first:
-                save(job, run.out)
+            save(job, run.out)
             run.finish()
         report_end(run.out, job.precision.device, time.perf_counter() - began, ranks)
 
@@ -211,7 +209,7 @@ def make_plan(job: Job) -> list:
     """Return every optimizer step of the run: (epochs completed after it, example indices)."""
     options = job.options
     lengths = [len(tokens) for tokens, _ in job.train_set.rows]
-    # What is left open is the number of the epoch.
+    # The epoch is the only argument that is still to be given.
     steps_of_epoch = functools.partial(
         plan_epoch, lengths, options.batch_size, options.accumulation_steps, options.seed,
         world_size=job.ranks.size, tokens_per_batch=options.tokens_per_batch)
@@ -222,8 +220,7 @@ def estimate_step_bytes(job: Job, **changes) -> int:
     """Return the bytes of tensors that a step would need if these options were changed."""
     options = replace(job.options, **changes)
     lora, quantize, _ = adapter_settings(options, job.adapter)
-    name = options.precision or job.precision.name
-    precision = mixed_precision(name, job.precision.device, lora)
+    precision = mixed_precision(options.precision or job.precision.name, job.precision.device, lora)
     sharding = replace(job.sharding, size=options.shard or job.sharding.size,
                        trains_base=lora is None)
     variant = replace(job, options=options, lora=lora, quantize=quantize, precision=precision,
@@ -253,7 +250,7 @@ def load_weights(job: Job) -> Job:
         load_adapter(model, job.adapter)
     distillation = load_distillation(job, device, "checkpoint")     # even with --init random
     loss_fn = distillation or answer_loss
-    job.ranks.exchange()                                      # An error before ends all ranks here.
+    job.ranks.exchange()                # If a rank has failed so far, all ranks stop here.
     batch = job.collate(largest_batch_rows(job.train_set, job.plan))
     with job.precision.autocast:
         check_gradients(model, adapter_paths, lambda: loss_fn(model, batch.to(device))[0])
@@ -302,7 +299,7 @@ def train(job: Job, run: Run):
     ranks = job.ranks
     precision = job.precision
     model = job.model
-    ddp_model = job.sharding.wrapped(model)                   # add_lora has frozen the base.
+    ddp_model = job.sharding.wrapped(model)                   # after add_lora froze the base
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
     optimizer = build_optimizer(groups, options)
@@ -424,19 +421,22 @@ def save_best(job: Job, path):
 
 
 def save(job: Job, out):
-    """Write the adapter or, for --method full, the model.
+    """Write the adapter or, for --method full, the model.  All ranks call this.
 
     The model is written in fp32, because bf16 would round most updates away.
     """
+    model = job.sharding.whole_model(job.model)
+    if not job.ranks.is_first:
+        return
     if job.lora:
-        save_adapter(job.model, out / ADAPTER)
+        save_adapter(model, out / ADAPTER)
         old_results = (PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)    # from a --method full run
         usage = f"now: python generate.py --adapter {out / ADAPTER}"
         if job.options.init == "random":
             usage = "trained over random weights, which are not saved: generate.py cannot use it"
         print(f"saved     {out / ADAPTER}; {usage}")
     else:
-        save_checkpoint(job.model, job.tokenizer, out)
+        save_checkpoint(model, job.tokenizer, out)
         old_results = (ADAPTER,)
         flags = "" if job.template == "alpaca" else f" --template {job.template}"
         print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none{flags}")

@@ -11,10 +11,10 @@ DEFAULT_ADAPTER = "out/adapter.pt"
 
 
 def parse_args(argv=None, description: str | None = None) -> argparse.Namespace:
-    """Return the arguments, checked and settled.  Raises ValueError.
+    """Return the checked arguments, with defaults filled in.
 
-    They also have adapter_by_default: whether nobody named the adapter.  adapter is None without
-    one.
+    adapter is None for the base alone.  adapter_by_default: whether out/adapter.pt was found and is
+    used without --adapter.
     """
     parser = make_parser(description)
     args = parser.parse_args(argv)

@@ -78,7 +78,7 @@ class Answerer:
         return answer
 
     def answers_to(self, examples: Sequence[dict]) -> list[str]:
-        """Return the answers to several examples, which are answered at once."""
+        """Return the answers to several examples, generated as one batch."""
         answers = [[] for _ in examples]
         if examples:
             with counted(self.model, self.answer_ids(examples), self.verbose) as ids:
@@ -88,10 +88,10 @@ class Answerer:
 
 
 class QuestionFile:
-    """The rows of a file and the examples they are, checked and ready to be answered.
+    """The rows of a file, as read and as examples, checked and ready to be answered.
 
-    Raises ValueError if no example leaves space for an answer, or if rows have the fields that are
-    added to them.  Each example that is too long is printed.
+    Raises ValueError if no example leaves space for an answer, or if rows already have the fields
+    that would be added.  The number of each example that is too long is printed.
     """
 
     def __init__(self, path: str, rows: Sequence[dict], examples: Sequence[dict],
@@ -125,13 +125,13 @@ class QuestionFile:
 def free_fields(rows: Sequence[dict], path: str) -> tuple[str, str]:
     """Return the names of the two fields that are added to rows: for the answer, and for an error.
 
-    They are "answer" and "error", or where a row has one of these, "model_answer" and
-    "model_error".  Raises ValueError where a row has one of these too.
+    They are "answer" and "error".  If any row already has one of these, they are "model_answer" and
+    "model_error".  Raises ValueError if these are taken too.
     """
-    taken = set().union(*rows)
+    used_fields = set().union(*rows)
     for prefix in ("", "model_"):
         names = (f"{prefix}answer", f"{prefix}error")
-        if not taken.intersection(names):
+        if not used_fields.intersection(names):
             return names
     raise ValueError(f"{path} has fields of its own named answer and model_answer, or error and "
                      "model_error; rename one of the two")

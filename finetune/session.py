@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch.nn as nn
 
 from llama.peft import adapter_at
-from lora import load_adapter, lora_disabled, read_adapter, unmerge_lora
+from lora import load_adapter, lora_disabled, merge_lora, read_adapter, unmerge_lora
 from lora.layers import lora_layers
 
 from .answers import Answerer
@@ -19,8 +19,8 @@ COMMANDS = ("type an instruction, or :adapter PATH, or :adapter none, or :new fo
 class Session:
     """A conversation on a terminal, over one base and one adapter after another.
 
-    turns: the messages so far, if the template can say several turns.
-    given_template: the name that --template gives; None: each adapter brings its own.
+    turns: the messages so far, if the template supports several turns.
+    given_template: the name that --template gives; None: each adapter's own.
     """
 
     def __init__(self, answerer: Answerer, given_template: str | None, has_adapter: bool):
@@ -67,17 +67,17 @@ class Session:
         if not self.answerer.template.holds_turns:
             self.answerer.show({"instruction": question})
             return
-        asked = [*self.turns, {"role": "user", "content": question}]
-        answer = self.answerer.show({"messages": asked})
-        if answer.strip():                           # An empty one is no turn to go on from.
-            self.turns = [*asked, {"role": "assistant", "content": answer}]
+        messages = [*self.turns, {"role": "user", "content": question}]
+        answer = self.answerer.show({"messages": messages})
+        if answer.strip():                           # An empty answer is not kept.
+            self.turns = [*messages, {"role": "assistant", "content": answer}]
 
     def switch_adapter(self, name: str):
         """Put another adapter over the base, or none.
 
         The adapter's template is used from then on, or the default one without an adapter, unless
         --template was given.
-        Raises ValueError or OSError, with all as it was, for a file that is not an adapter.
+        Raises ValueError or OSError, and changes nothing, if the adapter cannot be loaded.
         """
         model = self.answerer.model
         source = None
@@ -86,10 +86,16 @@ class Session:
             source = adapter_at(name, model.args)
             base_info = read_adapter(source)["base"] or {}
         template = TEMPLATES[template_name(self.given_template, base_info, name)]
-        if is_merged(model):
+        was_merged = is_merged(model)
+        if was_merged:
             unmerge_lora(model)
         if source:
-            load_adapter(model, source)
+            try:
+                load_adapter(model, source)
+            except ValueError:
+                if was_merged:
+                    merge_lora(model)
+                raise
             warn_of_quantisation(base_info.get("quantize", "none"), model.origin["quantize"])
         if template is not self.answerer.template:
             print("the template is another one: a new conversation begins", file=sys.stderr)

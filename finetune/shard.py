@@ -24,7 +24,7 @@ from llama.model import Transformer
 from llama.rnn import RNNArgs
 from lora.adapter import is_lora
 
-from .ranks import Ranks
+from .ranks import SINGLE_PROCESS, Ranks
 
 ALL_RANKS = 0                                        # --shard without N: the ranks of a machine
 
@@ -193,6 +193,9 @@ class Sharding:
         copy.load_state_dict(state, assign=True)
         tie_output(copy)
         return copy
+
+
+UNSHARDED = Sharding(SINGLE_PROCESS)                 # one process, which holds the base whole
 
 
 def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:

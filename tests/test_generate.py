@@ -89,7 +89,7 @@ def test_weights_that_are_no_numbers_end_in_one_line(trained, capsys, value, mes
 
 
 def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, refused):
-    assert ("; out/adapter.pt is the default because it is there, --adapter none runs without it"
+    assert ("; out/adapter.pt was chosen because it exists; --adapter none runs without it"
             in refused(command.main, "--layers", "1"))
 
 
