@@ -186,10 +186,10 @@ def example_indices(step) -> list:
 def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterator[Window]:
     """Yield a Window for each step of a plan, (epochs completed, [rank][micro-batch][index]).
 
-    Each rank knows the whole plan, so token counts need no all-reduce.  All ranks get
-    the same number of micro-batches in a step: a rank that has fewer gets some whose labels are all
-    masked and whose loss is 0.  A rank without any would leave out the all-reduce of the gradients, and with --shard
-    every forward needs all ranks.
+    Each rank knows the whole plan, so token counts need no all-reduce.  All ranks get the same
+    number of micro-batches in a step: a rank that has fewer gets some whose labels are all masked
+    and whose loss is 0.  A rank without any would leave out the all-reduce of the gradients, and
+    with --shard every forward needs all ranks.
     """
     for step in plan:
         epoch, ranks = step

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import torch.nn as nn
 
 from llama.peft import adapter_at
-from lora import load_adapter, lora_disabled, merge_lora, read_adapter, unmerge_lora
+from lora import load_adapter, lora_disabled, read_adapter, unmerge_lora
 from lora.layers import lora_layers
 
 from .answers import Answerer
@@ -77,7 +77,7 @@ class Session:
 
         The adapter's template is used from then on, or the default one without an adapter, unless
         --template was given.
-        Raises ValueError or OSError, and changes nothing, if the adapter cannot be loaded.
+        Raises ValueError or OSError, and keeps the adapter before it, if this one cannot be loaded.
         """
         model = self.answerer.model
         source = None
@@ -86,16 +86,10 @@ class Session:
             source = adapter_at(name, model.args)
             base_info = read_adapter(source)["base"] or {}
         template = TEMPLATES[template_name(self.given_template, base_info, name)]
-        was_merged = is_merged(model)
-        if was_merged:
+        if is_merged(model):
             unmerge_lora(model)
         if source:
-            try:
-                load_adapter(model, source)
-            except ValueError:
-                if was_merged:
-                    merge_lora(model)
-                raise
+            load_adapter(model, source)
             warn_of_quantisation(base_info.get("quantize", "none"), model.origin["quantize"])
         if template is not self.answerer.template:
             print("the template is another one: a new conversation begins", file=sys.stderr)
