@@ -24,7 +24,7 @@ from finetune.answers import Answerer, Decoding, QuestionFile
 from finetune.errors import BAD_INPUT, exit_with_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.examples import read_rows, to_examples
-from finetune.hardware import DTYPES, pick_hardware
+from finetune.hardware import DTYPES, limit_threads, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
 from finetune.ranks import Ranks, connected_ranks, exit_now
@@ -177,6 +177,7 @@ def load(args, saved: Saved, device: torch.device, precision: str,
     sharding = sharding.connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize), sharding=sharding)
+    limit_threads(model)
     model.eval()
     if args.shard:
         sharding.keep_in_step(model)

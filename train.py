@@ -25,7 +25,14 @@ from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import one_line_errors
 from finetune.evaluate import SCORING_TOKENS, evaluate
-from finetune.hardware import DTYPES, Precision, check_compiler, peak_memory_mb, pick_hardware
+from finetune.hardware import (
+    DTYPES,
+    Precision,
+    check_compiler,
+    fit_to_cpu,
+    peak_memory_mb,
+    pick_hardware,
+)
 from finetune.loss import answer_loss
 from finetune.options import Options, parse_options
 from finetune.preflight import (
@@ -166,6 +173,7 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         val_set=val_set,
         collate=functools.partial(pack, share_prefix=options.share_prefix),
         optimizer_bytes_per_parameter=state_bytes))
+    fit_to_cpu(job.model, job.plan)
     # Called for its check only: it raises ValueError if the method has no --lora-plus-ratio.
     lora_plus_groups(job.model, options.lr, options.lora_plus_ratio)
     return job

@@ -1,8 +1,8 @@
-"""transformers + PEFT, and litgpt, against this: training and generation, alternated.
+"""transformers + PEFT, TRL, and litgpt, against this: training and generation, alternated.
 
 Both sides read one folder in Hugging Face's layout, and the same rows of ids in the same order.
 The peers' side is tests/peers.py, run by a Python that has them.  Every run is a process of its
-own.
+own, and a run of 50 steps: the memory of a process grows over the first of them.
 """
 import fnmatch
 import json
@@ -41,8 +41,11 @@ from .runs import (
 )
 from .tables import ROOT, Table, list_of, markdown, panel, try_fresh
 
-FILES = (ROOT / "tests/peers.py", ROOT / "benchmarks/request.py")
-PEERS = ("transformers", "litgpt")
+FILES = (ROOT / "tests/peers.py", ROOT / "tests/peers_trl.py", ROOT / "benchmarks/request.py")
+PEERS = ("transformers", "litgpt", "trl")
+REQUIREMENTS = {"transformers": "tests/requirements.txt", "litgpt": "tests/requirements-litgpt.txt",
+                "trl": "tests/requirements-trl.txt"}
+TRL_BATCHINGS = ("padded", "padding-free", "packing")            # "padded" is its default
 OURS = "ours"
 KILLED = -9
 PROMPT_TOKENS = 64                                   # per answer, where --prompts are counted
@@ -101,11 +104,11 @@ COMPARISONS = {
     "generate bf16 64 tokens batch 8": Comparison("bf16", 8, new=64, caches=(True,)),
     **grid(),
 }
-USUAL = ["train*", "generate*"]                      # ten minutes on two cores
+USUAL = ["train*", "generate*"]
 
 
 def add_flags(parser):
-    runs.add_flags(parser, warm=1, steps=4, repeats=2)
+    runs.add_flags(parser, warm=1, steps=49, repeats=2)
     flag = parser.add_argument
     flag("--cells", metavar="PATTERN,...", type=list_of(text), default=USUAL,
          help=f"what is compared, * for anything, of: {', '.join(COMPARISONS)} (default: "
@@ -174,9 +177,9 @@ def find_pythons(peers: list, pythons: list) -> dict:
         if python:
             pythons_by_peer[peer] = python
     if not pythons_by_peer:
-        raise ValueError(f"no --peer-python has {' or '.join(peers)}: tests/requirements.txt and "
-                         "tests/requirements-litgpt.txt say what to install, each in an "
-                         "environment of its own")
+        files = " and ".join(REQUIREMENTS[peer] for peer in peers)
+        raise ValueError(f"no --peer-python has {' or '.join(peers)}: {files} say what to install, "
+                         "each in an environment of its own")
     return pythons_by_peer
 
 
@@ -218,9 +221,9 @@ def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: 
         batch=comparison.batch, steps=steps, warm=warm, dropout=comparison.dropout,
         checkpointing=comparison.checkpointing, new=comparison.new, n_batches=n_batches)
     for peer, python in pythons.items():
-        for name, cache in caches_of(peer, comparison):
+        for name, variant in variants_of(peer, comparison):
             contestants[peer + name] = peer_side(
-                python, replace(request, peer=peer, cache=cache), workload)
+                python, replace(request, peer=peer, **variant), workload)
     return contestants
 
 
@@ -239,15 +242,20 @@ def peer_side(python: str, request: Request, workload: Workload) -> Contestant:
     return Contestant(settings, lambda: ask_peer(python, request, rows_of(workload)))
 
 
-def caches_of(peer: str, comparison: Comparison) -> list:
-    """Return (suffix of the name, Request.cache) for each run of a peer; none if it cannot."""
+def variants_of(peer: str, comparison: Comparison) -> list:
+    """Return (suffix of the name, fields of Request) for each run of a peer; none if it cannot."""
+    if peer == "trl":
+        # It trains alone, and reads weights from a folder.
+        if comparison.new is not None or comparison.one_layer:
+            return []
+        return [(f", {batching}", {"batching": batching}) for batching in TRL_BATCHINGS]
     if comparison.new is None:
-        return [("", None)]
+        return [("", {})]
     names = {True: ", KV cache", False: ", no cache"}
     if peer == "transformers":
-        return [(names[cache], cache) for cache in comparison.caches]
+        return [(names[cache], {"cache": cache}) for cache in comparison.caches]
     if comparison.batch == 1:
-        return [(names[True], True)]
+        return [(names[True], {"cache": True})]
     return []                                        # litgpt answers one prompt at a time.
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 class Request:
     """A run of a peer.
 
-    peer: "transformers" or "litgpt".  folder: of the model, in Hugging Face's layout; is_random:
-    its weights are not read.  layers: None for all.  batch: examples per step, or prompts at a
-    time.  steps, warm: of training.  new: tokens per answer, None for training.
-    n_batches: of prompts to time.  cache: whether keys and values are cached.
+    peer: "transformers", "litgpt" or "trl".  folder: of the model, in Hugging Face's layout;
+    is_random: its weights are not read.  layers: None for all.  batch: examples per step, or
+    prompts at a time.  steps, warm: of training.  new: tokens per answer, None for training.
+    n_batches: of prompts to time.  cache: whether keys and values are cached.  batching: of TRL:
+    "padded", "padding-free" or "packing".
     """
     peer: str
     folder: str
@@ -25,3 +26,4 @@ class Request:
     new: int | None = None
     n_batches: int | None = None
     cache: bool | None = None
+    batching: str | None = None

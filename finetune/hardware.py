@@ -7,6 +7,11 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEFAULT_THREADS = torch.get_num_threads()
+SMALL_MODEL = 2_000_000                  # parameters; a second thread gains nothing below this
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")     # oneDNN's, torch's
+KERNELS_PER_MICRO_BATCH = 64             # of products by weights, generously
+KERNELS_PER_EXAMPLE = 8                  # of attention, forward and backward
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,45 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device, precision or default_precision(device)
+
+
+def fit_to_cpu(model: torch.nn.Module, plan: list):
+    """Limit what a training run on a CPU takes: threads for a small model, and kernels.
+
+    plan: of train.py, per step (epoch, [rank][micro-batch][example]).
+    """
+    limit_threads(model)
+    limit_kernel_caches(plan)
+
+
+def limit_threads(model: torch.nn.Module):
+    """Compute with one thread if the model is small, else with as many as torch would use.
+
+    The threads of a product wait for each other in a busy loop.  A small model's products are so
+    short that a second thread gains nothing on an idle machine, and on a busy one it makes the run
+    several times as long.  The rule looks at the model alone, since other threads sum in another
+    order: a command gives the same numbers whatever else runs.  OMP_NUM_THREADS goes first.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        n_parameters = sum(parameter.numel() for parameter in model.parameters())
+        torch.set_num_threads(1 if n_parameters < SMALL_MODEL else DEFAULT_THREADS)
+
+
+def limit_kernel_caches(plan: list):
+    """Let oneDNN keep the kernels of one micro-batch; by default it keeps 1,024.
+
+    oneDNN compiles a kernel for each shape of a product on a CPU.  Blocks share a micro-batch's
+    kernels, but the next micro-batch has other lengths, so old kernels only take memory: about a
+    MiB each.  oneDNN reads these variables at its first product.  A value that the environment
+    already has stays.
+    """
+    n_examples = 0
+    for _, ranks in plan:
+        for batches in ranks:
+            n_examples = max([n_examples, *map(len, batches)])
+    n_kernels = KERNELS_PER_MICRO_BATCH + KERNELS_PER_EXAMPLE * n_examples
+    for name in KERNEL_CACHES:
+        os.environ.setdefault(name, str(n_kernels))
 
 
 def check_compiler(device):

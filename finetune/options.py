@@ -259,7 +259,7 @@ def add_cost_flags(group):
     flag("--share-prefix", action="store_true",
          help="compute a beginning that several examples share once per micro-batch")
     flag("--compile", action="store_true",
-         help="compile the blocks: slow at first, pays off after a few hundred steps")
+         help="compile the blocks, for GPUs; on a CPU it takes minutes and gains nothing")
     flag("--fast-matmul", action="store_true",
          help="fp32 matrix products may round to bf16 on a CPU, to TF32 on CUDA; all else stays "
               "fp32")

@@ -1,4 +1,4 @@
-"""The peers' side of `python -m benchmarks peers`: transformers with PEFT, or litgpt, in a loop.
+"""The peers' side of `python -m benchmarks peers`: transformers with PEFT, litgpt, or TRL.
 
 Run from the repository's root by a Python that has them: `python -m tests.peers`.  Reads one JSON
 object from stdin, {request: a benchmarks.request.Request, rows: of ids}, and prints one:
@@ -23,7 +23,8 @@ from benchmarks.request import Request
 from benchmarks.tables import be_killed_first
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACKAGES = {"transformers": ("transformers", "peft", "torch"), "litgpt": ("litgpt", "torch")}
+PACKAGES = {"transformers": ("transformers", "peft", "torch"), "litgpt": ("litgpt", "torch"),
+            "trl": ("trl", "transformers", "peft", "torch")}
 IGNORE = -100
 PAD = 2
 WARM_UP_TOKENS = 64                                  # at most, per answer that warms up
@@ -53,6 +54,9 @@ def exit_without(parent: int):
 
 def train(request: Request, rows: list, peaks: Peaks) -> dict:
     """Train on the rows in their order; return {tokens_per_second, loss: the last}."""
+    if request.peer == "trl":
+        from tests.peers_trl import train_by_trl     # TRL has a loop of its own.
+        return train_by_trl(request, rows, peaks)
     load = transformers_training if request.peer == "transformers" else litgpt_training
     model, loss_of = load(request)
     peaks.end("weights")

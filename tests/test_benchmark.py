@@ -290,6 +290,12 @@ def test_both_sides_do_the_same(base):
     assert (request.warm, request.steps) == (workload.warm, workload.steps) == (2, 8)
 
 
+def test_trl_trains_in_three_batchings_and_does_not_answer():
+    training = peers.variants_of("trl", peers.Comparison("bf16", 4))
+    assert [fields["batching"] for _, fields in training] == ["padded", "padding-free", "packing"]
+    assert peers.variants_of("trl", peers.Comparison("bf16", 1, new=64)) == []
+
+
 def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
     """Twelve prompts, of which two batches of eight, and one to warm up, take 24."""
     flags = ["--checkpoint", str(base), "--data", str(data), "--device", "cpu", "--precision",
