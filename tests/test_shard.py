@@ -446,15 +446,39 @@ def test_201_examples(place):
     assert len(metrics(place / "cut0")) == 26
 
 
+# Both ranks die in a forward of step 3, whose second micro-batch is the sixth with the check's.
+KILL_BOTH = """
+answer_loss = train.answer_loss
+calls = []
+def dying_loss(model, batch):
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer_loss(model, batch)
+train.answer_loss = dying_loss
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [([], CUT), (CUT, [])])
-def test_a_killed_full_run_goes_on_if_shard_has_changed(place, before, after):
-    out = f"killed-{len(before)}"
-    runs = [[*FULL, "--out", "alone", "--overwrite"], [*FULL, "--out", out, *before],
-            [*FULL, "--out", out, *after, "--resume"]]
-    done = launch(place, runs, change=KILL)
+@pytest.mark.parametrize("before", [[], CUT], ids=["whole", "cut"])
+@pytest.mark.parametrize("method", [["--method", "lora"], FULL], ids=["lora", "full"])
+def test_a_run_whose_ranks_are_killed_goes_on_with_and_without_shard(place, method, before):
+    """By SIGKILL, which leaves no time to save; the last save is that of step 2."""
+    run = [*method, *before]
+    done = launch(place, [[*run, "--overwrite", "--out", "dead"]], change=KILL_BOTH)
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    assert len(metrics(place / "dead")) == 2
+    runs = [[*run, "--overwrite", "--out", "alone"]]
+    for out, after in (("goes-on-whole", []), ("goes-on-cut", CUT)):
+        shutil.copytree(place / "dead", place / out, dirs_exist_ok=True)
+        runs.append([*method, *after, "--out", out, "--resume"])
+    done = launch(place, runs)
     assert done.returncode == 0, message(done)
-    check_close(place / "alone", place / out)
+    for out, after in (("goes-on-whole", []), ("goes-on-cut", CUT)):
+        if method == FULL and after != before:
+            check_close(place / "alone", place / out)
+        else:
+            assert result(place / "alone") == result(place / out)
 
 
 OVERFLOW = """
