@@ -166,7 +166,8 @@ def prepare(options: Options, ranks: Ranks) -> Job:
         lora=lora,
         quantize=quantize,
         template=template,
-        settings=chosen_settings(options, device, precision_name, lora, quantize, template),
+        settings=chosen_settings(options, device, precision_name, lora, quantize, template)
+        | {"shard": sharding.setting},
         adapter=adapter,
         tokenizer=tokenizer,
         train_set=train_set,

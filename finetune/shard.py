@@ -71,6 +71,13 @@ class Sharding:
                              f"the base needs {size}")
         return cls(ranks, size, trains_base)
 
+    @property
+    def setting(self) -> int | None:
+        """The number of ranks per copy, as args.json has it; None without --shard."""
+        if self.size == 1:
+            return None
+        return self.size
+
     def connected(self, device: torch.device) -> "Sharding":
         """Return it with its mesh.  All ranks call this at the same point."""
         if self.size == 1:

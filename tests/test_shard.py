@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import generate
@@ -18,7 +20,7 @@ import train
 from finetune.options import parse_options
 from finetune.preflight import Size, estimate_memory, memory_advice
 from finetune.ranks import Ranks
-from finetune.shard import ALL_RANKS, Sharding, cut_bytes
+from finetune.shard import ALL_RANKS, Sharding, cut_bytes, share_like
 from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from lora import LoRAConfig, add_lora
@@ -239,6 +241,12 @@ def test_a_killed_run_goes_on_to_the_bit_also_if_shard_has_changed(two_ranks):
     assert result(two_ranks / "killed-lora") == result(two_ranks / "whole0")
 
 
+def test_the_record_says_how_many_ranks_share_a_base(two_ranks):
+    """As a number also if --shard had none, since a resumed run names what has changed."""
+    for out, expected in (("whole0", None), ("cut0", 2)):
+        assert json.loads((two_ranks / out / "args.json").read_text())["shard"] == expected
+
+
 def test_saves_are_those_of_a_whole_base(two_ranks):
     """Names, shapes and values; a cut model is saved whole."""
     one, other = (torch.load(two_ranks / out / "state.pt", weights_only=True)["parts"]
@@ -310,6 +318,8 @@ def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypa
     assert "1 copy of the base, cut over 8 ranks\n" in lora
     train.main([*flags, "--method", "full"])
     assert "in rank 0's main memory, 0." in capsys.readouterr().out
+    train.main(["--dry-run", "--shard", "8"])
+    assert "about 12.8 MiB of tensors per rank, " in capsys.readouterr().out     # as README has it
 
 
 def test_shard_is_advised_where_memory_ends():
@@ -357,6 +367,20 @@ def test_what_fits_where(size, method, n, gigabytes):
     kinds = Sharding(Ranks(size=n), n, method == "full").bytes_of_rank(kinds, model)
     total = sum(kinds.values()) - kinds["activations"] - kinds["logits"]
     assert total / 1e9 == pytest.approx(gigabytes, rel=0.02)
+
+
+def test_a_resumed_rank_keeps_only_its_part_of_a_saved_tensor():
+    """A view would keep the whole tensor alive."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (8,))
+        cut = distribute_tensor(torch.zeros(64, 100), mesh, [Shard(0)], src_data_rank=None)
+        saved = torch.arange(6400.0).view(64, 100)
+        part = share_like(saved, cut).to_local()
+        assert part.equal(saved[8:16])
+        assert part.untyped_storage().nbytes() == saved.nbytes // 8
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("n", [8, 64])
