@@ -178,7 +178,7 @@ def check_close(one, other):
 # --- on two ranks
 
 MAIN = ["--method lora --checkpointing",
-        "--method dora --quantize nf4 --precision bf16 --targets all"]
+        "--method dora --quantize nf4 --precision bf16 --targets all --tokens-per-batch 60"]
 FULL = ["--method", "full", "--lr", "1e-3"]
 ANSWER = ["--adapter", "cut0/adapter.pt", "--max-new-tokens", "12"]
 OTHER_ANSWERS = {"drawn": [*ANSWER, "--temperature", "0.8", "--seed", "3"],
