@@ -8,7 +8,7 @@ from lora.methods import METHODS
 from lora.quantize import KINDS as QUANTIZED
 
 from .arguments import Parser, add_hardware_flags, named_values, names, number, text
-from .shard import ALL_RANKS
+from .shard import RANKS_OF_MACHINE
 from .templates import TEMPLATES
 
 DEMO = Path(__file__).parent / "demo"
@@ -269,7 +269,7 @@ def add_cost_flags(group):
     flag("--quantize", choices=("none", *QUANTIZED),
          help="hold the blocks' frozen matrices in 8 or 4 bits (default: none, or as --adapter was "
               "trained)")
-    flag("--shard", metavar="N", type=number(int, 2), nargs="?", const=ALL_RANKS,
+    flag("--shard", metavar="N", type=number(int, 2), nargs="?", const=RANKS_OF_MACHINE,
          help="cut the base over N ranks of torchrun, which together hold one copy; with --dry-run "
               "also without torchrun (default without N: the ranks of a machine)")
     add_hardware_flags(group)

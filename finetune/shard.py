@@ -1,8 +1,8 @@
 """--shard: a base larger than one GPU.  torch's FSDP2 cuts it over ranks, DDP keeps the adapter.
 
 Each rank of a copy holds a part of each block.  Before a block computes, the ranks gather it, and
-free it afterwards.  So every forward is one for all ranks, and so is `full_tensor()`: a rank that
-leaves one out lets the others wait for ever.  docs/sharding.md has the whole picture.
+free it afterwards.  All ranks must call each forward and each `full_tensor()`: if one rank skips a
+call, the others wait for ever.  docs/sharding.md has the whole picture.
 """
 import itertools
 import math
@@ -26,15 +26,15 @@ from lora.adapter import is_lora
 
 from .ranks import SINGLE_PROCESS, Ranks
 
-ALL_RANKS = 0                                        # --shard without N: the ranks of a machine
+RANKS_OF_MACHINE = 0                                 # --shard without N: the ranks of a machine
 
 
 @dataclass(frozen=True)
 class Sharding:
     """How ranks share a base: `size` ranks hold one copy; 1 means that each rank holds it whole.
 
-    ranks: of the run; for a dry run of a single process, those that are planned.
-    trains_base: whether the base itself is trained (--method full).
+    ranks: the run's; in a dry run of a single process, the planned ones.
+    trains_base: whether the base that is cut is trained (--method full).
     mesh: torch's arrangement of the ranks, (copies, size); None until `connected`.
     """
     ranks: Ranks
@@ -45,17 +45,17 @@ class Sharding:
     @classmethod
     def planned(cls, size: int | None, ranks: Ranks, args, dry_run: bool = False,
                 trains_base: bool = False) -> "Sharding":
-        """Return the Sharding of a model of the sizes `args` that --shard asks for.
+        """Return the Sharding for --shard and these model sizes.
 
-        size: ALL_RANKS or the number that was given; None without --shard.
-        Raises ValueError for a number of ranks or a model with which there is none.
+        size: RANKS_OF_MACHINE or the number that was given; None without --shard.  args: the
+        model's sizes.  Raises ValueError if these ranks or this model cannot be sharded.
         """
         if size is None:
             return cls(ranks)
         if isinstance(args, RNNArgs):
             raise ValueError("--shard cuts the blocks of a transformer, and this model is "
                              "recurrent: leave --shard out")
-        if size == ALL_RANKS:
+        if size == RANKS_OF_MACHINE:
             size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if ranks.size == 1 and dry_run and size > 1:
             ranks = replace(ranks, size=size)        # A dry run needs no other process.
@@ -79,7 +79,7 @@ class Sharding:
         return self.size
 
     def connected(self, device: torch.device) -> "Sharding":
-        """Return it with its mesh.  All ranks call this at the same point."""
+        """Return this Sharding with its mesh.  All ranks call this at the same point."""
         if self.size == 1:
             return self
         copies = self.ranks.size // self.size
@@ -92,7 +92,7 @@ class Sharding:
         return replace(self, trains_base=False)
 
     def cut(self, block: nn.Module):
-        """Keep this rank's part of a block that has been read; a frozen base is frozen here.
+        """Keep this rank's part of a block that has been read; a frozen base is first frozen.
 
         FSDP cuts parameters only, so the codes and scales of a quantised layer become parameters.
         Those without dimensions cannot be cut.
@@ -107,7 +107,7 @@ class Sharding:
                     ignored_params=uncut)
 
     def cut_root(self, model: nn.Module):
-        """Let the blocks of a model work together; call it when all of them are cut.
+        """Make a model the root of its blocks, when all of them are cut.
 
         Embedding, norm and output of a frozen base stay whole on each rank: distillation calls the
         output outside of forward.
@@ -152,7 +152,7 @@ class Sharding:
             model.register_forward_hook(lambda _model, _inputs, logits: from_rank_0(logits))
 
     def bytes_of_rank(self, kinds: dict, model: nn.Module) -> dict:
-        """Return a rank's bytes by kind, from those of a rank that holds the whole model.
+        """Return one rank's bytes by kind, from those of a rank that holds the whole model.
 
         Of a trained base each rank also has a part of each gradient and of the optimizer's state.
         A gradient is whole until it is reduced, as long as its weight is gathered.
@@ -242,7 +242,7 @@ def whole_state(state, keeps: bool):
 
 
 def share_like(tensor: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a whole tensor, cut as another one of its shape; no rank waits."""
+    """Return this rank's part of a whole tensor, cut like `cut`, without communication."""
     if not isinstance(cut, DTensor) or tensor.shape != cut.shape:
         return tensor
     return distribute_tensor(tensor.to(cut.device), cut.device_mesh, cut.placements,
@@ -253,9 +253,9 @@ def share_like(tensor: torch.Tensor, cut: torch.Tensor) -> torch.Tensor:
 class CutBytes:
     """What ranks hold of the tensors that are cut, in bytes.
 
-    whole: all of them.  share: a rank's part.  gathered: what a rank holds whole at a time.  These
-    are two blocks, one that computes and the next one on its way; with --method full embedding,
-    norm and output too.
+    whole: all of them.  share: a rank's part.  gathered: the most that a rank holds whole at a
+    time.  These are two blocks, one that computes and the next one on its way; with --method full
+    embedding, norm and output too.
     """
     whole: int
     share: int

@@ -20,7 +20,7 @@ import train
 from finetune.options import parse_options
 from finetune.preflight import Size, estimate_memory, memory_advice
 from finetune.ranks import Ranks
-from finetune.shard import ALL_RANKS, Sharding, cut_bytes, share_like
+from finetune.shard import RANKS_OF_MACHINE, Sharding, cut_bytes, share_like
 from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from lora import LoRAConfig, add_lora
@@ -300,7 +300,7 @@ def test_what_cannot_be_cut_is_refused(refused, base, data, tmp_path, tokenizer)
 
 @pytest.mark.parametrize("size, n_ranks, words", [
     (3, 4, "--shard 3 does not divide the 4 ranks"), (8, 4, "--shard 8 does not divide"),
-    (ALL_RANKS, 4, "give --shard 4")])
+    (RANKS_OF_MACHINE, 4, "give --shard 4")])
 def test_copies_are_whole(monkeypatch, size, n_ranks, words):
     """Without N it is the ranks of a machine: here one on each of four machines."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
