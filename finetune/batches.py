@@ -22,14 +22,18 @@ class Batch(NamedTuple):
     n_answer: int
     layout: Layout | None = None
 
+    def pin_memory(self) -> "Batch":
+        """Return a copy in pinned memory, from which a GPU copies while the host goes on."""
+        layout = self.layout.copied(torch.Tensor.pin_memory) if self.layout else None
+        return self._replace(tokens=self.tokens.pin_memory(), layout=layout)
+
     def to(self, device) -> "Batch":
-        """Copy tokens and layout to the device asynchronously.
+        """Copy tokens and layout to the device; from pinned memory this is asynchronous.
 
         Labels stay on the CPU, so that picking answer rows does not wait for the GPU.
         """
-        tokens = self.tokens.pin_memory() if device.type == "cuda" else self.tokens
         layout = self.layout.to(device) if self.layout else None
-        return self._replace(tokens=tokens.to(device, non_blocking=True), layout=layout)
+        return self._replace(tokens=self.tokens.to(device, non_blocking=True), layout=layout)
 
 
 class Window(NamedTuple):
@@ -65,12 +69,20 @@ class DataCollatorForSupervisedDataset:
         return Batch(pad_right(tokens, self.pad_id), pad_right(labels, IGNORE), n_answer)
 
 
-def pack(rows, share_prefix: bool = False) -> Batch:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device; to a GPU asynchronously, through pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def pack(rows, share_prefix: bool = False, pinned: bool = False) -> Batch:
     """Join rows of (tokens, labels) into one row (1, N) without padding.
 
     share_prefix: store a common beginning once.  At least the last prompt token is not shared: it
     predicts the first target.  The gradient of the beginning is the sum over the examples.  The
     result is exact except for dropout: all examples then have the same mask on the beginning.
+    pinned: in memory from which a GPU copies fast.
     """
     n_shareable = [first_target(labels) - 1 if share_prefix else 0 for _, labels in rows]
     pieces, ends = arrange([tokens for tokens, _ in rows], n_shareable)
@@ -83,7 +95,8 @@ def pack(rows, share_prefix: bool = False) -> Batch:
         packed_labels += [IGNORE, *labels[start + 1:stop]]
     layout = Layout([(piece.stop - piece.start, piece.context) for piece in pieces], ends=ends)
     n_answer = sum(count_answer(labels) for _, labels in rows)
-    return Batch(torch.tensor([packed_tokens]), torch.tensor([packed_labels]), n_answer, layout)
+    batch = Batch(torch.tensor([packed_tokens]), torch.tensor([packed_labels]), n_answer, layout)
+    return batch.pin_memory() if pinned else batch
 
 
 def first_target(labels) -> int:

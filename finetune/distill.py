@@ -15,7 +15,7 @@ from llama.tokenizer import Tokenizer
 from lora import add_lora, load_adapter, read_adapter
 from lora.quantize import quantizer
 
-from .batches import Batch
+from .batches import Batch, to_device
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
 
 
@@ -89,7 +89,7 @@ class Distillation:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         device = batch.tokens.device
-        rows, targets = (part.to(device, non_blocking=True) for part in answer_rows(batch))
+        rows, targets = (to_device(part, device) for part in answer_rows(batch))
         # The teacher is in the compute dtype already.
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             features = self.teacher(batch.tokens, rows=rows, layout=batch.layout)  # (R, D)

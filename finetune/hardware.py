@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_THREADS = torch.get_num_threads()
@@ -33,13 +34,17 @@ class Precision:
 def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     """Return (torch.device, "fp32" | "bf16" | "fp16") for the flags --device and --precision.
 
-    Each rank of a machine takes a GPU of its own.  fast_matmul permits products of fp32 matrices to
+    Each rank of a machine takes a GPU of its own: a numbered GPU is refused where there are several
+    ranks, because all of them would take that one.  fast_matmul permits products of fp32 matrices to
     round their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  A CPU without bf16
     matrix instructions only takes other kernels and does not round.
     Raises ValueError for a device that cannot be used here.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda:") and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(f"--device {device} puts all ranks on one GPU: use --device cuda, which "
+                         "gives each a GPU of its own")
     if device == "cuda":
         device = f"cuda:{local_rank}"
     kind = device.partition(":")[0]
@@ -58,6 +63,9 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     device = torch.device(device)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast_matmul else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if fast_matmul else "ieee"
+    # On Hopper and Blackwell torch takes cuDNN's attention first, and cuDNN makes a plan, in up to a
+    # second, for each pair of lengths that it has not met: in packed rows nearly every example.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device, precision or default_precision(device)

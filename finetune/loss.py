@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .batches import Batch
+from .batches import Batch, to_device
 from .dataset import IGNORE
 
 CHUNK = 128                                          # rows of logits in fp32 at a time
@@ -55,7 +55,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
     0 on which backward() works; its mean would be 0/0.
     """
     rows, targets = answer_rows(batch)
-    rows = rows.to(batch.tokens.device, non_blocking=True)
+    rows = to_device(rows, batch.tokens.device)
     logits = model(batch.tokens, rows=rows, layout=batch.layout)               # (R, V)
-    loss = in_chunks(summed_cross_entropy, logits, targets.to(logits.device, non_blocking=True))
+    loss = in_chunks(summed_cross_entropy, logits, to_device(targets, logits.device))
     return loss, batch.n_answer

@@ -141,7 +141,8 @@ class Sharding:
         if self.ranks.size == 1:
             return model
         # init_sync would copy rank 0's tensors to all ranks, and cannot copy cut ones.
-        return DistributedDataParallel(model, broadcast_buffers=False, init_sync=self.mesh is None)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                       init_sync=self.mesh is None)
 
     def keep_in_step(self, model: nn.Module):
         """Let every forward return rank 0's result on all ranks, so that all choose the same token.

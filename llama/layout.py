@@ -4,11 +4,18 @@ A third of a padded batch of Alpaca examples is padding, and a quarter of the re
 preamble again.  Training, scoring and generation lay out their rows here.
 """
 import copy
+import inspect
 from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+    VARLEN_OPTIONS = tuple(inspect.signature(varlen_attn).parameters)
+except ImportError:
+    VARLEN_OPTIONS = ()      # torch is older than 2.10.
 
 MIN_SHARED = 8           # tokens: sharing fewer costs more in attention than it saves
 SHORT_CONTEXT = 256      # tokens: up to here plain products are faster than torch's CPU kernel
@@ -36,15 +43,27 @@ class Layout:
             depth = self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length)
             positions.append(begin + depth)
         self.positions = torch.cat(positions)
+        places = torch.arange(len(self.positions)).split([length for length, _ in segments])
+        keys = [joined(places, context, i, 0) for i, (_, context) in enumerate(segments)]
+        # For one call of varlen_attn: the places that the segments read, and where each begins.
+        self.keys = torch.cat(keys)
+        self.bounds = (bounds(places), bounds(keys))
+        self.most = (max(map(len, places)), max(map(len, keys)))
         self.longest = self.positions.max().item() + 1       # tokens of the longest example
 
     def to(self, device) -> "Layout":
-        """Return a copy on the device; a transfer to a GPU is asynchronous."""
-        on_device = copy.copy(self)
-        on_device.positions = self.positions.to(device, non_blocking=True)
-        on_device.trees = {i: tree.to(device, non_blocking=True) for i, tree in self.trees.items()}
-        on_device.masks = {}
-        return on_device
+        """Return a copy on the device; a transfer to a GPU from pinned memory is asynchronous."""
+        return self.copied(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def copied(self, copy_of) -> "Layout":
+        """Return a copy with copy_of(tensor) in place of each tensor."""
+        other = copy.copy(self)
+        other.positions = copy_of(self.positions)
+        other.trees = {i: copy_of(tree) for i, tree in self.trees.items()}
+        other.keys = copy_of(self.keys)
+        other.bounds = tuple(map(copy_of, self.bounds))
+        other.masks = {}
+        return other
 
     @torch.compiler.disable          # Each batch has other shapes, and each would be compiled.
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -52,6 +71,8 @@ class Layout:
 
         q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd).
         """
+        if not self.trees and takes_one_call(q, k):
+            return self.attend_at_once(q, k, v)
         n_groups = q.shape[2] // k.shape[2]
         lengths = [length for length, _ in self.segments]
         queries = q.split(lengths, dim=1)
@@ -65,11 +86,21 @@ class Layout:
             outputs.append(segment_attention(queries[i], keys_read, values_read, mask))
         return torch.cat(outputs, dim=1)
 
+    def attend_at_once(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Return what `attend` does, by one call for all segments: on a GPU launches take longer.
+
+        varlen_attn aligns the last key with the last query, so the context is seen as a whole.
+        """
+        if len(self.keys) > q.shape[1]:
+            k, v = (z[:, self.keys] for z in (k, v))
+        gqa = {"enable_gqa": True} if q.shape[2] > k.shape[2] else {}
+        return varlen_attn(q[0], k[0], v[0], *self.bounds, *self.most, window_size=(-1, 0), **gqa)[None]
+
     def mask(self, i: int, keys: torch.Tensor, n_groups: int) -> torch.Tensor | None:
         """Return what segment i's L tokens see of the S keys, in the form for `segment_attention`.
 
-        On a CPU with short contexts (n_groups L, S), to add to the scores; else (L, S) bool, or
-        None for the usual triangle.  Made once for all blocks.
+        To add to the scores: on a CPU with short contexts (n_groups L, S), else (L, S), or None for
+        the usual triangle.  Made once for all blocks.
         """
         length = self.segments[i][0]
         n_keys = keys.shape[1]
@@ -78,23 +109,44 @@ class Layout:
             return self.masks[variant]
         tree = self.trees.get(i)
         visible = keys.new_ones(length, length, dtype=torch.bool).tril() if tree is None else tree
-        visible = F.pad(visible, (n_keys - length, 0), value=True)   # The whole context is visible.
-        if keys.is_cpu and n_keys <= SHORT_CONTEXT:
-            scores = keys.new_zeros(length, n_keys).masked_fill(~visible, -torch.inf)
-            mask = scores.repeat(n_groups, 1)
+        # The whole context is visible.  CUDA's kernel wants rows in steps of 8 numbers.
+        visible = F.pad(visible, (n_keys - length, -n_keys % 8), value=True)
+        scores = torch.zeros_like(visible, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)
+        mask = scores[:, :n_keys]
+        if by_products(keys):
+            mask = mask.repeat(n_groups, 1)
         elif tree is None and length == n_keys:
             mask = None
-        else:
-            mask = visible
         self.masks[variant] = mask
         return mask
 
 
-def joined(parts, context: tuple, i: int) -> torch.Tensor:
+def takes_one_call(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Return whether varlen_attn computes q (1, N, H, hd) and k: in 16 bits, from Ampere on."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] % 8:
+        return False
+    needed = {"window_size"}                         # torch 2.11 has it.
+    if q.shape[2] > k.shape[2]:
+        needed.add("enable_gqa")                     # torch 2.12 has it.
+    return needed <= set(VARLEN_OPTIONS) and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def bounds(parts) -> torch.Tensor:
+    """Return where each of the parts begins when they stand in a row, and the end: int32."""
+    lengths = torch.tensor([0, *map(len, parts)])
+    return lengths.cumsum(0).int()
+
+
+def joined(parts, context: tuple, i: int, dim: int = 1) -> torch.Tensor:
     """Return part i behind the parts of its context, along the tokens: (1, S, K, hd)."""
     if not context:
         return parts[i]
-    return torch.cat([parts[j] for j in (*context, i)], dim=1)
+    return torch.cat([parts[j] for j in (*context, i)], dim=dim)
+
+
+def by_products(k: torch.Tensor) -> bool:
+    """Return whether plain products are faster than torch's kernel for keys k (1, S, K, hd)."""
+    return k.is_cpu and k.shape[1] <= SHORT_CONTEXT
 
 
 def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -105,8 +157,9 @@ def segment_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     """
     _, L, H, hd = q.shape
     K = k.shape[2]
+    use_products = by_products(k)
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))             # (1, H|K, L|S, hd)
-    if mask is not None and mask.dtype != torch.bool:
+    if use_products:
         q = q.reshape(K, -1, hd)                                 # (K, H / K L, hd)
         scores = torch.baddbmm(mask, q, k[0].transpose(1, 2), alpha=hd ** -0.5)
         y = scores.softmax(-1) @ v[0]                            # softmax computes in fp32

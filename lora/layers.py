@@ -41,8 +41,9 @@ class LoRALinear(LoRALayer):
         # A and B are cast down to x's dtype.  Casting x up to fp32 would make autograd keep
         # a second x, twice as large, for the backward pass.
         A, B = self.factors()
-        update = F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
-        return y + self.scale * update
+        inner = F.linear(self.dropout(x), A.to(x.dtype))      # (..., r)
+        # The scale meets the r numbers between A and B, not the d_out behind B.
+        return y + F.linear(self.scale * inner, B.to(x.dtype))
 
     def delta(self) -> torch.Tensor:
         return self.product()                         # (d_out, d_in)
@@ -74,7 +75,7 @@ class LoRAEmbedding(LoRALayer):
             return y
         A, B = self.factors()
         columns = F.embedding(tokens, A.T, self.base.padding_idx)                 # (..., r)
-        return y + (self.scale * F.linear(columns, B)).to(y.dtype)
+        return y + F.linear(self.scale * columns, B).to(y.dtype)
 
     def delta(self) -> torch.Tensor:
         return self.product().T                       # (V, D)

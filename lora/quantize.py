@@ -1,7 +1,12 @@
 """Frozen weights in 8 or 4 bits: int8 per row, and the NF4 of QLoRA (Dettmers et al. 2023)."""
+import functools
+import warnings
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 BLOCK = 64                      # Weights that share a scale (QLoRA, section 3).
 GROUP = 256                     # Scales that share a second scale (double quantisation).
@@ -56,7 +61,13 @@ class QuantizedLinear(nn.Module):
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = DequantizedProduct.apply(x, self)
+        if torch.compiler.is_compiling():
+            # torch.compile would merge backward's second dequantisation with forward's, and keep
+            # every W in between.  It computes what is checkpointed twice, as it is told.
+            W = checkpoint(self.dequantize, x.dtype, use_reentrant=False, preserve_rng_state=False)
+            y = F.linear(x, W)
+        else:
+            y = DequantizedProduct.apply(x, self)
         return y if self.bias is None else y + self.bias
 
 
@@ -135,11 +146,41 @@ class NF4Linear(QuantizedLinear):
         return self.mean + self.c * self.t.repeat_interleave(GROUP)[:len(self.c)]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        units = F.embedding(self.codes.int(), self.pairs).view(-1, BLOCK)
-        # In place, because `units` is a new tensor and as large as the weight.
-        blocks = units.mul_(self.scales()[:, None]).to(dtype)
+        unpack = scaled_levels
+        if self.codes.is_cuda and not torch.compiler.is_compiling():
+            unpack = compiled_levels(self.codes.device)
+        blocks = unpack(self.codes, self.pairs, self.scales(), dtype)
         size = self.out_features * self.in_features
         return blocks.flatten()[:size].view(self.out_features, self.in_features)
+
+
+def scaled_levels(codes: torch.Tensor, pairs: torch.Tensor, scales: torch.Tensor,
+                  dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights of NF4 in blocks, (blocks, BLOCK) in `dtype`.
+
+    codes: two per byte.  pairs (256, 2): the levels of each byte.  scales (blocks,).
+    """
+    units = F.embedding(codes.int(), pairs).view(-1, BLOCK)
+    # In place, because `units` is a new tensor and as large as the weight.
+    return units.mul_(scales[:, None]).to(dtype)
+
+
+@functools.cache
+def compiled_levels(device: torch.device) -> Callable:
+    """Return scaled_levels as one kernel for a GPU, which stores nothing in between.
+
+    The result is the same to the bit: each weight is one product, rounded once.  Where torch cannot
+    compile for the GPU, a warning says so and scaled_levels itself is returned.
+    """
+    in_one_kernel = torch.compile(scaled_levels, dynamic=True)
+    codes = torch.zeros(BLOCK, dtype=torch.uint8, device=device)
+    try:
+        in_one_kernel(codes, codes.new_zeros(256, 2).float(), codes[:2].float(), torch.float32)
+    except Exception as error:                       # Triton, a C compiler or Python.h is missing.
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"NF4 is dequantised without torch.compile, and slower: {reason}")
+        return scaled_levels
+    return in_one_kernel
 
 
 KINDS = {layer.kind: layer for layer in (Int8Linear, NF4Linear)}

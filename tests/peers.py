@@ -37,6 +37,7 @@ def main():
     asked = json.load(sys.stdin)
     request = Request(**asked["request"])
     torch.manual_seed(0)
+    torch.backends.cuda.enable_cudnn_sdp(False)      # as on our side, see finetune/hardware.py
     peaks = Peaks(torch.device(request.device))
     peaks.end("start")
     function = train if request.new is None else generate
