@@ -8,12 +8,13 @@
     python -m benchmarks ranks         LoRA trained at each r, and one DyLoRA cut to each
     python -m benchmarks distill       students with and without a teacher
     python -m benchmarks search        settings for a task, from method to learning rate
+    python -m benchmarks gpu           a first day with a GPU, cell by cell within time limits
     python -m benchmarks front         the README's picture, from a finished run in out/
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
 median of its repeats.  In methods, ranks, distill and search a cell is a whole training run or an
-evaluation, in a new process too.  front measures no cell.  A table is printed as Markdown and
-written to --out; all but distill and front also draw a picture there if matplotlib is installed.
+evaluation, in a new process too, and gpu says what it does.  front measures no cell.  A table is printed as Markdown and
+written to --out; all but distill, gpu and front also draw a picture there if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
@@ -26,7 +27,7 @@ from finetune.arguments import Parser, text
 from finetune.errors import one_line_errors
 from llama.files import write_whole
 
-from . import ablation, distill, front, methods, peers, ranks, roofline, scaling, search
+from . import ablation, distill, front, gpu, methods, peers, ranks, roofline, scaling, search
 from .tables import Table, code_digest, machine
 
 # Each page has add_flags(parser), and make(args, table), which returns lines of Markdown.
@@ -39,6 +40,7 @@ PAGES = {
     "ranks": ranks,
     "search": search,
     "distill": distill,
+    "gpu": gpu,
     "front": front,
 }
 

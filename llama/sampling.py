@@ -52,9 +52,10 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int,
         while unfinished:
             rows = {i: prompts[i] + answers[i] for i in unfinished}
             for i, logits in logits_after(rows).items():
-                logits[repeats(answers[i], no_repeat_ngram)] = -torch.inf
-                is_over = bool(logits.isneginf().all())      # Every token would repeat something.
+                banned = repeats(answers[i], no_repeat_ngram)
+                is_over = len(set(banned)) == len(logits)    # Every token would repeat something.
                 if not is_over:
+                    ban(logits, banned)
                     token = choose(logits, temperature, top_k, top_p, generators[i])
                     is_over = token in ends_of_text
                 if not is_over:
@@ -84,7 +85,7 @@ def tokens_left(model: nn.Module, prompts: list[list[int]], max_new_tokens: int)
 
 
 def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[torch.Tensor]:
-    """Return the logits of what follows each row: fp32, on the CPU, (1 + g, V) per row.
+    """Return the logits of what follows each row: fp32, on the model's device, (1 + g, V) per row.
 
     rows: lists of ids, of any lengths.  trees: for each row g tokens that may follow it, as a
     guesses.Tree, or None.  The first logits are those after the row, the others those after each
@@ -115,7 +116,7 @@ def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[tor
     tokens = torch.tensor([packed_tokens], device=device)
     places = torch.tensor(places, device=device)
     layout = Layout(segments, tree_masks).to(device)
-    logits = model(tokens, rows=places, layout=layout).float().cpu()
+    logits = model(tokens, rows=places, layout=layout).float()
     if not logits.max() < torch.inf:                 # The maximum is nan if one of them is.
         raise ValueError("the model's logits are not finite: are its weights, or the adapter's, "
                          "damaged?")
@@ -128,7 +129,8 @@ def choose(logits: torch.Tensor, temperature: float = 0.0, top_k: int = 0, top_p
     if temperature == 0:
         return logits.argmax().item()
     probabilities = filtered(logits, temperature, top_k, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator).item()
+    # Drawn on the CPU, so that a seed gives the same numbers on every device.
+    return torch.multinomial(probabilities.cpu(), 1, generator=generator).item()
 
 
 def filtered(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
@@ -147,6 +149,12 @@ def filtered(logits: torch.Tensor, temperature: float = 1.0, top_k: int = 0,
     likelier[0] = -1.0                               # so that the likeliest is always kept
     kept = torch.where(likelier < top_p, probabilities, 0.0)
     return torch.zeros_like(kept).scatter(-1, order, kept / kept.sum())
+
+
+def ban(logits: torch.Tensor, tokens: list[int]):
+    """Set the logits (V,) of these tokens to -inf."""
+    if tokens:                                       # An empty index would be copied to a GPU too.
+        logits[tokens] = -torch.inf
 
 
 def repeats(answer: list[int], n: int) -> list[int]:
@@ -178,9 +186,9 @@ def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int,
     while unfinished:
         logits = torch.cat(next_logits(model, [prompt + answer for _, answer in unfinished]))
         for row, (_, answer) in zip(logits, unfinished, strict=True):
-            row[repeats(answer, no_repeat_ngram)] = -torch.inf
+            ban(row, repeats(answer, no_repeat_ngram))
         log_p = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
-        scores = log_p + torch.tensor([[score] for score, _ in unfinished])
+        scores = log_p + torch.tensor([[score] for score, _ in unfinished], device=log_p.device)
         # Twice as many as there are beams: half of them may end with eos.
         best, places = scores.flatten().topk(min(2 * beams, scores.numel()))
         extended = []

@@ -75,7 +75,7 @@ class LoRAEmbedding(LoRALayer):
             return y
         A, B = self.factors()
         columns = F.embedding(tokens, A.T, self.base.padding_idx)                 # (..., r)
-        return y + F.linear(self.scale * columns, B).to(y.dtype)
+        return y + F.linear(self.scale * columns.to(y.dtype), B.to(y.dtype))
 
     def delta(self) -> torch.Tensor:
         return self.product().T                       # (V, D)

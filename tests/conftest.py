@@ -1,6 +1,11 @@
 """Fixtures: a tokenizer trained in memory and a tiny checkpoint, so that nothing is downloaded."""
 import io
 import json
+import os
+
+GPU_TESTS = os.environ.get("GPU_TESTS") == "1"
+if not GPU_TESTS:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""          # before torch looks for GPUs
 
 import pytest
 import sentencepiece as spm
@@ -13,6 +18,17 @@ from llama import Tokenizer, save_checkpoint
 from .helpers import CORPUS, EXAMPLES, given_once, metrics, tiny
 
 torch.set_num_threads(1)  # For tensors this small, threads only wait for each other.
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip the tests that need a GPU; with GPU_TESTS=1 run these, and only these."""
+    on_gpus = [item for item in items if item.get_closest_marker("gpu")]
+    if GPU_TESTS:
+        config.hook.pytest_deselected(items=[item for item in items if item not in on_gpus])
+        items[:] = on_gpus
+    for item in on_gpus:
+        if not GPU_TESTS:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: GPU_TESTS=1 pytest"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,7 @@
     python -m tests.pretend_cuda train --layers 1 --max-steps 2 -- generate --instruction Say
 
 Runs each command line (they are separated by --) and prints one line of JSON for each: {exit,
-error, waits, other_waits, products, kernels, text}.  The CPU's tensors are real.  Those on "cuda"
+error, waits, other_waits, bytes, products, kernels, text}.  The CPU's tensors are real.  Those on "cuda"
 are shapes, dtypes and devices alone (torch's FakeTensor), so a 7B needs no memory, and every number
 that comes back from the device is 0.
 
@@ -89,7 +89,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import generate
 import train
-from benchmarks import runs
+from benchmarks import on_gpu, runs
 
 from .helpers import ROOT
 
@@ -145,6 +145,7 @@ class Pretended(TorchDispatchMode):
         self.products = Counter()
         self.kernels = []
         self.n_kernels = 0
+        self.n_bytes = 0                             # copied to the CPU
 
     def __enter__(self):
         self.fake.__enter__()
@@ -193,9 +194,9 @@ class Pretended(TorchDispatchMode):
         if not is_here and (target is None or torch.device(target).type != "cuda"):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)         # The CPU's own work is done.
-        if packet in (aten._local_scalar_dense, aten.item):
+        if packet in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
             self.wait("item")
-            if args[0].dtype == torch.bool:
+            if args[0].dtype == torch.bool or packet is aten.is_nonzero:
                 return True
             return 0.0 if args[0].is_floating_point() else 0
         if packet in HOST_NEEDS_THE_SIZE:
@@ -220,6 +221,7 @@ class Pretended(TorchDispatchMode):
         self.count(func, args)
         if is_on("cpu", out):
             self.wait("a copy to the CPU")
+            self.n_bytes += out.nbytes
             return real(out)
         return out
 
@@ -303,7 +305,11 @@ def pretend(mode):
             "set_rng_state": nothing,
         },
         torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
-        torch.Tensor: {"pin_memory": lambda tensor, *_: tensor, "numpy": as_numpy},
+        torch.Tensor: {
+            "pin_memory": lambda tensor, *_: tensor,
+            "numpy": as_numpy,
+            "__format__": lambda tensor, form: format(tensor.item(), form),
+        },
         FakeTensorMode: {"avoid_device_init": True},
         torch: {"save": outside(torch.save), "load": outside(torch.load), "compile": mode.fused},
         F: {"scaled_dot_product_attention": attention(F.scaled_dot_product_attention),
@@ -345,7 +351,8 @@ def answer(mode, function, flags):
                     if frame.filename.startswith(str(ROOT))]
             result["error"] = f"{type(error).__name__}: {lines[0]} at {' < '.join(ours[::-1][:6])}"
     return result | {"waits": mode.waits, "other_waits": mode.other_waits, "kernels": mode.kernels,
-                     "products": mode.products, "text": printed.getvalue()[-2000:]}
+                     "products": mode.products, "bytes": mode.n_bytes,
+                     "text": printed.getvalue()[-2000:]}
 
 
 def command_lines(words):
@@ -364,7 +371,7 @@ def main():
     pretend(mode)
     train.accumulate_gradients = mode.micro_batches(train.accumulate_gradients)
     programs = {"train": on_the_device(train.main), "generate": on_the_device(generate.main),
-                "shape_7b": shape_7b}
+                "shape_7b": shape_7b, "cell": lambda words: on_gpu.main(words, on_gpu.PRETENDED)}
     for name, *flags in command_lines(sys.argv[1:]):
         print(json.dumps(answer(mode, programs[name], flags)), flush=True)
     os._exit(0)                                      # The device's threads never end.

@@ -174,7 +174,7 @@ def test_made_ahead_is_the_same_and_errors_arrive():
         next(items)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @PLAIN_AND_SHARED
 def test_nothing_waits_for_the_gpu_within_a_micro_batch(share_prefix):
     model = tiny(n_kv_heads=2).cuda()

@@ -1,8 +1,11 @@
 """llama/layout.py: packed rows give the padded loss and gradients, and no example sees another."""
 import json
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 import train
 from finetune.batches import DataCollatorForSupervisedDataset, pack
@@ -136,6 +139,71 @@ def test_models_of_several_kinds_read_one_layout(monkeypatch, short):
     elsewhere = batch.to(torch.device("meta"))
     assert tiny().to("meta")(elsewhere.tokens, layout=elsewhere.layout).is_meta
     assert all(mask is None or mask.is_meta for mask in elsewhere.layout.masks.values())
+
+
+def plain_varlen(q, k, v, query_bounds, key_bounds, most_queries, most_keys, *, window_size,
+                 enable_gqa=False):  # fmt: skip
+    """Compute what varlen_attn does, segment by segment; the mask is aligned at the lower right."""
+    assert window_size == (-1, 0)
+    outputs = []
+    for i in range(len(query_bounds) - 1):
+        queries = q[query_bounds[i]:query_bounds[i + 1]].transpose(0, 1)
+        keys = k[key_bounds[i]:key_bounds[i + 1]].transpose(0, 1)
+        values = v[key_bounds[i]:key_bounds[i + 1]].transpose(0, 1)
+        n_queries = queries.shape[1]
+        n_keys = keys.shape[1]
+        assert n_queries <= most_queries and n_keys <= most_keys
+        seen = torch.ones(n_queries, n_keys, dtype=torch.bool).tril(n_keys - n_queries)
+        y = F.scaled_dot_product_attention(queries, keys, values, seen, enable_gqa=enable_gqa)
+        outputs.append(y.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@PLAIN_AND_SHARED
+def test_one_call_for_all_segments_is_the_loop(monkeypatch, share_prefix):
+    """In fp64, with a plain reference in the place of CUDA's kernel."""
+    for rows in (drawn(), drawn(2), drawn(3)[:1] * 4):
+        batch = pack(rows, share_prefix)
+        loss, gradient, _ = gradients(batch, dtype=torch.float64)
+        with monkeypatch.context() as patch:
+            patch.setattr(layout, "takes_one_call", lambda q, k: True)
+            patch.setattr(layout, "varlen_attn", plain_varlen)
+            loss_at_once, gradient_at_once, _ = gradients(batch, dtype=torch.float64)
+        assert loss_at_once == pytest.approx(loss, rel=1e-14)
+        assert 0 < (gradient_at_once - gradient).norm() <= 1e-14 * gradient.norm()
+
+
+@pytest.mark.parametrize("expected, changes", [
+    (True, {}),
+    (True, {"dtype": torch.float16}),
+    (False, {"dtype": torch.float32}),
+    (False, {"is_cuda": False}),
+    (False, {"shape": (1, 9, 4, 12)}),               # flash wants heads in steps of 8 numbers
+    (True, {"shape": (1, 9, 8, 64)}),
+    (False, {"shape": (1, 9, 8, 64), "options": ("window_size",)}),      # GQA in torch 2.11
+    (True, {"options": ("window_size",)}),
+    (False, {"options": ()}),
+    (False, {"capability": (7, 5)}),
+])
+def test_who_takes_one_call(monkeypatch, expected, changes):
+    settings = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 9, 4, 64),
+                "options": ("window_size", "enable_gqa"), "capability": (8, 0), **changes}
+    monkeypatch.setattr(layout, "VARLEN_OPTIONS", settings["options"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: settings["capability"])
+    q = SimpleNamespace(**settings, device="cuda")
+    assert layout.takes_one_call(q, SimpleNamespace(shape=(1, 9, 4, 64))) == expected
+
+
+@pytest.mark.gpu
+@PLAIN_AND_SHARED
+def test_one_call_on_a_gpu_is_the_loop(monkeypatch, share_prefix):
+    """In bf16, as far as its rounding allows."""
+    packed = pack(drawn(), share_prefix).layout
+    parts = [torch.randn(1, len(packed.positions), 4, 64, dtype=torch.bfloat16) for _ in range(3)]
+    expected = packed.attend(*parts)
+    at_once = packed.to("cuda").attend(*[part.cuda() for part in parts]).cpu()
+    assert layout.takes_one_call(parts[0].cuda(), parts[1].cuda())
+    assert (at_once - expected).abs().max() < 0.02
 
 
 def test_a_row_may_be_longer_than_an_example_may():

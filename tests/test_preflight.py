@@ -143,12 +143,15 @@ def test_the_estimate_of_every_method(method, dropout, checkpointing, quantize):
     assert sum(kinds.values()) == pytest.approx(memory.peak, rel=0.12)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
 @pytest.mark.parametrize("lora", [{"dropout": 0.05}, {"dropout": 0, "targets": "all"}, None],
                          ids=["dropout", "all", "full"])
 def test_the_estimate_is_what_cuda_allocates(checkpointing, lora):
-    """Within 15 %, at sizes where blocks of 512 bytes and workspaces do not count."""
+    """Within 15 %, at sizes where blocks of 512 bytes do not count; without cuBLAS's workspaces.
+
+    These are 32 MiB for each of two threads on Hopper.
+    """
     sizes = {"dim": 1024, "n_layers": 8, "n_heads": 8, "vocab_size": 32000}
     batch = batch_of(8, 512, 200)
     sketch = built("bf16", lora, checkpointing, "meta", **sizes)
@@ -160,6 +163,9 @@ def test_the_estimate_is_what_cuda_allocates(checkpointing, lora):
     torch.cuda.reset_peak_memory_stats()
     two_steps(model, batch, "bf16", lora, adamw(model))
     peak = torch.cuda.max_memory_allocated()
+    alive = torch.cuda.memory_allocated()
+    torch._C._cuda_clearCublasWorkspaces()
+    peak -= alive - torch.cuda.memory_allocated()
     print(f"\nestimate {total / 2 ** 20:,.0f} MiB, CUDA's peak {peak / 2 ** 20:,.0f} MiB")
     assert total == pytest.approx(peak, rel=0.15)
 

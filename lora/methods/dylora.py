@@ -1,4 +1,5 @@
 """DyLoRA (Valipour et al. 2023): one adapter, trained to work at every rank up to r."""
+import torch
 import torch.nn as nn
 
 from ..layers import LoRAEmbedding, LoRALinear, lora_layers
@@ -34,14 +35,17 @@ class DyLoRA:
     @classmethod
     def connect(cls, layers, config):
         controller = RankByLoss(config.options["rank_min"], config.r)
+        # Else torch.compile takes a rank for a constant, and would compile every rank anew.
+        torch._dynamo.config.allow_unspec_int_on_nn_module = True
         for layer in layers:
             layer.settings = config.options     # One dict for all, the one that files hold.
             layer.controller = controller
 
     @property
     def rank(self) -> int:
-        chosen = self.settings["rank"] or self.r
-        return self.step_rank if self.training and self.step_rank else chosen
+        if self.training and self.step_rank:
+            return self.step_rank
+        return self.settings["rank"] or self.r
 
     @property
     def scale(self) -> float:
