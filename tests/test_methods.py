@@ -753,6 +753,23 @@ def test_layers_say_nothing_of_methods():
 
 
 @pytest.mark.slow
+def test_dylora_is_compiled_once_for_all_ranks():
+    """Ten ranks take no more graphs than the first few do."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny(n_layers=1)
+    add_lora(model.train(), LoRAConfig(method="dylora", r=16, dropout=0.0))
+    model.layers[0].compile(dynamic=True)
+    graphs = []
+    for rank in (3, 12, 7, 5, 14, 4, 9, 10, 6, 11):
+        for layer in lora_layers(model).values():
+            layer.step_rank = rank
+        model(torch.arange(8)[None]).sum().backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] and graphs[1] == graphs[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", [*(method for method in METHODS if method != "lora"), "lora-plus"])
 def test_any_method_can_be_deleted(gone, tmp_path, base, data):
     """In a copy of the tree without its file and the lines that name it, all others run."""

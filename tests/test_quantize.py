@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import generate
 import train
@@ -14,7 +15,7 @@ from lora import (LoRAConfig, add_lora, lora_disabled, lora_state_dict, merge_lo
                   unmerge_lora)
 from lora.adapter import METHODS
 from lora.quantize import (KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels,
-                           quantizer)
+                           quantizer, scaled_levels)
 
 from .helpers import ROOT, adapt, metrics, tiny, torchrun
 
@@ -326,3 +327,44 @@ def test_what_cannot_be_quantised_is_refused(base, tmp_path, refused):
     model, tokenizer = load_checkpoint(base, convert=quantizer("nf4"))
     with pytest.raises(ValueError, match="dequantize the model first"):
         save_checkpoint(model, tokenizer, tmp_path / "new")
+
+
+@pytest.mark.slow
+@EVERY_KIND
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointing"])
+def test_compiled_layers_keep_no_dequantised_weight(kind, checkpointing):
+    """torch.compile would keep what backward dequantises again: 256 KiB for each matrix here."""
+    layers = nn.Sequential(*[KINDS[kind](nn.Linear(256, 256, bias=False)) for _ in range(3)])
+    x = torch.randn(4, 256, requires_grad=True)
+    expected, = torch.autograd.grad(layers(x).square().sum(), x)
+    compiled = torch.compile(layers, dynamic=True)
+    kept = {}
+
+    def keep(tensor):
+        if tensor.is_floating_point():
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = checkpoint(compiled, x, use_reentrant=False) if checkpointing else compiled(x)
+    assert sum(kept.values()) < 4 * 256 * 256
+    gradient, = torch.autograd.grad(y.square().sum(), x)
+    assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_compiled_is_the_same_to_the_bit(dtype):
+    """What CUDA computes in one kernel: each weight is one product, which is rounded once."""
+    layer = NF4Linear(nn.Linear(192, 64))
+    compiled = torch.compile(scaled_levels, dynamic=True)
+    parts = (layer.codes, layer.pairs, layer.scales(), dtype)
+    assert torch.equal(compiled(*parts), scaled_levels(*parts))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_nf4_on_a_gpu_is_the_same_to_the_bit(dtype):
+    layer = NF4Linear(nn.Linear(192, 64))
+    expected = layer.dequantize(dtype)
+    assert torch.equal(layer.cuda().dequantize(dtype).cpu(), expected)

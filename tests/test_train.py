@@ -13,6 +13,7 @@ import generate
 import train
 from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import SupervisedDataset, load_datasets
+from finetune.hardware import pick_hardware
 from finetune.options import parse_options
 from finetune.ranks import SINGLE_PROCESS
 from llama import load_checkpoint
@@ -229,6 +230,21 @@ def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
     assert untimed(run("after", *flags)) == untimed(before)
     assert seen == [["ieee", "ieee"], ["bf16", "tf32"], ["ieee", "ieee"]]
     assert fast[0]["loss"] == pytest.approx(before[0]["loss"], rel=1e-2)
+
+
+def test_attention_never_takes_cudnn(run):
+    """It makes a plan for each pair of lengths, and packed rows bring new ones in each batch."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    run("out", "--max-steps", "1")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_numbered_gpu_is_for_one_rank(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="--device cuda:1 puts all ranks on one GPU: use --device"):
+        pick_hardware("cuda:1", "bf16", local_rank=1)
+    assert pick_hardware("cpu", None, local_rank=1) == (torch.device("cpu"), "fp32")
 
 
 # --- optimizer and schedule

@@ -2,10 +2,20 @@
 import math
 import random
 
+import torch
+
 
 def rank_by_chance(seed: int, step: int, low: int, high: int) -> int:
     """Draw a rank uniformly from low..high; the same seed and step always give the same rank."""
     return random.Random(f"{seed}, {step}").randint(low, high)
+
+
+def compile_once_for_all_ranks():
+    """Let torch.compile take whole numbers that layers hold for variables.
+
+    It would take a rank for a constant, compile each rank anew, and give up after eight.
+    """
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
 
 
 class RankByLoss:

@@ -1,9 +1,8 @@
 """DyLoRA (Valipour et al. 2023): one adapter, trained to work at every rank up to r."""
-import torch
 import torch.nn as nn
 
 from ..layers import LoRAEmbedding, LoRALinear, lora_layers
-from .active_rank import RankByLoss, rank_by_chance
+from .active_rank import RankByLoss, compile_once_for_all_ranks, rank_by_chance
 
 
 class DyLoRA:
@@ -35,17 +34,14 @@ class DyLoRA:
     @classmethod
     def connect(cls, layers, config):
         controller = RankByLoss(config.options["rank_min"], config.r)
-        # Else torch.compile takes a rank for a constant, and would compile every rank anew.
-        torch._dynamo.config.allow_unspec_int_on_nn_module = True
+        compile_once_for_all_ranks()
         for layer in layers:
             layer.settings = config.options     # One dict for all, the one that files hold.
             layer.controller = controller
 
     @property
     def rank(self) -> int:
-        if self.training and self.step_rank:
-            return self.step_rank
-        return self.settings["rank"] or self.r
+        return (self.training and self.step_rank) or self.settings["rank"] or self.r
 
     @property
     def scale(self) -> float:
