@@ -13,8 +13,9 @@
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
 median of its repeats.  In methods, ranks, distill and search a cell is a whole training run or an
-evaluation, in a new process too, and gpu says what it does.  front measures no cell.  A table is printed as Markdown and
-written to --out; all but distill, gpu and front also draw a picture there if matplotlib is installed.
+evaluation, in a new process too; gpu has cells of many kinds.  front measures no cell.  A table is
+printed as Markdown and written to --out; all but distill, gpu and front also draw a picture there
+if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.

@@ -77,7 +77,10 @@ def make(args, table: Table) -> list:
     if not args.pretend and not torch.cuda.is_available():
         raise ValueError("no GPU here, or this torch is built without CUDA; --pretend goes through "
                          "the cells without one")
-    names = [name for name in CELLS if any(fnmatch(name, pattern) for pattern in args.cells)]
+    names = []
+    for name in CELLS:
+        if any(fnmatch(name, pattern) for pattern in args.cells):
+            names.append(name)
     if not names:
         raise ValueError(f"--cells {','.join(args.cells)}: no match among {'; '.join(CELLS)}")
     rows = []
@@ -140,8 +143,10 @@ def about_gpu(is_pretended: bool) -> str:
     if is_pretended:
         return ", ".join(["a pretended GPU", *parts])
     try:
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True).stdout.strip().partition("\n")[0]
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True)
+        driver = asked.stdout.strip().partition("\n")[0]
     except OSError:
         driver = "unknown"
     parts = [torch.cuda.get_device_name(), f"driver {driver}", *parts]

@@ -35,9 +35,9 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     """Return (torch.device, "fp32" | "bf16" | "fp16") for the flags --device and --precision.
 
     Each rank of a machine takes a GPU of its own: a numbered GPU is refused where there are several
-    ranks, because all of them would take that one.  fast_matmul permits products of fp32 matrices to
-    round their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  A CPU without bf16
-    matrix instructions only takes other kernels and does not round.
+    ranks, because all would take that one.  fast_matmul permits products of fp32 matrices to round
+    their factors: to bf16 on a CPU, to TF32 on CUDA; sums stay in fp32.  A CPU without bf16 matrix
+    instructions only takes other kernels and does not round.
     Raises ValueError for a device that cannot be used here.
     """
     if device is None:
@@ -63,8 +63,8 @@ def pick_hardware(device, precision, local_rank=0, fast_matmul=False):
     device = torch.device(device)
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if fast_matmul else "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32" if fast_matmul else "ieee"
-    # On Hopper and Blackwell torch takes cuDNN's attention first, and cuDNN makes a plan, in up to a
-    # second, for each pair of lengths that it has not met: in packed rows nearly every example.
+    # On Hopper and Blackwell torch takes cuDNN's attention first.  For each length that is new, and
+    # in packed rows most are, cuDNN makes a plan, which takes up to a second.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -4,18 +4,13 @@ A third of a padded batch of Alpaca examples is padding, and a quarter of the re
 preamble again.  Training, scoring and generation lay out their rows here.
 """
 import copy
-import inspect
 from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-    VARLEN_OPTIONS = tuple(inspect.signature(varlen_attn).parameters)
-except ImportError:
-    VARLEN_OPTIONS = ()      # torch is older than 2.10.
+from .one_call import OneCall, takes_one_call
 
 MIN_SHARED = 8           # tokens: sharing fewer costs more in attention than it saves
 SHORT_CONTEXT = 256      # tokens: up to here plain products are faster than torch's CPU kernel
@@ -43,12 +38,7 @@ class Layout:
             depth = self.trees[i].sum(-1) - 1 if i in self.trees else torch.arange(length)
             positions.append(begin + depth)
         self.positions = torch.cat(positions)
-        places = torch.arange(len(self.positions)).split([length for length, _ in segments])
-        keys = [joined(places, context, i, 0) for i, (_, context) in enumerate(segments)]
-        # For one call of varlen_attn: the places that the segments read, and where each begins.
-        self.keys = torch.cat(keys)
-        self.bounds = (bounds(places), bounds(keys))
-        self.most = (max(map(len, places)), max(map(len, keys)))
+        self.one_call = OneCall.of(segments)
         self.longest = self.positions.max().item() + 1       # tokens of the longest example
 
     def to(self, device) -> "Layout":
@@ -60,8 +50,7 @@ class Layout:
         other = copy.copy(self)
         other.positions = copy_of(self.positions)
         other.trees = {i: copy_of(tree) for i, tree in self.trees.items()}
-        other.keys = copy_of(self.keys)
-        other.bounds = tuple(map(copy_of, self.bounds))
+        other.one_call = self.one_call.copied(copy_of)
         other.masks = {}
         return other
 
@@ -72,7 +61,7 @@ class Layout:
         q (1, N, H, hd), k and v (1, N, K, hd) -> (1, N, H, hd).
         """
         if not self.trees and takes_one_call(q, k):
-            return self.attend_at_once(q, k, v)
+            return self.one_call.attend(q, k, v)
         n_groups = q.shape[2] // k.shape[2]
         lengths = [length for length, _ in self.segments]
         queries = q.split(lengths, dim=1)
@@ -85,16 +74,6 @@ class Layout:
             mask = self.mask(i, keys_read, n_groups)
             outputs.append(segment_attention(queries[i], keys_read, values_read, mask))
         return torch.cat(outputs, dim=1)
-
-    def attend_at_once(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return what `attend` does, by one call for all segments: on a GPU launches take longer.
-
-        varlen_attn aligns the last key with the last query, so the context is seen as a whole.
-        """
-        if len(self.keys) > q.shape[1]:
-            k, v = (z[:, self.keys] for z in (k, v))
-        gqa = {"enable_gqa": True} if q.shape[2] > k.shape[2] else {}
-        return varlen_attn(q[0], k[0], v[0], *self.bounds, *self.most, window_size=(-1, 0), **gqa)[None]
 
     def mask(self, i: int, keys: torch.Tensor, n_groups: int) -> torch.Tensor | None:
         """Return what segment i's L tokens see of the S keys, in the form for `segment_attention`.
@@ -121,27 +100,11 @@ class Layout:
         return mask
 
 
-def takes_one_call(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Return whether varlen_attn computes q (1, N, H, hd) and k: in 16 bits, from Ampere on."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] % 8:
-        return False
-    needed = {"window_size"}                         # torch 2.11 has it.
-    if q.shape[2] > k.shape[2]:
-        needed.add("enable_gqa")                     # torch 2.12 has it.
-    return needed <= set(VARLEN_OPTIONS) and torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def bounds(parts) -> torch.Tensor:
-    """Return where each of the parts begins when they stand in a row, and the end: int32."""
-    lengths = torch.tensor([0, *map(len, parts)])
-    return lengths.cumsum(0).int()
-
-
-def joined(parts, context: tuple, i: int, dim: int = 1) -> torch.Tensor:
+def joined(parts, context: tuple, i: int) -> torch.Tensor:
     """Return part i behind the parts of its context, along the tokens: (1, S, K, hd)."""
     if not context:
         return parts[i]
-    return torch.cat([parts[j] for j in (*context, i)], dim=dim)
+    return torch.cat([parts[j] for j in (*context, i)], dim=1)
 
 
 def by_products(k: torch.Tensor) -> bool:

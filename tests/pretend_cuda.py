@@ -3,9 +3,9 @@
     python -m tests.pretend_cuda train --layers 1 --max-steps 2 -- generate --instruction Say
 
 Runs each command line (they are separated by --) and prints one line of JSON for each: {exit,
-error, waits, other_waits, bytes, products, kernels, text}.  The CPU's tensors are real.  Those on "cuda"
-are shapes, dtypes and devices alone (torch's FakeTensor), so a 7B needs no memory, and every number
-that comes back from the device is 0.
+error, waits, other_waits, bytes, products, kernels, text}.  The CPU's tensors are real.  Those on
+"cuda" are shapes, dtypes and devices alone (torch's FakeTensor), so a 7B needs no memory, and every
+number that comes back from the device is 0.
 
 A torch built for CPUs lacks two things for that: a current device, and someone who says that it is
 there.  They are 30 lines of C++, which are compiled once, in some seconds, and must be loaded
@@ -311,6 +311,7 @@ def pretend(mode):
             "__format__": lambda tensor, form: format(tensor.item(), form),
         },
         FakeTensorMode: {"avoid_device_init": True},
+        FakeTensor: {"tolist": lambda tensor: tensor.cpu().tolist()},
         torch: {"save": outside(torch.save), "load": outside(torch.load), "compile": mode.fused},
         F: {"scaled_dot_product_attention": attention(F.scaled_dot_product_attention),
             "rms_norm": rms_norm(F.rms_norm)},

@@ -11,8 +11,8 @@ import train
 from finetune.batches import DataCollatorForSupervisedDataset, pack
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
-from llama import layout
-from llama.layout import Piece, arrange
+from llama import layout, one_call
+from llama.layout import MIN_SHARED, Piece, arrange
 from lora import LoRAConfig, add_lora
 
 from .helpers import tiny
@@ -167,7 +167,7 @@ def test_one_call_for_all_segments_is_the_loop(monkeypatch, share_prefix):
         loss, gradient, _ = gradients(batch, dtype=torch.float64)
         with monkeypatch.context() as patch:
             patch.setattr(layout, "takes_one_call", lambda q, k: True)
-            patch.setattr(layout, "varlen_attn", plain_varlen)
+            patch.setattr(one_call, "varlen_attn", plain_varlen)
             loss_at_once, gradient_at_once, _ = gradients(batch, dtype=torch.float64)
         assert loss_at_once == pytest.approx(loss, rel=1e-14)
         assert 0 < (gradient_at_once - gradient).norm() <= 1e-14 * gradient.norm()
@@ -188,7 +188,7 @@ def test_one_call_for_all_segments_is_the_loop(monkeypatch, share_prefix):
 def test_who_takes_one_call(monkeypatch, expected, changes):
     settings = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 9, 4, 64),
                 "options": ("window_size", "enable_gqa"), "capability": (8, 0), **changes}
-    monkeypatch.setattr(layout, "VARLEN_OPTIONS", settings["options"])
+    monkeypatch.setattr(one_call, "OPTIONS", settings["options"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: settings["capability"])
     q = SimpleNamespace(**settings, device="cuda")
     assert layout.takes_one_call(q, SimpleNamespace(shape=(1, 9, 4, 64))) == expected
