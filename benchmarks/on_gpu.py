@@ -42,7 +42,6 @@ from .runs import (
 from .tables import ROOT
 
 MIB = 2 ** 20
-SECONDS_TO_SIGTERM = 2.0
 TOO_MANY_TOKENS = "1000000"                          # per micro-batch: no GPU has memory for it
 
 
@@ -215,13 +214,12 @@ def interrupted(size: Size) -> dict:
     """Stop a run by SIGTERM, resume it, and ask for more memory than there is."""
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--device", "cuda", "--out", f"{folder}/stopped", "--epochs", "1"]
-        timer = threading.Timer(SECONDS_TO_SIGTERM, os.kill, (os.getpid(), signal.SIGTERM))
-        timer.start()
+        flags = ["--device", "cuda", "--out", f"{folder}/stopped", "--max-steps", "40",
+                 "--accumulation-steps", "1"]
+        log = Path(folder, "stopped", METRICS)
+        threading.Thread(target=terminate_after_a_step, args=(log,), daemon=True).start()
         figures["exit code after SIGTERM"] = exit_code(flags)
-        timer.cancel()
-        if figures["exit code after SIGTERM"]:
-            figures["exit code of --resume"] = exit_code([*flags, "--resume"])
+        figures["exit code of --resume"] = exit_code([*flags, "--resume"])
         if size.is_pretended:
             return figures
         shape = ["--checkpoint", shape_folder("7b", Path(folder)), "--init", "random", "--device",
@@ -234,6 +232,13 @@ def interrupted(size: Size) -> dict:
                                "--out", f"{folder}/torchrun"], cwd=ROOT)
         figures["exit code under torchrun"] = done.returncode
     return figures
+
+
+def terminate_after_a_step(log: Path):
+    """Send SIGTERM to this process once a step stands in the run's metrics.jsonl."""
+    while not log.exists() or not log.read_text():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def exit_code(flags: list) -> int:

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from benchmarks import __main__ as benchmark
+from benchmarks import gpu, on_gpu, tables
 from lora.methods import METHODS
 
 from .helpers import ONE_THREAD, ROOT
@@ -224,3 +226,55 @@ def test_a_planted_fault_is_found(fault, pretended, tmp_path):
     else:
         assert found
         assert not any(slip in found[0] for slip in ("NameError", "SyntaxError", "Attribute"))
+
+
+# The day with a GPU, as a command
+
+
+def test_the_day_names_what_it_measures():
+    assert {*gpu.CELLS} == {*on_gpu.CELLS, "peers"}
+
+
+def test_a_cell_that_failed_is_tried_again_and_others_are_kept(tmp_path, monkeypatch):
+    table = tables.Table("gpu", tmp_path, "here", "`this`")
+    measured = []
+
+    def measure(name, is_pretended, table):
+        measured.append(name)
+        if name == "interruptions" and measured.count(name) == 1:
+            raise gpu.CellFailed("stopped after 120 seconds")
+        return {"tokens/s": 17000.0}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    args = benchmark.parse_args(["gpu", "--pretend", "--cells", "7b? plain,interruptions"])
+    first, again = (gpu.make(args, table) for _ in range(2))
+    assert measured == ["7b, plain", "interruptions", "interruptions"]
+    assert "| 7b, plain | tokens/s | 17,000 | 18,000 |" in first
+    assert "| interruptions | failed | stopped after 120 seconds |  |" in first
+    assert "| interruptions | tokens/s | 17,000 |  |" in again
+
+
+def test_a_cell_ends_with_its_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setitem(gpu.CELLS, "7b, plain", gpu.Cell(0.1, {}))
+    with pytest.raises(gpu.CellFailed, match="stopped after 0.1 seconds"):
+        gpu.measure("7b, plain", False, tables.Table("gpu", tmp_path, "here", "`this`"))
+
+
+def test_without_a_gpu_the_day_is_refused(refused):
+    assert "no GPU here" in refused(benchmark.main, "gpu")
+
+
+@pytest.mark.slow
+def test_every_cell_of_the_day_runs_on_a_pretended_gpu(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--pretend", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**ONE_THREAD, "PRETEND_CUDA": str(tmp_path / "stub.so")},
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert {row[0].removeprefix("| ") for row in rows[1:]} == {*gpu.CELLS}
+    assert not [row for row in rows if row[1] == "failed"]
