@@ -4,8 +4,8 @@
 
 Runs each command line (they are separated by --) and prints one line of JSON for each: {exit,
 error, waits, other_waits, bytes, products, kernels, text}.  The CPU's tensors are real.  Those on
-"cuda" are shapes, dtypes and devices alone (torch's FakeTensor), so a 7B needs no memory, and every
-number that comes back from the device is 0.
+"cuda" are shapes, dtypes and devices alone (torch's FakeTensor), so a 7B needs no memory, and no
+number that comes back from the device means anything.
 
 A torch built for CPUs lacks two things for that: a current device, and someone who says that it is
 there.  They are 30 lines of C++, which are compiled once, in some seconds, and must be loaded
@@ -230,11 +230,12 @@ class Pretended(TorchDispatchMode):
 
 
 def real(thing):
-    """Return zeros in place of a tensor on the pretended device; all else as it is."""
+    """Return numbers in place of a tensor on the pretended device; all else as it is."""
     if not isinstance(thing, FakeTensor):
         return thing
+    value = 1 if thing.is_floating_point() else 0    # Probabilities must not be 0.
     with unset_fake_temporarily():
-        return torch.zeros(thing.shape, dtype=thing.dtype)
+        return torch.full(thing.shape, value, dtype=thing.dtype)
 
 
 def attention(sdpa):
