@@ -126,7 +126,8 @@ def measure(name: str, is_pretended: bool, table: Table) -> dict:
     if not is_pretended:
         return result
     if result["error"] or result["exit"]:
-        raise CellFailed(result["error"] or lines[-1])
+        reason = lines[-1] if lines else f"exit code {result['exit']}"
+        raise CellFailed(result["error"] or reason)
     return json.loads(result["text"].splitlines()[-1])
 
 
