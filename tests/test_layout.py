@@ -12,7 +12,7 @@ from finetune.batches import DataCollatorForSupervisedDataset, pack
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 from llama import layout, one_call
-from llama.layout import MIN_SHARED, Piece, arrange
+from llama.layout import Piece, arrange
 from lora import LoRAConfig, add_lora
 
 from .helpers import tiny
