@@ -233,7 +233,8 @@ def real(thing):
     """Return numbers in place of a tensor on the pretended device; all else as it is."""
     if not isinstance(thing, FakeTensor):
         return thing
-    value = 1 if thing.is_floating_point() else 0    # Probabilities must not be 0.
+    # Probabilities of tokens must not be 0.  Of two numbers, beside a loss, 1 is a stop signal.
+    value = 1 if thing.is_floating_point() and thing.numel() > 2 else 0
     with unset_fake_temporarily():
         return torch.full(thing.shape, value, dtype=thing.dtype)
 
