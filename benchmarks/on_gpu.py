@@ -49,7 +49,7 @@ TOO_MANY_TOKENS = "1000000"                          # per micro-batch: no GPU h
 class Size:
     """How much a cell does; the smaller one is for a device that is pretended.
 
-    layers: of the 7B; None for all.  cpu: whether results of the CPU are compared.
+    layers: of the 7B and the demo; None for all.  cpu: whether results of the CPU are compared.
     """
     layers: int | None = None
     steps: int = 40
@@ -67,8 +67,11 @@ PRETENDED = Size(layers=1, steps=2, batch_size=2, lengths=2, heads=2, matrix_siz
 def losses(folder: str, name: str, size: Size, *flags) -> list:
     """Return the losses of a run of the demo."""
     out = Path(folder, name)
+    words = ["--out", str(out), "--max-steps", str(size.steps), *flags]
+    if size.layers:
+        words += ["--layers", str(size.layers), "--accumulation-steps", "1"]
     with output_discarded():
-        train.main(["--out", str(out), "--max-steps", str(size.steps), *flags])
+        train.main(words)
     return [row["loss"] for row in read_metrics(out / METRICS)]
 
 
