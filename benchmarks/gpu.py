@@ -21,7 +21,7 @@ FILES = (ROOT / "benchmarks/on_gpu.py",)
 HEADER = ["cell", "what", "measured", "estimate"]
 # The allocator then grows its segments, so that rows of other lengths find a place.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-PRETENDED_SECONDS = 600      # a cell's time limit on a pretended GPU, where each operation is Python
+PRETENDED_SECONDS = 600      # a limit per cell on a pretended GPU: each operation is Python there
 
 
 @dataclass(frozen=True)
