@@ -173,7 +173,7 @@ def attention_of_segments(size: Size) -> dict:
         for name, is_allowed in (("a call per segment", False), ("one call", True)):
             layout.takes_one_call = takes_one_call if is_allowed else lambda q, k: False
 
-            def passes():
+            def passes(packed=packed, q=q, k=k, v=v):
                 packed.attend(q, k, v).sum().backward()
 
             passes()

@@ -178,7 +178,8 @@ def compiled_levels(device: torch.device) -> Callable:
         in_one_kernel(codes, codes.new_zeros(256, 2).float(), codes[:2].float(), torch.float32)
     except Exception as error:                       # Triton, a C compiler or Python.h is missing.
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"NF4 is dequantised without torch.compile, and slower: {reason}")
+        warnings.warn(f"NF4 is dequantised without torch.compile, and slower: {reason}",
+                      stacklevel=2)
         return scaled_levels
     return in_one_kernel
 

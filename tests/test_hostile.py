@@ -14,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 import zipfile
 from collections import Counter
 
@@ -284,10 +285,8 @@ def test_bytes_changed_at_random(here, name):
     draw = random.Random(name)
     for _ in range(60):
         (here / name).write_bytes(in_bytes(whole, draw))
-        try:
+        with suppress(ValueError, FileNotFoundError):
             load(name)
-        except (ValueError, FileNotFoundError):
-            pass
 
 
 class Plant:

@@ -96,7 +96,7 @@ def test_adapters_over_it(method):
         unmerge_lora(model)
         logits.append([*own, model(tokens)])
     assert (logits[0][0] - logits[0][1]).abs().max() > 1e-3
-    for right, found in zip(*logits):
+    for right, found in zip(*logits, strict=True):
         torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
 
 

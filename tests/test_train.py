@@ -31,7 +31,9 @@ def watch(monkeypatch):
         monkeypatch.setattr(train, "check_gradients", lambda *_: None)
         places = ((train, "answer_loss"), (finetune.evaluate, "log_likelihoods"))
         for module, name in places:
-            def watched(model, batch, function=getattr(module, name)):
+            original = getattr(module, name)
+
+            def watched(model, batch, function=original):
                 see(model, batch)
                 return function(model, batch)
 

@@ -111,9 +111,9 @@ def field_names(name: str, messages: list) -> tuple[str, str]:
     own = MESSAGE_FIELDS[name]
     keys = [set(message) for message in messages if isinstance(message, dict)]
     for names in MESSAGE_FIELDS.values():
-        if all(keys_of_one.issuperset(names) for keys_of_one in keys):
-            if all(keys_of_one.isdisjoint(own) for keys_of_one in keys):
-                return names
+        has_all = all(keys_of_one.issuperset(names) for keys_of_one in keys)
+        if has_all and all(keys_of_one.isdisjoint(own) for keys_of_one in keys):
+            return names
     return own
 
 
