@@ -54,7 +54,7 @@ class Killed(BaseException):
     pass
 exec(open("change.py").read())
 for argv in json.load(open("runs.json")):
-    signal.alarm(60)
+    signal.alarm(240 if "--compile" in argv else 60)
     try:
         train.main(argv)
     except Killed:
