@@ -192,6 +192,6 @@ def torchrun(folder, *command, ranks=2):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=ONE_THREAD,
     )
