@@ -201,14 +201,14 @@ def estimate_memory(model, adapter_paths, size: Size, precision, world_size: int
     weights = sum(tensor.nbytes for tensor in (*parameters, *model.buffers()))
     if not adapter_paths and itemsize < FP32:       # autocast's copies, kept until backward
         weights += itemsize * sum(p.numel() for p in parameters if p.dim() == 2)
-    # A quantised matrix is dequantised, through fp32, only during its multiplication.
+    # A quantised matrix of a block is dequantised, through fp32, only during its multiplication.
     quantised = [m for m in model.modules() if hasattr(m, "dequantize")]
     sizes = [layer.in_features * layer.out_features for layer in quantised]
-    weights += max(sizes, default=0) * (itemsize + FP32)
+    dequantised = max(sizes, default=0) * (itemsize + FP32)
     copies = 2 if world_size > 1 else 1              # DDP's buckets are a second copy.
-    peak_is_in_block = block_temporaries > logits_bytes
+    peak_is_in_block = block_temporaries + dequantised > logits_bytes
     kinds = {
-        "weights": weights,
+        "weights": weights + (dequantised if peak_is_in_block else 0),
         # Plus the largest gradient once more: a micro-batch's, before it is added.
         "gradients": FP32 * (sum(trained) * copies + max(trained)),
         "optimizer": round(state_bytes * sum(trained)),
