@@ -82,7 +82,7 @@ def replace_matrices(model: nn.Module, saved: dict) -> list[str]:
 
 
 @contextmanager
-def whole(layer: nn.Module):
+def gathered_weights(layer: nn.Module):
     """Within the block, give a layer whose weights are cut over ranks its whole weights.
 
     All ranks use it at the same point.  Forward does not need it: there the ranks have gathered the

@@ -218,6 +218,15 @@ def mutated(code, before, after):
     return re.subn(pattern, lambda match: textwrap.indent(after, match[1]), code, flags=re.M)
 
 
+def mutated_copy(folder, path, before, after):
+    """Copy the tree to `folder` with `before` replaced by `after` in the file at `path`."""
+    left_out = shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache")
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    trapped, _ = mutated((folder / path).read_text(), before, after)
+    (folder / path).write_text(trapped)
+    return folder
+
+
 TRAPS = re.findall(r"^def test_(\w+)", (ROOT / "tests/test_traps.py").read_text(), re.M)
 
 
@@ -239,12 +248,7 @@ def test_a_mutation_finds_its_place(trap):
 @pytest.mark.slow
 @pytest.mark.parametrize("trap", MUTATIONS)
 def test_the_trap_put_back_is_caught(trap, tmp_path):
-    path, before, after = MUTATIONS[trap]
-    folder = tmp_path / "copy"
-    left_out = shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache")
-    shutil.copytree(ROOT, folder, ignore=left_out)
-    trapped, _ = mutated((folder / path).read_text(), before, after)
-    (folder / path).write_text(trapped)
+    folder = mutated_copy(tmp_path / "copy", *MUTATIONS[trap])
     test = f"tests/test_traps.py::test_{trap}"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],

@@ -13,7 +13,7 @@ from benchmarks import gpu, on_gpu, tables
 from lora.methods import METHODS
 
 from .helpers import ONE_THREAD, ROOT
-from .test_mutations import mutated
+from .test_mutations import mutated, mutated_copy
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own"),
@@ -216,11 +216,7 @@ def test_a_planted_fault_finds_its_place(fault):
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_found(fault, pretended, tmp_path):
     path, before, after, lines = PLANTED[fault]
-    folder = tmp_path / "copy"
-    left_out = shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache")
-    shutil.copytree(ROOT, folder, ignore=left_out)
-    code, _ = mutated((folder / path).read_text(), before, after)
-    (folder / path).write_text(code)
+    folder = mutated_copy(tmp_path / "copy", path, before, after)
     results = pretended(*lines, root=folder)
     found = faults(results[0], lines[0])
     if len(lines) == 2:

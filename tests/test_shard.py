@@ -29,7 +29,7 @@ from lora.quantize import quantizer
 
 from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, metrics, stored, tiny, torchrun,
                       untimed)
-from .test_mutations import mutated
+from .test_mutations import mutated, mutated_copy
 
 # Several runs in one pair of processes, because starting them takes longer than a run.  A run that
 # hangs is killed: no process may outlive the test.
@@ -614,7 +614,7 @@ MUTATIONS = {
         "ignored_params=uncut)"),
     "magnitudes of a part": ("lora/methods/dora.py",
         """
-        with whole(base):
+        with gathered_weights(base):
             self.lora_magnitude = nn.Parameter(self.norm())
         """,
         "self.lora_magnitude = nn.Parameter(self.norm())"),
@@ -625,12 +625,9 @@ MUTATIONS = {
 @pytest.mark.parametrize("trap", MUTATIONS)
 def test_a_mutation_is_caught(trap, tmp_path):
     path, before, after = MUTATIONS[trap]
-    folder = tmp_path / "copy"
-    left_out = shutil.ignore_patterns(".git", "out*", "__pycache__", ".pytest_cache")
-    shutil.copytree(ROOT, folder, ignore=left_out)
-    trapped, n_places = mutated((folder / path).read_text(), before, after)
+    _, n_places = mutated((ROOT / path).read_text(), before, after)
     assert n_places == 1
-    (folder / path).write_text(trapped)
+    folder = mutated_copy(tmp_path / "copy", path, before, after)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
                "tests/test_shard.py"]
     # Some of these faults let ranks wait for ever.

@@ -6,7 +6,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..layers import LoRALinear
-from ..matrices import whole
+from ..matrices import gathered_weights
 
 
 class DeltaLoRALinear(LoRALinear):
@@ -55,7 +55,7 @@ class DeltaLoRALinear(LoRALinear):
         if getattr(base, "kind", None):      # Only quantised layers have a kind.
             raise ValueError("delta-lora moves the weight itself, so the base cannot be quantised")
         super().__init__(base, r, alpha, dropout, init, **options)
-        with whole(base):
+        with gathered_weights(base):
             W = base.weight.detach().to(self.lora_A.dtype, copy=True)
         self.lora_W = nn.Parameter(W, requires_grad=False)
 

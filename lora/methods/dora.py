@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..layers import LoRALinear
 from ..lora_layer import at_least_fp32
-from ..matrices import whole
+from ..matrices import gathered_weights
 
 
 class DoRALinear(LoRALinear):
@@ -37,7 +37,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0,
                  init: str = "kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
-        with whole(base):
+        with gathered_weights(base):
             self.lora_magnitude = nn.Parameter(self.norm())
 
     def direction(self) -> torch.Tensor:
