@@ -20,6 +20,7 @@ from pathlib import Path
 from finetune.arguments import number, text
 from finetune.batches import first_target
 from finetune.hardware import DTYPES, pick_hardware
+from finetune.preflight import plural
 from llama.checkpoint import is_huggingface, load_checkpoint
 from llama.guesses import NgramPool
 from llama.sampling import generate as generate_ids
@@ -78,8 +79,6 @@ class Contestant:
     measure: Callable[[], dict]
 
 
-
-
 def grid() -> dict:
     """Return {name: Comparison} of training by precision, checkpointing and batch."""
     comparisons = {}
@@ -133,7 +132,7 @@ def make(args, table: Table) -> list:
                          f"python -m finetune.convert {setup.folder} COPY --to hf")
     tables = {}                                      # {header: rows}, as headers differ
     speeds = {}                                      # {kind of comparison: {contestant: points}}
-    versions = {}
+    versions = {}                                    # {package: versions}; TRL has its own
     for name in names:
         comparison = COMPARISONS[name]
         contestants = contestants_of(comparison, setup, args.prompts, pythons, table.out)
@@ -144,7 +143,7 @@ def make(args, table: Table) -> list:
         add_speeds(speeds, name, results)
         for side in results.values():
             for result in side:
-                versions |= result.get("versions", {})
+                add_versions(versions, result.get("versions", {}))
     table.draw([panel(speed_title(kind), "", "tokens/s", lines) for kind, lines in speeds.items()])
     lines = []
     for header, rows in tables.items():
@@ -395,9 +394,17 @@ def speed_title(kind: str) -> str:
     return titles[kind]
 
 
+def add_versions(versions: dict, more: dict):
+    """Add the versions of a peer's packages; a peer's environment may have another one."""
+    for name, version in more.items():
+        known = versions.setdefault(name, [])
+        if version not in known:
+            known.append(version)
+
+
 def note(setup: Setup, versions: dict) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    packages = ", ".join(f"{name} {' and '.join(known)}" for name, known in versions.items())
     return (f"(medians of {setup.repeats} runs each, alternated, every run a process of its own, "
-            f"after {setup.warm} steps or one prompt to warm up; tokens are real, never padding; "
+            f"after {plural(setup.warm, "step")} or one prompt to warm up; tokens are real, never padding; "
             f"MiB: the peak of the whole process, or of the GPU's allocations; {packages}, not "
             "compiled)")
