@@ -54,7 +54,7 @@ def main(argv=None):
         # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.  Half of
         # an emoji becomes \ud83d, as in JSON.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    with connected_ranks() as ranks, one_line_errors("generate.py", ranks), silence(ranks):
+    with connected_ranks("generate.py") as ranks, one_line_errors("generate.py", ranks), silence(ranks):
         args = parse_args(argv, __doc__)
         device, precision = pick_hardware(args.device, args.precision, ranks.local_rank)
         with default_adapter_explained(args):

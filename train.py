@@ -110,7 +110,7 @@ class Job:
 def main(argv=None):
     """Train: read the flags, check and prepare, train, save the adapter."""
     began = time.perf_counter()
-    with connected_ranks() as ranks:                          # Without torchrun: rank 0 of 1.
+    with connected_ranks("train.py") as ranks:                # Without torchrun: rank 0 of 1.
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
             run = Run.open(options, ranks)                    # with --resume the saved one
@@ -328,7 +328,7 @@ def train(job: Job, run: Run):
     model.train()
     step_began = time.perf_counter()
     upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
-    for step, window in enumerate(prefetch(upcoming), run.progress.step + 1):
+    for step, window in run.steps(prefetch(upcoming)):
         method_log = begin_step(model, step, run.progress.loss)     # the loss of the step before
         # progress.updates does not count skipped steps, so they do not advance the schedule.
         factor = lr_factor(run.progress.updates, n_steps, warmup, options.schedule)

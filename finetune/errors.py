@@ -5,7 +5,6 @@ from pathlib import Path
 
 from .ranks import SINGLE_PROCESS, RankError, exit_together, exit_now
 
-RANK_FAILED = 1                                      # another rank died or hung
 BAD_INPUT = 2                                        # or a file that cannot be written
 GAVE_UP = 3                                          # out of memory, or too many bad steps
 

@@ -3,11 +3,18 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from .watchdog import Watchdog
+
+# The last resort where the watchdog sees nothing wrong.  The others wait so long in a collective
+# while one rank compiles its first step or saves a whole model.
+COLLECTIVE_LIMIT = timedelta(minutes=30)
 
 
 class RankError(Exception):
@@ -20,6 +27,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -54,8 +62,11 @@ class Ranks:
 SINGLE_PROCESS = Ranks()
 
 
-def connect() -> Ranks:
-    """Join the process group that torchrun describes; without torchrun there is none."""
+def connect(program: str = "train.py") -> Ranks:
+    """Join the process group that torchrun describes; without torchrun there is none.
+
+    program: named in the line that is printed when a rank hangs.
+    """
     if not dist.is_torchelastic_launched():
         return SINGLE_PROCESS
     # torch 2.13 deprecates broadcast_buffers, and torch 2.11 has no replacement for it.
@@ -65,14 +76,18 @@ def connect() -> Ranks:
     # start apart from earlier ones.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return Ranks(rank, size, int(os.environ["LOCAL_RANK"]))
+    watchdog = Watchdog(program)
+    watchdog.connect(store, rank, size)
+    dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT, store=store, rank=rank,
+                            world_size=size)
+    watchdog.start()
+    return Ranks(rank, size, int(os.environ["LOCAL_RANK"]), watchdog)
 
 
 @contextmanager
-def connected_ranks():
+def connected_ranks(program: str = "train.py"):
     """Yield this process's Ranks.  Only rank 0 prints, and all ranks exit together at the end."""
-    ranks = connect()
+    ranks = connect(program)
     if not ranks.is_first:
         sys.stdout = open(os.devnull, "w")
     yield ranks

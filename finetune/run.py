@@ -62,8 +62,8 @@ MAY_DIFFER_BETWEEN_RANKS = {
 class Run:
     """A run in its folder: how far it has come, what it saves, and when it stops.
 
-    Call order: `open`; `check_same_run` before the weights load; `begin`; `attach`; then in each
-    step `sum_loss`, `record` and `end_step`; at the end `finish`.
+    Call order: `open`; `check_same_run` before the weights load; `begin`; `attach`; then for each
+    step of `steps` `sum_loss`, `record` and `end_step`; at the end `finish`.
     """
 
     def __init__(self, options, ranks, out: Path, last_save: Save | None, resumes: bool):
@@ -283,6 +283,18 @@ class Run:
             os.fsync(self.metrics.fileno())          # Rows are on disk before a save counts them.
             self.write(states, random_states, self.metrics.tell())
 
+    def steps(self, windows):
+        """Yield (number, window) of each step that is left, and tell the watchdog where this is."""
+        watchdog = self.ranks.watchdog
+        windows = iter(windows)
+        for step in itertools.count(self.progress.step + 1):
+            watchdog.begin_reading(step)
+            window = next(windows, None)
+            if window is None:
+                return
+            watchdog.begin_step(self.options.compile and self.first_step is None)
+            yield step, window
+
     def sum_loss(self, loss) -> float:
         """Return the step's loss, summed over the ranks.
 
@@ -291,6 +303,7 @@ class Run:
         received = torch.full_like(loss, self.stop_request.received_at is not None)
         total, n_stopped = sum_over_ranks(torch.stack([loss, received])).tolist()
         self.must_stop = n_stopped > 0
+        self.ranks.watchdog.end_step()
         return total
 
     def record(self, row: dict, is_finite: bool, overflow: bool) -> str:

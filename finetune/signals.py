@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 
 from .console import write_error
-from .errors import BAD_INPUT, RANK_FAILED, exit_with_line
+from .errors import BAD_INPUT, exit_with_line
 
 # A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
 GRACE_SECONDS = 20
@@ -27,7 +27,9 @@ class StopRequest:
         now = time.monotonic()
         if self.received_at is None:
             self.received_at = now
-            if self.ranks.is_first:                  # The signal may have interrupted a print.
+            # torchrun sends the signal to all ranks also when one has died, and then no step ends.
+            if self.ranks.size == 1:
+                # Not by print: the signal may have interrupted one.
                 write_error("train.py: told to stop: finishing and saving this step first\n")
         elif number == signal.SIGINT and self.ranks.size == 1 and now - self.received_at > 1:
             raise KeyboardInterrupt
@@ -37,19 +39,24 @@ class StopRequest:
 def stop_after_step_on_signals(run):
     """In the block, let SIGTERM, SIGINT and SIGHUP end the run after the current step.
 
-    A file that cannot be written ends the run in one line and exit code 2.
+    A file that cannot be written ends the run in one line and exit code 2; a rank that is gone, in
+    one line and exit code 1.
     """
     handlers = {}
     for number in stop_signals():
         handlers[number] = signal.signal(number, run.stop_request.handle)
     if run.ranks.size > 1:
-        start_exit_timer_on_signal()
+        start_exit_timer_on_signal(run.ranks.watchdog)
     try:
         yield
     except OSError as error:
         message = " ".join(str(error).split())
         exit_with_line(f"train.py: {message}; the last save is intact: --resume continues from it",
                        BAD_INPUT)
+    except RuntimeError:                             # of a collective, if another rank is gone
+        run.stop_request.received_at = time.monotonic()          # torchrun ends all ranks now.
+        run.ranks.watchdog.explain_failure()
+        raise
     finally:
         if run.ranks.is_first:
             run.metrics.close()
@@ -70,7 +77,7 @@ def stop_signals() -> list:
     return numbers
 
 
-def start_exit_timer_on_signal():
+def start_exit_timer_on_signal(watchdog):
     """Start a thread that exits the process GRACE_SECONDS after a signal.
 
     If another rank is gone, NCCL blocks the main thread and no handler runs there.  The signal's
@@ -83,8 +90,7 @@ def start_exit_timer_on_signal():
     def watch():
         os.read(read_fd, 1)
         time.sleep(GRACE_SECONDS)
-        write_error("train.py: told to stop, but this step does not end: another rank is probably "
-                    "gone; exiting without a save\n")
-        os._exit(RANK_FAILED)
+        watchdog.leave(f"told to stop, but step {watchdog.step} does not end: "
+                       f"{watchdog.suspects()}")
 
     threading.Thread(target=watch, daemon=True).start()

@@ -46,7 +46,7 @@ rank = connected.rank
 if rank:
     sys.stdout = open(os.devnull, "w")
 @contextmanager
-def stays_connected():
+def stays_connected(*_):
     yield connected
 train.connected_ranks = generate.connected_ranks = stays_connected
 printed.picture_of = lambda out: "none"

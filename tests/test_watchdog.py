@@ -1,0 +1,267 @@
+"""A rank that hangs ends the run: who is named, and what is no hang.
+
+    pytest tests/test_watchdog.py
+    pytest -m slow tests/test_watchdog.py       real ranks under torchrun, stopped or stuck
+
+Time is counted in calls of `watch`, one a second in a run;
+the fast tests make the calls themselves.
+"""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from finetune import watchdog
+from finetune.resume import read_last_save
+from finetune.watchdog import SILENT_SECONDS, STEP_FACTOR, Watchdog
+
+from .helpers import ONE_THREAD, ROOT, metrics
+
+
+class HasLeft(Exception):
+    pass
+
+
+@pytest.fixture
+def dogs(monkeypatch):
+    """The watchdogs of three ranks, which share a store.  To leave raises HasLeft."""
+    def leave(code):
+        raise HasLeft(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    store = dist.HashStore()
+    three = [Watchdog("train.py") for _ in range(3)]
+    for rank, dog in enumerate(three):
+        dog.connect(store, rank, 3)
+    return three
+
+
+def live(dogs, seconds):
+    """Let the threads of these ranks do what they do each second."""
+    for _ in range(seconds):
+        for dog in dogs:
+            dog.talk()
+        for dog in dogs:
+            dog.watch()
+
+
+def begin(dogs, step):
+    for dog in dogs:
+        dog.begin_reading(step)
+        dog.begin_step(compiles=False)
+
+
+def take_step(dogs, step, seconds):
+    """Let the ranks compute a step that takes so many seconds."""
+    begin(dogs, step)
+    live(dogs, seconds)
+    for dog in dogs:
+        dog.end_step()
+
+
+def line_of(capfd):
+    line, = capfd.readouterr().err.splitlines()
+    return line
+
+
+def test_a_rank_that_is_stopped_is_named_and_all_others_leave(dogs, capfd):
+    """In any state of the run, also while it loads: the step is named where there is one."""
+    live(dogs, 2)
+    live(dogs[::2], SILENT_SECONDS - 2)
+    with pytest.raises(HasLeft, match="1"):
+        live(dogs[::2], 1)
+    assert line_of(capfd) == (f"train.py: rank 1 is silent: no sign of life for {SILENT_SECONDS} "
+                              "s, so stopped or cut off from the others")
+    with pytest.raises(HasLeft, match="1"):
+        live(dogs[2:], 1)                            # It sees that another has left.
+    assert capfd.readouterr().err == ""
+
+
+def test_two_silent_ranks_in_a_step(dogs, capfd):
+    take_step(dogs, 1, 1)
+    begin(dogs, 2)
+    with pytest.raises(HasLeft):
+        live(dogs[2:], SILENT_SECONDS + 1)
+    assert line_of(capfd).startswith("train.py: step 2: ranks 0, 1 are silent: ")
+
+
+def test_nothing_counts_while_all_are_suspended(dogs, monkeypatch):
+    """No clock is asked: a day of Ctrl-Z is no second here."""
+    take_step(dogs, 1, 1)
+    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e9)
+    begin(dogs, 2)
+    live(dogs, 5)
+
+
+def test_a_thread_that_brings_no_examples(dogs, capfd):
+    take_step(dogs, 1, 1)
+    dogs[1].begin_reading(2)
+    begin(dogs[::2], 2)
+    with pytest.raises(HasLeft):
+        live(dogs, SILENT_SECONDS)
+    assert line_of(capfd).startswith("train.py: step 2: rank 1 is silent: the thread that reads")
+
+
+@pytest.mark.parametrize("begun, who", [([7, 6, 7], "rank 1 is silent"),
+                                        ([7, 7, 7], "all ranks are in it")])
+def test_a_step_that_does_not_end(dogs, capfd, monkeypatch, begun, who):
+    """All answer.  The one that hangs has begun fewer collectives; torch does not always say."""
+    take_step(dogs, 1, 4)
+    take_step(dogs, 2, 2)
+    counts = iter(begun * 10 ** 3)
+    monkeypatch.setattr(watchdog, "n_collectives", lambda: next(counts))
+    begin(dogs, 3)
+    limit = SILENT_SECONDS + STEP_FACTOR * 4
+    live(dogs, limit - 1)
+    with pytest.raises(HasLeft):
+        live(dogs, 1)
+    assert line_of(capfd) == (
+        f"train.py: step 3: {who}, and it has taken {limit} s; the longest step before took 4 s; "
+        "the last save is intact: --resume continues from it")
+
+
+def test_what_takes_long_without_a_hang(dogs):
+    """The first step, one that compiles, a save or an evaluation of one rank, and slow ranks."""
+    take_step(dogs, 1, 600)
+    for dog in dogs:
+        dog.longest = None
+        dog.begin_reading(1)
+        dog.begin_step(compiles=True)
+    live(dogs, 600)
+    for dog in dogs:
+        dog.end_step()
+        assert dog.longest is None                   # Steps do not compile again.
+    take_step(dogs, 2, 1)
+    begin(dogs[1:], 3)                               # Rank 0 saves.
+    live(dogs, 600)
+
+
+def test_a_store_that_does_not_answer(dogs, capfd):
+    """Its machine is cut off, so nobody can be asked, and each rank speaks for itself."""
+    take_step(dogs, 1, 1)
+    with pytest.raises(HasLeft):
+        for _ in range(SILENT_SECONDS):
+            dogs[1].watch()
+    assert "step 1: torchrun's store has not answered for" in line_of(capfd)
+
+
+def test_a_store_that_is_gone_ends_the_watch(dogs):
+    """torchrun was killed.  Its ranks go on, as they always did."""
+    class Gone:
+        def set(self, name, value):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+    dogs[0].store = Gone()
+    dogs[0].repeat(dogs[0].talk)
+    assert dogs[0].store is None
+
+
+# --- real ranks
+
+HANGS = {
+    "is stopped": "train.begin_step = stop_at(train.begin_step, os.kill, os.getpid(), 19)",
+    "has no examples": "train.windows = windows_that_end_in_sleep",
+    "computes for ever": "train.begin_step = stop_at(train.begin_step, time.sleep, 10 ** 6)",
+    "has a segmentation fault": "train.begin_step = stop_at(train.begin_step, ctypes.string_at, 0)",
+}
+LINES = {
+    "is stopped": "step 4: rank 1 is silent: no sign of life for ",
+    "has no examples": "step 4: rank 1 is silent: the thread that reads its examples has brought ",
+    "computes for ever": "step 4: rank 1 is silent, and it has taken ",
+    "has a segmentation fault": "step 4: rank 1 is silent; ",
+}
+SCRIPT = f"""
+import ctypes, os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from finetune import watchdog
+watchdog.SILENT_SECONDS = 6
+hangs = os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+def stop_at(begin_step, hang, *args):
+    def begin(model, step, loss):
+        if step == 4:
+            hang(*args)
+        return begin_step(model, step, loss)
+    return begin
+def windows_that_end_in_sleep(*args, windows=train.windows):
+    for step, window in enumerate(windows(*args), 1):
+        if step == 4:
+            time.sleep(10 ** 6)
+        yield window
+if hangs:
+    HANG
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", HANGS)
+def test_a_rank_that_hangs(tmp_path, kind):
+    """The other leaves with one line; torchrun starts both again, and the run ends well."""
+    (tmp_path / "launch.py").write_text(SCRIPT.replace("HANG", HANGS[kind]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--max-restarts=1", "--", "launch.py", "--layers", "1", "--max-steps", "6",
+               "--save-every", "1"]
+    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True,
+                          timeout=150)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 1 and LINES[kind] in lines[0], lines
+    assert "resume    out/state.pt: 3 of 6 steps are done" in done.stdout
+    assert len(metrics(tmp_path / "out")) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks, stopped", [(2, 0), (3, 2)])
+def test_the_others_leave_within_a_minute(tmp_path, n_ranks, stopped):
+    """With the limits that users have, and rank 0 stopped, which prints and saves."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               f"--nproc_per_node={n_ranks}", "--", str(ROOT / "train.py"), "--layers", "1",
+               "--epochs", "1000", "--save-every", "2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (tmp_path / "out/metrics.jsonl").exists() or len(metrics(tmp_path / "out")) < 3:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    ranks = ranks_of(process)
+    os.kill(ranks[stopped], signal.SIGSTOP)
+    began = time.monotonic()
+    others = [pid for rank, pid in ranks.items() if rank != stopped]
+    while any(map(is_running, others)):
+        assert time.monotonic() - began < 60
+        time.sleep(0.1)
+    with suppress(ProcessLookupError):
+        os.kill(ranks[stopped], signal.SIGKILL)      # torchrun would, 30 s later.
+    _, error = process.communicate(timeout=60)
+    line, = [line for line in error.splitlines() if line.startswith("train.py: ")]
+    assert re.match(rf"train.py: step \d+: rank {stopped} is silent: no sign of life", line)
+    assert process.returncode == 1
+    n_steps = read_last_save(tmp_path / "out").progress.step
+    assert len(metrics(tmp_path / "out")) - n_steps in (0, 1, 2)
+
+
+def ranks_of(process) -> dict:
+    """Return {rank: process id} of the ranks that a torchrun has started."""
+    ranks = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        rank, = [item.split(b"=")[1] for item in environment if item.startswith(b"RANK=")]
+        ranks[int(rank)] = int(pid)
+    return ranks
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] not in "ZX"
+    except FileNotFoundError:
+        return False
