@@ -34,6 +34,7 @@ from finetune.hardware import (
     pick_hardware,
 )
 from finetune.loss import answer_loss
+from finetune.neftune import add_embedding_noise
 from finetune.options import Options, parse_options
 from finetune.preflight import (
     OutOfMemoryAdvice,
@@ -110,7 +111,7 @@ class Job:
 def main(argv=None):
     """Train: read the flags, check and prepare, train, save the adapter."""
     began = time.perf_counter()
-    with connected_ranks("train.py") as ranks:                # Without torchrun: rank 0 of 1.
+    with connected_ranks() as ranks:                          # Without torchrun: rank 0 of 1.
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
             run = Run.open(options, ranks)                    # with --resume the saved one
@@ -283,6 +284,8 @@ def load_model(job: Job, device: torch.device, init: str):
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora) if job.lora else []
+    if options.neftune_alpha:
+        add_embedding_noise(model, options.neftune_alpha)
     if options.compile:
         for block in model.layers:
             block.compile(dynamic=True)                       # Compile once for all lengths.
@@ -326,7 +329,6 @@ def train(job: Job, run: Run):
     if job.val_set and run.progress.step == 0:
         print(f"before    {held_out_columns(evaluate_held_out())}", flush=True)
     model.train()
-    step_began = time.perf_counter()
     upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
     for step, window in run.steps(prefetch(upcoming)):
         method_log = begin_step(model, step, run.progress.loss)     # the loss of the step before
@@ -348,7 +350,7 @@ def train(job: Job, run: Run):
         row = {"step": step, "epoch": window.epoch, "loss": loss,
                "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
                "tokens": window.n_tokens, "answer_tokens": window.n_answer,
-               "tokens_per_second": window.n_tokens / (time.perf_counter() - step_began),
+               "tokens_per_second": window.n_tokens / run.step_seconds(),
                "peak_memory_mb": peak_memory_mb(precision.device),
                "loss_scale": loss_scale, **method_log}
         if job.val_set and (window.epoch.is_integer() or step == n_steps):
@@ -359,7 +361,6 @@ def train(job: Job, run: Run):
             print(progress_line(row, n_steps, run.seconds_left()) + remark, flush=True)
         if run.end_step():
             break
-        step_began = time.perf_counter()                      # includes the wait for the batch
 
 
 def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision, ranks: Ranks):

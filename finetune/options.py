@@ -52,6 +52,7 @@ class Options:
     epochs: int
     max_steps: int | None
     clip_grad_norm: float
+    neftune_alpha: float | None
     # distillation
     teacher: str | None
     teacher_adapter: str | None
@@ -233,6 +234,9 @@ def add_learning_flags(group):
          help="stop after N optimizer steps, if the epochs have more")
     flag("--clip-grad-norm", metavar="F", type=number(float, 0), default=1.0,
          help="largest gradient norm; 0: never clip (default: 1.0)")
+    flag("--neftune-alpha", metavar="F", type=number(float, 0, open_low=True),
+         help="NEFTune: strength of random noise on the embeddings while training; 5 is usual "
+              "(default: none)")
 
 
 def add_teacher_flags(group):

@@ -288,12 +288,17 @@ class Run:
         watchdog = self.ranks.watchdog
         windows = iter(windows)
         for step in itertools.count(self.progress.step + 1):
+            self.step_began = time.perf_counter()    # before the wait for its examples
             watchdog.begin_reading(step)
             window = next(windows, None)
             if window is None:
                 return
             watchdog.begin_step(self.options.compile and self.first_step is None)
             yield step, window
+
+    def step_seconds(self) -> float:
+        """Return how long this step has taken so far."""
+        return time.perf_counter() - self.step_began
 
     def sum_loss(self, loss) -> float:
         """Return the step's loss, summed over the ranks.
