@@ -24,6 +24,7 @@ from finetune.answers import Answerer, Decoding, QuestionFile
 from finetune.errors import BAD_INPUT, exit_with_line, one_line_errors, short_path
 from finetune.evaluate import Exam, intervals
 from finetune.examples import read_rows, to_examples
+from finetune.forgetting import OtherText
 from finetune.hardware import DTYPES, limit_threads, pick_hardware
 from finetune.options import DEMO
 from finetune.preflight import plural
@@ -54,7 +55,8 @@ def main(argv=None):
         # Whatever the terminal's own encoding is, because answers.jsonl must be in UTF-8.  Half of
         # an emoji becomes \ud83d, as in JSON.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    with connected_ranks("generate.py") as ranks, one_line_errors("generate.py", ranks), silence(ranks):
+    with (connected_ranks("generate.py") as ranks, one_line_errors("generate.py", ranks),
+          silence(ranks)):
         args = parse_args(argv, __doc__)
         device, precision = pick_hardware(args.device, args.precision, ranks.local_rank)
         with default_adapter_explained(args):
@@ -70,6 +72,9 @@ def main(argv=None):
         if args.score:
             exam = Exam(examples, tokenizer, model.args.max_seq_len, args.choices,
                         args.max_new_tokens, args.data, template=template)
+            other = None
+            if args.also:
+                other = OtherText(args.also, tokenizer, model.args.max_seq_len)
         elif args.data:
             questions = QuestionFile(args.data, rows, examples, answerer)
         else:
@@ -79,7 +84,7 @@ def main(argv=None):
         print(summary, file=sys.stderr, flush=True)
         with lost_output_ends_all(ranks):
             if args.score:
-                score(model, exam, args)
+                score(model, exam, other, args)
             elif args.data:
                 questions.print_answers()
             elif args.interactive:
@@ -235,10 +240,11 @@ def show_answers(answerer: Answerer, examples: list):
         answerer.show(example)
 
 
-def score(model, exam, args):
+def score(model, exam: Exam, other: OtherText | None, args):
     """Print one JSON line: facts about the examples, then [value, low, high] per measure.
 
     The measures are of the base; with an adapter also of the adapter, and of their difference.
+    other: the text of --also, whose results stand in the field "also".
     """
     tables = {}
 
@@ -247,6 +253,8 @@ def score(model, exam, args):
             print(f"{name}: {n}/{len(exam.rows)} answered", file=sys.stderr, flush=True)
 
         tables[name] = exam.score(model, report)
+        if other:
+            other.measure(model, name)
 
     if args.adapter:
         measure("adapter")
@@ -255,6 +263,8 @@ def score(model, exam, args):
     with lora_disabled(model):
         measure("base")
     line = {"data": args.data, **exam.about(), "seed": args.seed, **intervals(tables, args.seed)}
+    if other:
+        line["also"] = other.results(args.seed)
     print(json.dumps(line, ensure_ascii=False))
 
 

@@ -42,6 +42,8 @@ def check_combinations(args, parser):
     if args.shard and (args.interactive or args.merge):
         parser.error("--shard cuts the base over processes, which read no terminal and merge "
                      "nothing: leave --interactive and --merge out")
+    if args.also and not args.score:
+        parser.error("--also needs --score")
     if args.choices and not args.score:
         parser.error("--choices needs --score")
     if args.choices:
@@ -93,6 +95,9 @@ def add_question_flags(group):
     group.add_argument("--score", action="store_true",
                        help="measure how well base and adapter give the outputs in --data: one "
                             "JSON line on stdout")
+    group.add_argument("--also", metavar="FILE", type=text,
+                       help="with --score: the loss on other text too, rows of {\"text\": ...}: "
+                            "what does the adapter forget?")
     group.add_argument("--choices", metavar="A,B,...", type=lambda value: utf8(value).split(","),
                        help="answers to choose from with --score (default: the outputs in --data, "
                             "if there are up to 20)")
