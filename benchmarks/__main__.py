@@ -3,6 +3,7 @@
     python -m benchmarks ablation      accumulation x precision x LoRA x checkpointing
     python -m benchmarks peers --checkpoint llama-135m-hf --data alpaca_data.json
     python -m benchmarks scaling       speed and memory by tokens, length, layers, rank, ranks
+    python -m benchmarks growth        memory of a process by step, with two limits of kernels
     python -m benchmarks roofline      beside the machine's fastest matrix products
     python -m benchmarks methods       the LoRA family on the demo
     python -m benchmarks ranks         LoRA trained at each r, and one DyLoRA cut to each
@@ -12,10 +13,10 @@
     python -m benchmarks front         the README's picture, from a finished run in out/
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
-median of its repeats.  In methods, ranks, distill and search a cell is a whole training run or an
-evaluation, in a new process too; gpu has cells of many kinds.  front measures no cell.  A table is
-printed as Markdown and written to --out; all but distill, gpu and front also draw a picture there
-if matplotlib is installed.
+median of its repeats.  In growth, methods, ranks, distill and search a cell is a whole training run
+or an evaluation, in a new process too; gpu has cells of many kinds.  front measures no cell.  A
+table is printed as Markdown and written to --out; all but distill, gpu and front also draw a
+picture there if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
@@ -28,7 +29,19 @@ from finetune.arguments import Parser, text
 from finetune.errors import one_line_errors
 from llama.files import write_whole
 
-from . import ablation, distill, front, gpu, methods, peers, ranks, roofline, scaling, search
+from . import (
+    ablation,
+    distill,
+    front,
+    gpu,
+    growth,
+    methods,
+    peers,
+    ranks,
+    roofline,
+    scaling,
+    search,
+)
 from .tables import Table, code_digest, machine
 
 # Each page has add_flags(parser), and make(args, table), which returns lines of Markdown.
@@ -36,6 +49,7 @@ PAGES = {
     "ablation": ablation,
     "peers": peers,
     "scaling": scaling,
+    "growth": growth,
     "roofline": roofline,
     "methods": methods,
     "ranks": ranks,

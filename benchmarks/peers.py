@@ -404,7 +404,8 @@ def add_versions(versions: dict, more: dict):
 
 def note(setup: Setup, versions: dict) -> str:
     packages = ", ".join(f"{name} {' and '.join(known)}" for name, known in versions.items())
+    warm = plural(setup.warm, "step")
     return (f"(medians of {setup.repeats} runs each, alternated, every run a process of its own, "
-            f"after {plural(setup.warm, "step")} or one prompt to warm up; tokens are real, never padding; "
+            f"after {warm} or one prompt to warm up; tokens are real, never padding; "
             f"MiB: the peak of the whole process, or of the GPU's allocations; {packages}, not "
             "compiled)")

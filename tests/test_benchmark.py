@@ -402,6 +402,7 @@ def tabulate(monkeypatch, tmp_path, capsys):
     ("ablation", {"lora": 12}),
     ("scaling", {"examples per micro-batch": 5, "tokens per example": 4, "layers": 2, "ranks": 2}),
     ("roofline", {}),
+    ("growth", {"the limit that train.py sets": 1}),
     ("methods", dict.fromkeys(methods.FAMILY, 1)),
     ("distill", {}),
     ("search", {"1": 1}),
@@ -412,6 +413,8 @@ def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
         flags += ["--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
     elif name in ("methods", "distill"):
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
+    elif name == "growth":
+        flags += ["--precision", "fp32", "--steps", "3"]
     else:
         flags += ["--device", "cpu", "--repeats", "1"]
     lines = tabulate(name, *flags)
