@@ -284,8 +284,7 @@ def load_model(job: Job, device: torch.device, init: str):
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora) if job.lora else []
-    if options.neftune_alpha:
-        add_embedding_noise(model, options.neftune_alpha)
+    add_embedding_noise(model, options.neftune_alpha)         # None: no noise
     if options.compile:
         for block in model.layers:
             block.compile(dynamic=True)                       # Compile once for all lengths.

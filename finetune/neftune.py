@@ -10,11 +10,14 @@ import torch.nn as nn
 from llama.layout import Layout
 
 
-def add_embedding_noise(model: nn.Module, alpha: float):
+def add_embedding_noise(model: nn.Module, alpha: float | None):
     """Let a model add the noise in training mode, and nothing in eval mode.  No file stores this.
 
-    model: with `tok_embeddings`, called with tokens (B, T) and layout=Layout or None.
+    model: with `tok_embeddings`, called with tokens (B, T) and layout=Layout or None.  alpha: None
+    adds nothing.
     """
+    if alpha is None:
+        return
     layouts = []                                     # of the forward that runs
 
     def note_layout(_model, _args, kwargs):
