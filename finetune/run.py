@@ -38,6 +38,7 @@ from .resume import (
     torchrun_id,
     write_save,
 )
+from .same_run import MAY_DIFFER_BETWEEN_RANKS, changed_settings, check_fingerprint
 from .signals import StopRequest
 
 ARGS = "args.json"
@@ -47,16 +48,6 @@ BEST = "best.pt"
 PICTURE = "loss.png"
 RESULTS = (ADAPTER, BEST, PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)
 RUN_FILES = (ARGS, METRICS, STATE, PREVIOUS, PICTURE, *RESULTS)     # what runs leave in --out
-# Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
-# examples of a step are cut into micro-batches.
-MAY_CHANGE = {
-    "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device",
-    "log_every", "save_every", "max_bad_steps", "early_stop", "batch_size", "accumulation_steps",
-    "tokens_per_batch", "share_prefix", "checkpointing", "compile", "shard"}
-NOT_COMPARED = {"resume", "overwrite", "dry_run"}
-# Paths may differ between machines, and each rank has a device of its own.
-MAY_DIFFER_BETWEEN_RANKS = {
-    "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device"}
 
 
 class Run:
@@ -102,7 +93,7 @@ class Run:
         self.plan = job.plan
         self.example_numbers = job.train_set.numbers
         self.settings = json.loads(json.dumps(job.settings))
-        changes = self.changed_settings()
+        changes = changed_settings(self.last_save, self.settings)
         self.reopen_if_stopped_early()
         self.check_fingerprint("ranks", self.ranks.size, "each rank has its own random numbers; "
                                "start as many as it was begun with")
@@ -146,50 +137,9 @@ class Run:
         for change in changes:
             print(f"changed   {in_one_line(change)}")
 
-    def changed_settings(self) -> list:
-        """Return a line for each setting that has changed.
-
-        Raises ValueError for those that would make this another run.
-        """
-        before = self.last_save.settings if self.last_save else self.settings
-        allowed = []
-        refused = []
-        for name in sorted(self.settings.keys() | before.keys()):
-            old = before.get(name)
-            new = self.settings.get(name)
-            if old == new or name in NOT_COMPARED:
-                continue
-            line = f"{as_flag(name, old)}, now {as_words(new)}"
-            if name in MAY_CHANGE:
-                allowed.append(line)
-            else:
-                refused.append(line)
-        if refused:
-            changed = "; ".join(refused)
-            raise ValueError(f"{self.out} was begun with {changed}: {self.advice_on_change()}")
-        return allowed
-
-    def advice_on_change(self) -> str:
-        """Return why a resumed run cannot be another one, and what to do instead."""
-        if not self.progress.finished:
-            return "a resumed run cannot change this; give the old values, or another --out"
-        settings = self.last_save.settings
-        advice = ("the run is finished, and its learning rate has come to the end of its schedule, "
-                  "so it is neither changed nor made longer; ")
-        if settings.get("method") == "full":
-            return advice + f"to train on from its result: --checkpoint {self.out}, another --out"
-        if settings.get("init") == "random":
-            return advice + "begin another one with another --out"
-        return advice + (f"to train on from its result: --adapter {self.out / ADAPTER}, another "
-                         "--out, no --resume")
-
     def check_fingerprint(self, name, value, problem):
         """Note a fingerprint of the run.  Raises ValueError if the save holds another value."""
-        before = self.last_save.fingerprints.get(name) if self.last_save else value
-        if type(before) is not type(value) or before != value:
-            advice = f"; {self.advice_on_change()}" if self.progress.finished else ""
-            raise ValueError(f"{self.out} cannot go on: {problem} ({name} {before}, now {value})"
-                             f"{advice}")
+        check_fingerprint(self.last_save, name, value, problem)
         self.fingerprints[name] = value
 
     def begin(self, job):
@@ -498,17 +448,6 @@ def prepare_folder(options, out: Path, resumes: bool):
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ValueError(f"cannot write to --out {out}: {error.strerror}") from error
-
-
-def as_flag(name, value) -> str:
-    """Return a setting as it would stand on the command line."""
-    flag = f"--{name.replace('_', '-')}"
-    return f"no {flag}" if value is None else f"{flag} {as_words(value)}"
-
-
-def as_words(value) -> str:
-    """Return a setting's value as it would stand on the command line."""
-    return " ".join(value) if isinstance(value, list) and value else str(value)
 
 
 def none_if_not_finite(value):
