@@ -115,7 +115,7 @@ def main(argv=None):
         with one_line_errors("train.py", ranks):
             options = parse_options(argv, __doc__)
             run = Run.open(options, ranks)                    # with --resume the saved one
-            job = prepare(options, ranks)                     # checks options, data and sizes
+            job = prepare(options, run.ranks)                 # checks options, data and sizes
             run.check_same_run(job)
             if run.progress.finished:                         # Nothing is left to resume.
                 return
@@ -222,7 +222,8 @@ def make_plan(job: Job) -> list:
     # The epoch is the only argument that is still to be given.
     steps_of_epoch = functools.partial(
         plan_epoch, lengths, options.batch_size, options.accumulation_steps, options.seed,
-        world_size=job.ranks.size, tokens_per_batch=options.tokens_per_batch)
+        world_size=job.ranks.size, begun_with=job.ranks.begun_with,
+        tokens_per_batch=options.tokens_per_batch)
     return plan_run(steps_of_epoch, options.epochs, options.max_steps)
 
 

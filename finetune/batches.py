@@ -108,7 +108,8 @@ def first_target(labels) -> int:
 
 
 def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epoch: int, *,
-               world_size: int = 1, tokens_per_batch: int | None = None) -> list:
+               world_size: int = 1, begun_with: int | None = None,
+               tokens_per_batch: int | None = None) -> list:
     """Return the optimizer steps of an epoch: [step][rank][micro-batch] -> indices of examples.
 
     lengths: the number of tokens of each example.  The order is drawn from (seed, epoch).  Every
@@ -116,14 +117,18 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
     and so on of a step, so in the last step a rank may get no example.  A micro-batch holds
     batch_size examples.  With tokens_per_batch it holds at most so many tokens instead, but at
     least one example.
+    begun_with: the number of ranks that the run was begun with, if it is another one.  It decides
+    which examples a step has, and world_size only how they are dealt out.
     """
+    begun_with = begun_with or world_size
+    n_parts = accumulation_steps * begun_with             # micro-batches of a step
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if tokens_per_batch:
         groups = fill(order, lengths, tokens_per_batch)
-        steps = split(groups, accumulation_steps * world_size)
+        steps = split(groups, n_parts)
         return [deal(step, world_size) for step in steps]
     steps = []
-    for step in split(order, batch_size * accumulation_steps * world_size):
+    for step in split(order, batch_size * n_parts):
         steps.append([split(indices, batch_size) for indices in deal(step, world_size)])
     return steps
 
@@ -145,6 +150,14 @@ def plan_run(steps_of_epoch: Callable, epochs: int, max_steps: int | None) -> li
 def deal(items: list, n: int) -> list:
     """Return n lists: list i gets the items i, i + n, i + 2 n and so on."""
     return [items[i::n] for i in range(n)]
+
+
+def collect(lists: list) -> list:
+    """Return the items that `deal` gave to these lists, in their order before."""
+    items = []
+    for i in range(max(map(len, lists))):
+        items += [part[i] for part in lists if i < len(part)]
+    return items
 
 
 def split(items, n: int) -> list:
@@ -194,6 +207,23 @@ def example_indices(step) -> list:
         for batch in batches:
             indices += batch
     return indices
+
+
+def indices_as_dealt_to(n_ranks: int, step, whole_batches: bool) -> list:
+    """Return the indices of a step in the order that they have if it is dealt to n_ranks ranks.
+
+    So a run has the same fingerprint on any number of ranks.  whole_batches: whether micro-batches
+    are dealt out, as with tokens_per_batch, or single examples.
+    """
+    epoch, ranks = step
+    dealt = ranks
+    if not whole_batches:
+        dealt = []
+        for batches in ranks:
+            indices = example_indices((epoch, [batches]))
+            dealt.append([[i] for i in indices])
+    parts = collect(dealt)
+    return example_indices((epoch, deal(parts, min(n_ranks, len(parts)))))
 
 
 def windows(dataset, collate: Callable, plan: Iterable, rank: int = 0) -> Iterator[Window]:

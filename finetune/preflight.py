@@ -479,12 +479,11 @@ def warn_of_template(adapter_template: str | None, template: str):
 
 def steps_line(job) -> str:
     options = job.options
-    n_ranks = job.ranks.size
-    shape = f"{plural(options.accumulation_steps, 'micro-batch')} x {plural(n_ranks, 'rank')}"
+    n_ranks = job.ranks.begun_with or job.ranks.size
+    now = "" if n_ranks == job.ranks.size else f" (now {job.ranks.size})"
+    shape = f"{plural(options.accumulation_steps, 'micro-batch')} x {plural(n_ranks, 'rank')}{now}"
     if options.tokens_per_batch:
-        n_batches = 0
-        for _, by_rank in job.plan:
-            n_batches += sum(map(len, by_rank))
+        n_batches = sum(sum(map(len, by_rank)) for _, by_rank in job.plan)
         n_tokens = 0
         for step in job.plan:
             n_tokens += sum(len(job.train_set[i][0]) for i in example_indices(step))

@@ -23,11 +23,15 @@ class RankError(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which process this is: rank counts from 0 to size - 1, local_rank on this machine."""
+    """Which process this is: rank counts from 0 to size - 1, local_rank on this machine.
+
+    begun_with: how many ranks a resumed run was begun with; None: as many as there are now.
+    """
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
+    begun_with: int | None = None
 
     @property
     def is_first(self) -> bool:

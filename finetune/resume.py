@@ -53,8 +53,9 @@ class Save:
     settings: the run's flags with their final values.  fingerprints: hashes of data, plan and base,
     which a resumed run must have too.
     metrics_bytes: length of metrics.jsonl.  launch: torchrun's run id.  parts: states of model,
-    optimizer and scaler.  random_states: one for each rank.  warning: why a later save could not
-    be read.  (In the file: counters, args, about, metrics, launch, parts, random.)
+    optimizer and scaler.  random_states: one for each rank that wrote it; none before step 1.
+    warning: why a later save could not be read.  (In the file: counters, args, about, metrics,
+    launch, parts, random.)
     """
     path: Path
     progress: Progress
@@ -65,6 +66,11 @@ class Save:
     parts: dict
     random_states: list
     warning: str | None = None
+
+    @property
+    def begun_with(self) -> int:
+        """The number of ranks that the run was begun with; those that wrote this may be others."""
+        return self.fingerprints.get("ranks")
 
 
 def read_last_save(out: Path) -> Save | None:
@@ -112,6 +118,8 @@ def read_save(path: Path, warning=None) -> Save:
         for name, kind in kinds.items():
             if not isinstance(getattr(save, name), kind):
                 raise ValueError(f"its {name} have the wrong type")
+        if type(save.begun_with) is not int or not 1 <= save.begun_with <= LARGEST:
+            raise ValueError(f"its number of ranks is {save.begun_with!r}")
     return save
 
 
@@ -149,6 +157,8 @@ def states_of(parts: dict, keeps: bool) -> dict:
 def restore(save: Save, parts: dict, rank: int, device):
     """Give each part its state back, and this rank its random numbers.
 
+    A rank that the save does not know keeps those that it begins with.  They depend on its number,
+    so no two ranks draw the same.
     Raises ValueError for a state that does not fit its part.
     """
     try:
@@ -160,7 +170,10 @@ def restore(save: Save, parts: dict, rank: int, device):
                 current = part.state_dict()
                 check_form(current, state, name)
                 part.load_state_dict(shares_like(state, current))
-        set_random_state(save.random_states[rank], device)
+        if not save.random_states:
+            raise ValueError("it has no random numbers")
+        if rank < len(save.random_states):
+            set_random_state(save.random_states[rank], device)
     except Exception as error:                       # Each part raises its own kind of error.
         raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
 

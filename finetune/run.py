@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 try:
@@ -19,7 +20,7 @@ import torch
 from llama.checkpoint import COMPANIONS, PARAMS, TOKENIZER, WEIGHTS
 from llama.files import write_json
 
-from .batches import example_indices
+from .batches import example_indices, indices_as_dealt_to
 from .console import INTERRUPTED
 from .errors import GAVE_UP, in_one_line
 from .ranks import exit_together, sum_over_ranks
@@ -38,7 +39,12 @@ from .resume import (
     torchrun_id,
     write_save,
 )
-from .same_run import MAY_DIFFER_BETWEEN_RANKS, changed_settings, check_fingerprint
+from .same_run import (
+    MAY_DIFFER_BETWEEN_RANKS,
+    changed_ranks,
+    changed_settings,
+    check_fingerprint,
+)
 from .signals import StopRequest
 
 ARGS = "args.json"
@@ -79,6 +85,8 @@ class Run:
         resumes = options.resume or restarted_by_torchrun(last_save)
         if not resumes:
             last_save = None
+        if last_save:
+            ranks = replace(ranks, begun_with=last_save.begun_with)
         if ranks.is_first:
             prepare_folder(options, out, resumes)
         run = cls(options, ranks, out, last_save, resumes)
@@ -95,13 +103,15 @@ class Run:
         self.settings = json.loads(json.dumps(job.settings))
         changes = changed_settings(self.last_save, self.settings)
         self.reopen_if_stopped_early()
-        self.check_fingerprint("ranks", self.ranks.size, "each rank has its own random numbers; "
-                               "start as many as it was begun with")
+        begun_with = job.ranks.begun_with or job.ranks.size
+        self.fingerprints["ranks"] = begun_with
         datasets = [part for part in (job.train_set, job.val_set) if part]
         rows = itertools.chain.from_iterable(part.rows for part in datasets)
         self.check_fingerprint("data", digest([*tokens, *labels] for tokens, labels in rows),
                                "the examples are not those that it was begun with")
-        self.check_fingerprint("steps", digest(map(example_indices, self.plan)),
+        steps = [indices_as_dealt_to(begun_with, step, bool(job.options.tokens_per_batch))
+                 for step in self.plan]
+        self.check_fingerprint("steps", digest(steps),
                                "its steps would not hold the same examples; keep the product of "
                                "--batch-size and --accumulation-steps")
         n_steps = len(self.plan)
@@ -112,7 +122,7 @@ class Run:
         self.ranks.agree({name: self.settings[name] for name in common}, "their flags")
         self.ranks.agree(self.fingerprints, "their examples")
         if self.resumes:
-            self.report_resume(changes, n_steps)
+            self.report_resume(changes, job)
 
     def reopen_if_stopped_early(self):
         """Let a run go on that --early-stop has ended, if its new value does not end it there."""
@@ -121,7 +131,7 @@ class Run:
         if progress.step < len(self.plan) and not (patience and progress.worse >= patience):
             progress.finished = False
 
-    def report_resume(self, changes: list, n_steps: int):
+    def report_resume(self, changes: list, job):
         """Print where the run goes on, and which settings have changed."""
         if not self.last_save:
             print(f"resume    {self.out} has no save yet: starting from step 1")
@@ -132,8 +142,10 @@ class Run:
             print(f"resume    {self.out} is finished, after step {self.progress.step}: nothing is "
                   "left to do, nothing was changed")
         else:
-            print(f"resume    {self.last_save.path}: {self.progress.step} of {n_steps} steps are "
-                  "done")
+            print(f"resume    {self.last_save.path}: {self.progress.step} of {len(self.plan)} "
+                  "steps are done")
+            for line in changed_ranks(self.last_save, job):
+                print(f"ranks     {line}")
         for change in changes:
             print(f"changed   {in_one_line(change)}")
 

@@ -2,6 +2,8 @@
 
 save: the last save of the run, or None if there is none; a run without one is always the same.
 """
+import torch
+
 from .resume import Save
 
 # Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
@@ -62,6 +64,26 @@ def check_fingerprint(save: Save | None, name: str, value, problem: str):
         advice = f"; {advice_on_change(save)}" if save.progress.finished else ""
         raise ValueError(f"{save.path.parent} cannot go on: {problem} ({name} {before}, now "
                          f"{value}){advice}")
+
+
+def changed_ranks(save: Save, job) -> list:
+    """Return lines on what another number of ranks means; none if it is that of the save.
+
+    job.model may be on the meta device.
+    """
+    n_ranks = job.ranks.size
+    before = len(save.random_states) or save.begun_with
+    if n_ranks == before:
+        return []
+    lines = [f"{n_ranks} instead of {before}: the same steps, dealt out anew"]
+    _, first_step = job.plan[0]
+    n_idle = sum(not batches for batches in first_step)
+    if n_idle:
+        lines.append(f"a step has too few examples for {n_idle} of {n_ranks} ranks, which wait for "
+                     "the others")
+    if any(module.p for module in job.model.modules() if isinstance(module, torch.nn.Dropout)):
+        lines.append("dropout now drops other elements than in the uninterrupted run")
+    return lines
 
 
 def as_flag(name, value) -> str:
