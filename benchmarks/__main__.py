@@ -10,12 +10,14 @@
     python -m benchmarks distill       students with and without a teacher
     python -m benchmarks search        settings for a task, from method to learning rate
     python -m benchmarks gpu           a first day with a GPU, cell by cell within time limits
+    python -m benchmarks soak          hours of kills, full disks, hangs and damaged files
     python -m benchmarks front         the README's picture, from a finished run in out/
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
 median of its repeats.  In growth, methods, ranks, distill and search a cell is a whole training run
-or an evaluation, in a new process too; gpu has cells of many kinds.  front measures no cell.  A
-table is printed as Markdown and written to --out; all but distill, gpu and front also draw a
+or an evaluation, in a new process too; gpu has cells of many kinds, and soak has batches of
+misfortunes, of which it ends with exit code 1 if one lost something.  front measures no cell.  A
+table is printed as Markdown and written to --out; all but distill, gpu, soak and front also draw a
 picture there if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
@@ -41,8 +43,9 @@ from . import (
     roofline,
     scaling,
     search,
+    soak,
 )
-from .tables import Table, code_digest, machine
+from .tables import FailedLines, Table, code_digest, machine
 
 # Each page has add_flags(parser), and make(args, table), which returns lines of Markdown.
 PAGES = {
@@ -56,6 +59,7 @@ PAGES = {
     "search": search,
     "distill": distill,
     "gpu": gpu,
+    "soak": soak,
     "front": front,
 }
 
@@ -67,10 +71,13 @@ def main(argv=None):
         page = PAGES[args.table]
         table = make_table(args, page, sys.argv[1:] if argv is None else argv)
         table.out.mkdir(parents=True, exist_ok=True)
-        lines = [table.command, "", *page.make(args, table)]
+        made = page.make(args, table)
+        lines = [table.command, "", *made]
         content = "\n".join([*lines, ""]).encode()
         write_whole(table.out / f"{table.name}.md", lambda file: file.write(content))
     print("\n".join(lines))
+    if isinstance(made, FailedLines):
+        sys.exit(1)
 
 
 def parse_args(argv=None):

@@ -75,6 +75,10 @@ class Table:
             report(f"picture skipped: {in_one_line(error)}")
 
 
+class FailedLines(list):
+    """Lines of a table in which something has failed: they are printed, and the exit code is 1."""
+
+
 def read_cells(path: Path) -> list:
     """Return the cells in a table's file, none if there is no file.  Raises ValueError."""
     cells = read_object(path).get("cells") if path.exists() else []

@@ -35,6 +35,6 @@ def report_end(out, device, seconds: float, ranks):
     """Print what the run took, and draw its picture where matplotlib is installed."""
     peak = peak_memory_mb(device)
     memory = f", peak memory {peak:,.0f} MiB" if peak else ""
-    print(f"total     {seconds:.1f} s{memory}")
+    print(f"total     {max(0, seconds):.1f} s{memory}")
     if ranks.is_first:
         print(f"picture   {picture_of(out)}")

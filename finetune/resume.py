@@ -146,6 +146,27 @@ def write_save(save: Save):
     write_whole(save.path, lambda file: torch.save(content, file), previous)
 
 
+def rows_fit(rows: bytes, progress: Progress) -> bool:
+    """Return whether these are the rows of metrics.jsonl of a run that has come so far."""
+    *lines, end = rows.split(b"\n")
+    if end or len(lines) != progress.step:
+        return False
+    if not lines or progress.loss is None:
+        return True
+    try:
+        last = json.loads(lines[-1])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(last, dict) and last.get("loss") == progress.loss
+
+
+def what_is_left(out: Path) -> str:
+    """Return what a run can go on from whose last file could not be written."""
+    if (out / STATE).exists() or (out / PREVIOUS).exists():
+        return "the last save is intact: --resume continues from it"
+    return f"no save is in {out} any more: the run has to start again"
+
+
 def states_of(parts: dict, keeps: bool) -> dict:
     """Return {name: state} of parts that have state_dict(), with whole tensors.
 

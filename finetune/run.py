@@ -35,6 +35,7 @@ from .resume import (
     is_restart,
     restarted_by_torchrun,
     restore,
+    rows_fit,
     states_of,
     torchrun_id,
     write_save,
@@ -185,8 +186,7 @@ class Run:
         n_bytes = self.last_save.metrics_bytes if self.last_save else 0
         path = self.out / METRICS
         rows = path.read_bytes()[:n_bytes] if path.exists() else b""
-        is_whole = rows[-1:] in (b"", b"\n") and rows.count(b"\n") == self.progress.step
-        if len(rows) != n_bytes or not is_whole:
+        if len(rows) != n_bytes or not rows_fit(rows, self.progress):
             raise ValueError(f"{path} is not what it was when {self.last_save.path} was saved: "
                              "put it back, or --overwrite the run")
         return n_bytes
@@ -241,7 +241,7 @@ class Run:
         random_states = self.ranks.gather(random_state(self.device))
         states = states_of(self.parts, keeps=self.ranks.is_first)
         if self.ranks.is_first:
-            self.progress.seconds = time.perf_counter() - self.began
+            self.progress.seconds = max(self.progress.seconds, time.perf_counter() - self.began)
             os.fsync(self.metrics.fileno())          # Rows are on disk before a save counts them.
             self.write(states, random_states, self.metrics.tell())
 
@@ -260,7 +260,7 @@ class Run:
 
     def step_seconds(self) -> float:
         """Return how long this step has taken so far."""
-        return time.perf_counter() - self.step_began
+        return max(1e-6, time.perf_counter() - self.step_began)      # The clock may jump.
 
     def sum_loss(self, loss) -> float:
         """Return the step's loss, summed over the ranks.
@@ -410,7 +410,7 @@ class Run:
         if self.progress.step == first:
             return None
         per_step = (time.perf_counter() - its_end) / (self.progress.step - first)
-        return per_step * (len(self.plan) - self.progress.step)
+        return max(0, per_step) * (len(self.plan) - self.progress.step)
 
 
 def prepare_folder(options, out: Path, resumes: bool):

@@ -94,4 +94,4 @@ def as_flag(name, value) -> str:
 
 def as_words(value) -> str:
     """Return a setting's value as it would stand on the command line."""
-    return " ".join(value) if isinstance(value, list) and value else str(value)
+    return " ".join(map(str, value)) if isinstance(value, list) and value else str(value)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from .console import write_error
 from .errors import BAD_INPUT, exit_with_line
+from .resume import what_is_left
 
 # A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
 GRACE_SECONDS = 20
@@ -51,8 +52,7 @@ def stop_after_step_on_signals(run):
         yield
     except OSError as error:
         message = " ".join(str(error).split())
-        exit_with_line(f"train.py: {message}; the last save is intact: --resume continues from it",
-                       BAD_INPUT)
+        exit_with_line(f"train.py: {message}; {what_is_left(run.out)}", BAD_INPUT)
     except RuntimeError:                             # of a collective, if another rank is gone
         run.stop_request.received_at = time.monotonic()          # torchrun ends all ranks now.
         run.ranks.watchdog.explain_failure()

@@ -1,4 +1,5 @@
 """Read files that others made without trusting them, and write files whole or not at all."""
+import errno
 import json
 import math
 import os
@@ -307,7 +308,7 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
     """Call write(file) on a new file beside `path`, then rename it: no half-written file remains.
 
     previous: the path that the old file moves to.  Between the two renamings it is the only one.
-    Raises OSError.
+    Raises OSError, or MemoryError.
     """
     new = path.with_name(path.name + ".tmp")
     try:
@@ -318,12 +319,42 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(new, path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
+        if is_lack_of_memory(error):
+            raise MemoryError(f"{path} cannot be written: not enough memory") from error
         raise OSError(f"{path} cannot be written: {reason_of(error)}") from error
     finally:
         # On a disk that has become read-only this fails too; the first error is the one to show.
         with suppress(OSError):
             new.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk: a power cut can undo a renaming before that."""
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except PermissionError:                          # Windows opens no folder.
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):     # Some file systems cannot.
+            raise
+    finally:
+        os.close(fd)
+
+
+def is_lack_of_memory(error: BaseException | None) -> bool:
+    """Return whether memory has ended; torch makes a RuntimeError of it."""
+    while error is not None:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        words = str(error) if isinstance(error, RuntimeError) else ""
+        if "out of memory" in words or "allocate memory" in words:
+            return True
+        error = error.__context__
+    return False
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 """Files that mean harm, or were harmed: one line and exit code 2, none of their code run.
 
-The slow test gives thousands of files, changed at random (tests/mutate.py), to the command lines.
+The slow test gives thousands of files, changed at random (benchmarks/mutate.py), to the command lines.
 """
 import io
 import itertools
@@ -23,6 +23,8 @@ import pytest
 import torch
 
 import generate
+from benchmarks.lives import write_base
+from benchmarks.mutate import HAS_SAFETENSORS, build, in_bytes, reads
 from finetune.examples import read_examples
 from finetune.errors import in_one_line, one_line_errors
 from llama import load_checkpoint
@@ -31,7 +33,6 @@ from llama.peft import adapter_at
 from lora import load_adapter, read_adapter
 
 from .helpers import ONE_THREAD, ROOT, saved, spoil, tiny
-from .mutate import HAS_SAFETENSORS, build, in_bytes, reads
 
 needs_safetensors = pytest.mark.skipif(
     not HAS_SAFETENSORS, reason="needs safetensors: pip install safetensors")
@@ -245,10 +246,11 @@ def test_a_file_that_was_torn_or_changed_anywhere_is_found(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tokenizer):
+def made(tmp_path_factory):
     """A small file of each kind."""
     folder = tmp_path_factory.mktemp("made")
-    build(folder, tokenizer)
+    write_base(folder)
+    build(folder)
     return folder
 
 
@@ -500,7 +502,7 @@ def test_files_changed_at_random():
     n = 2400
     results = []
     while len(results) < n:
-        command = [sys.executable, "-m", "tests.mutate", "0", str(len(results)), str(n)]
+        command = [sys.executable, "-m", "benchmarks.mutate", "0", str(len(results)), str(n)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ONE_THREAD,
                               timeout=900)
         lines = [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,4 +1,6 @@
-"""Files changed at random, each given to a command line:  python -m tests.mutate SEED FIRST LAST
+"""Files changed at random, each given to a command line that reads it:
+
+    python -m benchmarks.mutate SEED FIRST LAST
 
 Prints one JSON line per case, drawn from (seed, number) alone: [number, outcome, file, how it was
 changed, command line, what came of it].  "ok" is a success, "refused" the one-line error with exit
@@ -10,27 +12,33 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
 import warnings
 import zipfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:                                  # Windows, where nothing here is called.
+    resource = None
 
 import torch
 
 import generate
 import train
 from finetune import convert
-from llama import Tokenizer, load_checkpoint, save_checkpoint
-from lora import save_adapter
+from finetune.resume import PREVIOUS
+from finetune.run import ARGS, Run
+from llama import load_checkpoint, save_checkpoint
+from lora import LoRAConfig, add_lora, lora_state_dict, save_adapter
 
-from .helpers import EXAMPLES, ROOT, adapt, saved, tiny
+from .lives import Place
 
 HAS_SAFETENSORS = find_spec("safetensors") is not None
 SECONDS = 10                                         # that a case may take, and bytes
@@ -44,23 +52,48 @@ ODD_SAVED = [*ODD, torch.tensor(float("nan")), torch.zeros(0), torch.zeros(3, dt
              (1, 2), b"bytes", {1: 2}, torch.float16]
 
 
+TWO_STEPS = ["--checkpoint", "base", "--data", "data.json", "--max-steps", "2",
+             "--accumulation-steps", "1", "--batch-size", "2"]
+# Checksums show every change of these, so what loads must be what it was.
+SUMMED = ("half/state.pt", "adapter.pt", "int8/adapter.pt")
+
+
 # --- the files, and who reads them
 
 
-def build(folder, tokenizer):
-    """Write one small file of every kind."""
-    model = tiny(tokenizer.vocab_size, n_layers=1, n_kv_heads=2)
-    save_checkpoint(model, tokenizer, folder / "base")
-    model, _ = load_checkpoint(folder / "base")
+def build(folder):
+    """Write one small file of every kind beside `base` and data.json, which are there."""
+    base = str(folder / "base")
+    adapter = str(folder / "adapter.pt")
+    model, tokenizer = load_checkpoint(base)
     save_checkpoint(model, tokenizer, folder / "hf", "hf", ".bin")
     save_checkpoint(model, tokenizer, folder / "shards", "hf", ".bin", 60_000)
     if HAS_SAFETENSORS:
         save_checkpoint(model, tokenizer, folder / "safe", "hf")
-    save_adapter(adapt(model, r=2), folder / "adapter.pt")
-    convert_adapter = [str(folder / "base"), "--adapter", str(folder / "adapter.pt"), "--to"]
-    convert.main([*convert_adapter, "peft", str(folder / "peft"), "--bin"])
-    convert.main([*convert_adapter, "int8", str(folder / "int8")])
-    (folder / "data.json").write_text(json.dumps(EXAMPLES))
+    add_lora(model, LoRAConfig(r=2))
+    for tensor in lora_state_dict(model).values():
+        torch.nn.init.normal_(tensor, std=0.1)       # as after training
+    save_adapter(model, adapter)
+    convert.main([base, "--adapter", adapter, "--to", "peft", str(folder / "peft"), "--bin"])
+    convert.main([base, "--adapter", adapter, "--to", "int8", str(folder / "int8")])
+
+
+class Stopped(Exception):
+    """Ends a run after its first step."""
+
+
+def build_half(folder):
+    """Leave in `half` a run of two steps that was stopped after the first one."""
+    def save_and_stop(run):
+        run.save()
+        raise Stopped
+
+    end_step = Run.end_step
+    Run.end_step = save_and_stop
+    with suppress(Stopped):
+        train.main([*TWO_STEPS, "--out", str(folder / "half")])
+    Run.end_step = end_step
+    (folder / "half" / PREVIOUS).unlink()
 
 
 def reads(name):
@@ -68,6 +101,8 @@ def reads(name):
     top = name.split("/")[0]
     training = (train.main, "--checkpoint", "base", "--data", "data.json")
     answering = (generate.main, "--checkpoint", "base", "--adapter")
+    if top == "half":
+        return [(train.main, *TWO_STEPS, "--out", "out", "--resume")]
     if top == "data.json":
         return [training, (*answering, "none", "--data", name)]
     if top in ("base", "hf", "shards", "safe"):
@@ -131,8 +166,10 @@ def in_json(data, draw):
 def in_saved(data, draw):
     """Change a value of what torch.save wrote."""
     content = torch.load(io.BytesIO(data), weights_only=True)
+    file = io.BytesIO()
     try:
-        return saved(swapped(content, draw, ODD_SAVED))
+        torch.save(swapped(content, draw, ODD_SAVED), file)
+        return file.getvalue()
     except (ValueError, OverflowError, UnicodeError):
         return data[:-10]                            # Pickle has no word for this value.
 
@@ -162,11 +199,16 @@ def in_safetensors(data, draw):
     return struct.pack("<Q", n) + text + data[8 + length:]
 
 
-CHANGES = {".json": [in_json], ".pt": [in_saved, in_zip], ".pth": [in_saved, in_zip],
-           ".bin": [in_saved, in_zip], ".safetensors": [in_safetensors], ".model": [in_bytes]}
+CHANGES = {".json": [in_json], ".jsonl": [in_bytes], ".pt": [in_saved, in_zip],
+           ".pth": [in_saved, in_zip], ".bin": [in_saved, in_zip],
+           ".safetensors": [in_safetensors], ".model": [in_bytes]}
+# These are written for others, and not read here.
+NOT_READ = ("generation_config.json", "tokenizer_config.json", ARGS)
 
 
 # --- what comes of it
+
+ADAPTER_OUT = "out/adapter.pt"
 
 
 def peak():
@@ -174,9 +216,11 @@ def peak():
 
 
 def run(line, log, limit):
-    """Return (outcome, details) of a command line; `log` is the file that stderr goes to."""
+    """Return (outcome, details, trained adapter) of a command line; log: where stderr goes."""
     program, *flags = line
-    if program is train.main:
+    if "--resume" in flags:
+        shutil.copytree("half", "out")
+    elif program is train.main:
         flags += ["--max-steps", "1", "--accumulation-steps", "1", "--batch-size", "2"]
     if program is generate.main:
         flags += ["--max-new-tokens", "1"]
@@ -197,6 +241,7 @@ def run(line, log, limit):
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.stderr.flush()
+        result = Path(ADAPTER_OUT).read_bytes() if Path(ADAPTER_OUT).exists() else None
         shutil.rmtree("new", ignore_errors=True)
         shutil.rmtree("out", ignore_errors=True)
     text = os.pread(log, 10 ** 6, 0).decode(errors="replace")
@@ -211,19 +256,20 @@ def run(line, log, limit):
         outcome = "ok"
     if is_in_proportion and code == 2 and len(lines) == 1 and len(lines[0]) < 1200:
         outcome = "refused"
-    return outcome, f"{code}, {time.process_time() - began:.1f} s: {text[-600:]}"
+    return outcome, f"{code}, {time.process_time() - began:.1f} s: {text[-600:]}", result
 
 
-def change_files(folder, log, report, seed, numbers):
-    """Run the cases of these numbers, in the folder where the files are."""
-    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*"))]
-    names = [name for name in names if Path(name).suffix in CHANGES]
-    names = [name for name in names if not name.endswith(("generation_config.json",
-                                                          "tokenizer_config.json", "args.json"))]
+def change_files(log, report, seed, numbers):
+    """Run the cases of these numbers in the current folder, where the files are."""
+    names = [str(path) for path in sorted(Path().rglob("*")) if path.suffix in CHANGES]
+    names = [name for name in names if not name.endswith(NOT_READ)]
+    results = {}
     for name in names:                               # Unchanged, all goes well.
         for line in reads(name):
-            outcome, details = run(line, log, 2 ** 60)
-            assert outcome == "ok", (line, details)
+            outcome, details, results[line] = run(line, log, 2 ** 60)
+            if outcome != "ok":
+                write_case(report, -1, "WRONG", name, "unchanged", line, details)
+                sys.exit(1)
     n_pages = int(Path("/proc/self/statm").read_text().split()[0])
     address_space = n_pages * resource.getpagesize() + 2 * BYTES
     resource.setrlimit(resource.RLIMIT_AS, (address_space, address_space))
@@ -231,37 +277,56 @@ def change_files(folder, log, report, seed, numbers):
     for number in numbers:
         draw = random.Random(f"{seed}, {number}")
         name = draw.choice(names)
-        path = folder / name
+        path = Path(name)
         whole = path.read_bytes()
         change = draw.choice([in_bytes, *CHANGES[path.suffix] * 2])
         path.write_bytes(change(whole, draw))
         line = draw.choice(reads(name))
-        outcome, details = run(line, log, limit)
-        command = " ".join([line[0].__module__, *line[1:]])
-        case = [number, outcome, name, change.__name__, command, details]
-        os.write(report, json.dumps(case).encode() + b"\n")
+        outcome, details, result = run(line, log, limit)
+        is_summed = change is in_bytes and name in SUMMED
+        if outcome == "ok" and is_summed and result != results[line]:
+            outcome = "WRONG"
+            details += "it was loaded as something else"
+        write_case(report, number, outcome, name, change.__name__, line, details)
         path.write_bytes(whole)
 
 
-def main(seed, first, last):
+def write_case(report, number, outcome, *about):
+    name, change, line, details = about
+    command = " ".join([line[0].__module__, *line[1:]])
+    case = [number, outcome, name, change, command, details]
+    os.write(report, json.dumps(case).encode() + b"\n")
+
+
+def read_cases(path):
+    """Return the cases in a report, without one that was not written to its end."""
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def main(seed, numbers, report):
+    """Run the cases of these numbers in the current folder, where lives.write_base has been."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DeprecationWarning)          # as on a command line
-    folder = Path(tempfile.mkdtemp())
-    report = os.dup(1)
-    log = os.memfd_create("stderr")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(log, 2)
+    report = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open("stderr", os.O_RDWR | os.O_CREAT)
     sys.stderr = os.fdopen(os.dup(log), "w", errors="backslashreplace")
-    os.chdir(folder)
-    try:
-        build(folder, Tokenizer(ROOT / "finetune/demo/tokenizer.model"))
-        change_files(folder, log, report, seed, range(first, last))
-    except Exception as error:
-        os.write(report, f"{error!r}\n".encode())
-        raise
-    finally:
-        shutil.rmtree(folder)
+    os.dup2(log, 2)
+    build(Path())
+    build_half(Path())
+    change_files(log, report, seed, numbers)
+
+
+def print_cases(seed, first, last):
+    """Run cases in a process of their own and print them; exit with its exit code."""
+    with Place() as place:
+        report = place.folder / "cases"
+        child = place.start(lambda: main(seed, range(first, last), report))
+        code, errors = place.end(child, within=20 * (last - first) + 60)
+        sys.stdout.write(report.read_text() if report.exists() else "")
+    sys.stderr.write(errors)
+    sys.exit(code != 0)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    print_cases(*map(int, sys.argv[1:4]))
