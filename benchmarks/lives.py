@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,9 @@ class Place:
 
     def __exit__(self, *_):
         for pid in self.children:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            with suppress(ProcessLookupError, ChildProcessError):    # It has just ended.
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def start(self, act: Callable) -> Child:
@@ -96,14 +98,8 @@ class Place:
                 os.kill(child.pid, signal.SIGKILL)
             time.sleep(0 if pid else POLL_SECONDS)
         self.children.discard(pid)
-        os.set_blocking(child.errors, False)
-        errors = b""
-        try:
-            errors = os.read(child.errors, PIPE_BYTES)
-        except BlockingIOError:                      # It was written by nobody, and is still open.
-            pass
+        text = os.read(child.errors, PIPE_BYTES).decode(errors="replace")
         os.close(child.errors)
-        text = errors.decode(errors="replace")
         if is_late:
             raise Lost(f"a process did not end within {within:.0f} s: {text[-300:]}")
         return os.waitstatus_to_exitcode(status), text
@@ -253,6 +249,12 @@ class Trial:
         if not step <= rows.count(b"\n") <= step + self.save_every:
             raise Lost(f"{METRICS} has {rows.count(10)} rows, and the last save is of step {step}")
         return save.progress
+
+    def finish(self):
+        """Let the run come to its end, and compare it with the undisturbed one.  Raises Lost."""
+        self.complete()
+        self.check()
+        self.compare()
 
     def compare(self):
         """Raise Lost unless the disturbed run has left what the undisturbed one has."""

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,16 +70,26 @@ def begin_trial(place: Place, draw, ranks: int = 1) -> Trial:
     return trial
 
 
-def finish_trial(trial: Trial):
-    trial.complete()
-    trial.check()
-    trial.compare()
+def disturb(trial: Trial, live: Callable) -> dict:
+    """Let the run live again and again, then finish; return {tried}.
+
+    live() is a life, and returns the exit code with which it ended; 0 if nothing disturbed it.
+    Raises Lost.
+    """
+    n_disturbed = 0
+    for _ in range(N_LIVES):
+        n_disturbed += live() != 0
+        if trial.check().finished:
+            break
+    trial.finish()
+    return {"tried": n_disturbed}
 
 
-def expect(code: int, errors: str, *codes):
-    """Raise Lost for another exit code."""
-    if code not in codes:
-        raise Lost(f"exit code {code}: {errors[-600:]}")
+def expect(code: int, end: tuple) -> int:
+    """Return the exit code of a process, given it and its stderr.  Raises Lost for a wrong one."""
+    if end[0] not in (0, code):
+        raise Lost(f"exit code {end[0]}: {end[1][-600:]}")
+    return end[0]
 
 
 # --- the kinds
@@ -89,74 +98,61 @@ def expect(code: int, errors: str, *codes):
 def kills_alone(place: Place, draw) -> dict:
     """Kill a run at random moments."""
     trial = begin_trial(place, draw)
-    n_kills = 0
-    for _ in range(N_LIVES):
+
+    def live():
         child, = trial.start()
         trial.live_a_little([child], draw)
-        code, errors = place.kill(child)
-        expect(code, errors, -signal.SIGKILL, 0)
-        n_kills += code != 0
-        if trial.check().finished:
-            break
-    finish_trial(trial)
-    return {"tried": n_kills}
+        return expect(-signal.SIGKILL, place.kill(child))
+
+    return disturb(trial, live)
 
 
 def kills_in_saves(place: Place, draw) -> dict:
     """Let a run die at random system calls that write a file whole."""
     trial = begin_trial(place, draw)
-    n_kills = 0
-    for _ in range(N_LIVES):
+
+    def live():
         call = draw.choice(["open", "write", "fsync", "replace", "unlink"])
         dying = DyingSave(call, draw.randrange(1, 9), draw.choice(["before", "within", "after"]))
         child, = trial.start(dying.install)
-        code, errors = place.end(child)
-        expect(code, errors, -signal.SIGKILL, 0)
-        n_kills += code != 0
-        if trial.check().finished:
-            break
-    finish_trial(trial)
-    return {"tried": n_kills}
+        return expect(-signal.SIGKILL, place.end(child))
+
+    return disturb(trial, live)
 
 
 def kills_of_a_rank(place: Place, draw) -> dict:
     """Kill one of two ranks; the other is told so by SIGTERM, as torchrun does, and must leave."""
     trial = begin_trial(place, draw, ranks=2)
-    n_kills = 0
-    for _ in range(N_LIVES // 2):
+
+    def live():
         children = trial.start()
         trial.live_a_little(children, draw)
         killed = children.pop(draw.randrange(2))
-        code, errors = place.kill(killed)
-        expect(code, errors, -signal.SIGKILL, 0)
-        n_kills += code != 0
+        code = expect(-signal.SIGKILL, place.kill(killed))
         os.kill(children[0].pid, signal.SIGTERM)
         place.end(children[0], within=LEAVE_SECONDS)
-        if trial.check().finished:
-            break
-    finish_trial(trial)
-    return {"tried": n_kills}
+        return code
+
+    return disturb(trial, live)
 
 
 def full_disks(place: Place, draw) -> dict:
     """Let the disk be full, from some step on, for files above a random size."""
     trial = begin_trial(place, draw)
-    n_full = 0
-    for _ in range(N_LIVES):
-        steps_left = N_STEPS - trial.check().step if trial.out.exists() else N_STEPS
+    state_bytes = os.path.getsize(place.folder / "whole/state.pt")
+
+    def live():
+        steps_left = N_STEPS - trial.check().step
         n_calls = draw.choice([*range(1, 9), steps_left])        # Also at the last save.
-        size = draw.choice([0, draw.randrange(os.path.getsize(place.folder / "whole/state.pt"))])
+        size = draw.choice([0, draw.randrange(state_bytes)])
         child, = trial.start(FullDisk(n_calls, size, draw.randrange(400)).install)
         code, errors = place.end(child)
-        expect(code, errors, 2, 0)
-        is_one_line = errors.count("\n") == 1 and errors.startswith("train.py: ")
-        if code == 2 and not (is_one_line and "; the last save is intact: --resume" in errors):
+        is_explained = re.fullmatch("train.py: .*; the last save is intact: --resume .*\n", errors)
+        if code and not is_explained:
             raise Lost(f"a full disk is not explained in one line: {errors[-600:]}")
-        n_full += code == 2
-        if trial.check().finished:
-            break
-    finish_trial(trial)
-    return {"tried": n_full}
+        return expect(2, (code, errors))
+
+    return disturb(trial, live)
 
 
 @dataclass
@@ -199,7 +195,7 @@ def hangs(place: Place, draw) -> dict:
         raise Lost(f"rank {rank} was stopped, the other left with exit code {code}: "
                    f"{errors[-600:]}")
     trial.check()
-    finish_trial(trial)
+    trial.finish()
     return {"tried": 1, "left after": seconds}
 
 

@@ -1,6 +1,7 @@
 """Files that mean harm, or were harmed: one line and exit code 2, none of their code run.
 
-The slow test gives thousands of files, changed at random (benchmarks/mutate.py), to the command lines.
+The slow test gives thousands of files to the command lines, changed at random
+(benchmarks/mutate.py).
 """
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""python -m benchmarks soak: it tries what it says, finds what is lost, and leaves nothing behind."""
+"""python -m benchmarks soak: it tries what it says, finds what is lost, and cleans up."""
 import json
 import os
 import signal
