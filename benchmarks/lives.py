@@ -26,6 +26,7 @@ from finetune.resume import STATE, Progress, read_last_save
 from finetune.run import ARGS, METRICS
 from llama import ModelArgs, Tokenizer, Transformer, files, save_checkpoint
 from llama.files import write_json
+from lora import adapter
 
 from .tables import ROOT, be_killed_first
 
@@ -303,7 +304,8 @@ class DyingSave:
         self.moment = moment
 
     def install(self):
-        files.open = self.opened                     # This name goes before Python's own.
+        for module in (files, adapter):              # Their name goes before Python's own.
+            module.open = self.opened
         os.fsync = self.around("fsync", os.fsync)
         os.replace = self.around("replace", os.replace)
         Path.unlink = self.around("unlink", Path.unlink)

@@ -321,9 +321,7 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
         os.replace(new, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        if is_lack_of_memory(error):
-            raise MemoryError(f"{path} cannot be written: not enough memory") from error
-        raise OSError(f"{path} cannot be written: {reason_of(error)}") from error
+        raise write_error(path, error) from error
     finally:
         # On a disk that has become read-only this fails too; the first error is the one to show.
         with suppress(OSError):
@@ -345,24 +343,20 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def is_lack_of_memory(error: BaseException | None) -> bool:
-    """Return whether memory has ended; torch makes a RuntimeError of it."""
-    while error is not None:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-            return True
-        words = str(error) if isinstance(error, RuntimeError) else ""
-        if "out of memory" in words or "allocate memory" in words:
-            return True
-        error = error.__context__
-    return False
+def write_error(path: Path, error: BaseException) -> Exception:
+    """Return the error to raise for a file that cannot be written: MemoryError or OSError.
 
-
-def reason_of(error: BaseException) -> str:
-    """Return the system's words for a failed write; torch.save makes a RuntimeError of it."""
+    torch.save turns both into a RuntimeError, of which the first error is the context.
+    """
+    reason = str(error)
     cause = error
-    while cause.__context__ and not isinstance(cause, OSError):
+    while cause is not None:
+        lacks_memory = isinstance(cause, MemoryError) or "allocate memory" in str(cause).lower()
+        if lacks_memory:
+            return MemoryError(f"{path} cannot be written: not enough memory")
+        reason = getattr(cause, "strerror", None) or reason
         cause = cause.__context__
-    return getattr(cause, "strerror", None) or str(cause)
+    return OSError(f"{path} cannot be written: {reason}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import train
 from benchmarks.lives import Place, Trial, leavings
 from finetune.run import Run
 from llama import Tokenizer, files, save_checkpoint
+from lora import adapter
 
 from .helpers import ROOT, metrics, tiny
 
@@ -79,6 +80,7 @@ def read_only():
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     files.open = refuse
+    adapter.open = refuse
 
 
 @pytest.mark.parametrize("misfortune, reason", [
