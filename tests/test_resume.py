@@ -397,6 +397,7 @@ LORA_B = "layers.0.attention.wq.lora_B"
     ("counters updates", 4, "claims step 3 of 6, and that 4 moved the weights"),
     ("args", {1: 2}, "was begun with --1 2, now None"),
     ("args data", "\x1b[2J", None),
+    ("args targets", [["wq"]], "was begun with --targets ['wq'], now"),
     ("about", {}, "its number of ranks is None"),
     ("random", [], "does not fit this run"),
     ("parts optimizer param_groups 0 amsgrad", True, OTHER_OPTIMIZER),
