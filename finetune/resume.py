@@ -194,6 +194,7 @@ def restore(save: Save, parts: dict, rank: int, device):
         if not save.random_states:
             raise ValueError("it has no random numbers")
         if rank < len(save.random_states):
+            check_random_state(save.random_states[rank])
             set_random_state(save.random_states[rank], device)
     except Exception as error:                       # Each part raises its own kind of error.
         raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
@@ -284,6 +285,15 @@ def random_state(device) -> dict:
     if device.type != "cpu":
         streams[device.type] = torch.get_device_module(device).get_rng_state()
     return streams
+
+
+def check_random_state(streams: dict):
+    """Raise ValueError unless the generators on the CPU can take these states without a warning."""
+    if not isinstance(streams, dict):
+        raise ValueError("random numbers do not match this run")
+    current = random_state(torch.device("cpu"))
+    current["python"] = random.Random(0).getstate()      # of no half-used pair of normal numbers
+    check_form(current, {name: streams[name] for name in current}, "random numbers")
 
 
 def set_random_state(streams: dict, device):
