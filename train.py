@@ -46,7 +46,7 @@ from finetune.preflight import (
     optimizer_state_bytes,
 )
 from finetune.ranks import Ranks, connected_ranks
-from finetune.printed import held_out_columns, progress_line, report_end
+from finetune.printed import held_out_columns, progress_line, report_end, saved_line
 from finetune.run import ADAPTER, Run
 from finetune.shard import Sharding, clip_grad_norm_
 from finetune.signals import stop_after_step_on_signals
@@ -61,6 +61,7 @@ from llama.checkpoint import (
     save_checkpoint,
     save_weights,
 )
+from llama.files import write_whole
 from llama.peft import adapter_at
 from llama.tokenizer import Tokenizer
 from lora import (
@@ -425,7 +426,7 @@ def save_best(job: Job, path):
     if not job.ranks.is_first:
         return
     if job.lora:
-        save_adapter(model, path)
+        save_adapter(model, path, write_whole)
     else:
         save_weights(model, path)
 
@@ -439,17 +440,12 @@ def save(job: Job, out):
     if not job.ranks.is_first:
         return
     if job.lora:
-        save_adapter(model, out / ADAPTER)
+        save_adapter(model, out / ADAPTER, write_whole)
         old_results = (PARAMS, WEIGHTS, TOKENIZER, COMPANIONS)    # from a --method full run
-        usage = f"now: python generate.py --adapter {out / ADAPTER}"
-        if job.options.init == "random":
-            usage = "trained over random weights, which are not saved: generate.py cannot use it"
-        print(f"saved     {out / ADAPTER}; {usage}")
     else:
         save_checkpoint(model, job.tokenizer, out)
         old_results = (ADAPTER,)
-        flags = "" if job.template == "alpaca" else f" --template {job.template}"
-        print(f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none{flags}")
+    print(saved_line(job, out))
     for name in old_results:                                  # after the new files are written
         (out / name).unlink(missing_ok=True)
 

@@ -1,6 +1,7 @@
 """Lines that a run prints: of each step, and what was measured on held-out examples."""
 from .hardware import peak_memory_mb
 from .pictures import picture_of
+from .run import ADAPTER
 
 
 def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:
@@ -29,6 +30,18 @@ def held_out_columns(row: dict) -> str:
     if "val_accuracy" in row:
         text += f" | accuracy {row['val_accuracy']:.1%} | MCC {row['val_mcc']:.3f}"
     return text
+
+
+def saved_line(job, out) -> str:
+    """Return what a run has saved in its folder, and which command answers with it."""
+    if job.lora is None:
+        flags = "" if job.template == "alpaca" else f" --template {job.template}"
+        return (f"saved     {out}; now: python generate.py --checkpoint {out} --adapter none"
+                f"{flags}")
+    usage = f"now: python generate.py --adapter {out / ADAPTER}"
+    if job.options.init == "random":
+        usage = "trained over random weights, which are not saved: generate.py cannot use it"
+    return f"saved     {out / ADAPTER}; {usage}"
 
 
 def report_end(out, device, seconds: float, ranks):

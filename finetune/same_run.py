@@ -83,6 +83,8 @@ def changed_ranks(save: Save, job) -> list:
                      "the others")
     if any(module.p for module in job.model.modules() if isinstance(module, torch.nn.Dropout)):
         lines.append("dropout now drops other elements than in the uninterrupted run")
+    if job.options.neftune_alpha:
+        lines.append("the noise on the embeddings is now another one than in the uninterrupted run")
     return lines
 
 

@@ -1,9 +1,8 @@
 """Adapters as a whole: add one to a model, switch it off, merge it, save it and load it."""
-import errno
 import os
 import re
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -337,11 +336,13 @@ def unmerge_lora(model: nn.Module):
         layer.unmerge()
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
+def save_adapter(model: nn.Module, path: str | Path, write: Callable | None = None) -> None:
     """Write an adapter file: the tensors, the config, and model.origin, which describes the base.
 
     The file is written whole or not at all.
-    Raises ValueError for a model that has no adapter, or OSError, or MemoryError.
+    write(path, write_content): how; it calls write_content(file) once on an open file.  The default
+    is `write_file`; llama.files.write_whole also survives a power cut right after it.
+    Raises ValueError for a model that has no adapter, or what `write` raises.
     """
     tensors = {name: tensor.detach().cpu().clone()
                for name, tensor in lora_state_dict(model).items()}
@@ -349,52 +350,27 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise ValueError("the model has no adapter to save")
     config = {**asdict(model.lora_config), "targets": list(model.lora_config.targets)}
     content = {"config": config, "base": getattr(model, "origin", {}), "tensors": tensors}
+    write = write or write_file
+    # torch.save gets an open file, because with a path it would store the file's name in it.
+    write(Path(path), lambda file: torch.save(content, file))
+
+
+def write_file(path: Path, write_content: Callable) -> None:
+    """Call write_content(file) on a new file beside `path`, then rename it.  Raises OSError."""
     new = Path(f"{path}.tmp")
     try:
-        # torch.save gets an open file, because with a path it would store the file's name in it.
         with open(new, "wb") as file:
-            torch.save(content, file)
+            write_content(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
-        sync_folder(new.parent)
     except (OSError, RuntimeError) as error:
-        raise write_error(path, error) from error
+        # torch.save turns the error of a full disk into a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(cause, "strerror", None) or error
+        raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
-        # On a disk that has become read-only this fails too; the first error is the one to show.
-        with suppress(OSError):
-            new.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on disk: a power cut can undo a renaming before that."""
-    try:
-        fd = os.open(folder, os.O_RDONLY)
-    except PermissionError:                          # Windows opens no folder.
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):     # Some file systems cannot.
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_error(path: str | Path, error: BaseException) -> Exception:
-    """Return the error to raise for a file that cannot be written: MemoryError or OSError.
-
-    torch.save turns both into a RuntimeError, of which the first error is the context.
-    """
-    reason = str(error)
-    cause = error
-    while cause is not None:
-        lacks_memory = isinstance(cause, MemoryError) or "allocate memory" in str(cause).lower()
-        if lacks_memory:
-            return MemoryError(f"{path} cannot be written: not enough memory")
-        reason = getattr(cause, "strerror", None) or reason
-        cause = cause.__context__
-    return OSError(f"{path} cannot be written: {reason}")
+        new.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -544,9 +544,9 @@ def test_best_and_last(flags, monkeypatch, capsys):
     saved = []
     save_adapter = train.save_adapter
 
-    def noted(model, path):
+    def noted(model, path, write):
         saved.append(path.name)
-        save_adapter(model, path)
+        save_adapter(model, path, write)
 
     monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
     monkeypatch.setattr(train, "save_adapter", noted)
