@@ -171,12 +171,14 @@ def write_base(folder: Path):
 class Trial:
     """A run that is disturbed again and again, and the same run undisturbed.
 
-    flags: without --out.  port: of the ranks' store; 0 if there is one process.
+    flags: without --out.  n_ranks: processes of a run.  port: of the ranks' store, if there are
+    several.
     """
     place: Place
     flags: list
     save_every: int
     n_steps: int
+    n_ranks: int = 1
     port: int = 0
     life: int = 0
 
@@ -185,22 +187,21 @@ class Trial:
         return self.place.folder / "disturbed"
 
     def start(self, before: Callable = lambda: None, out: str = "disturbed") -> list:
-        """Start the run, or go on with it, in one process or two ranks; return these."""
+        """Start the run, or go on with it; return its processes."""
         argv = [*self.flags, "--out", out, "--resume"]
         self.life += 1
 
         def as_rank(rank):
             before()
-            if self.port:
+            if self.n_ranks > 1:
                 os.environ.update(
-                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(self.port), TORCHELASTIC_RUN_ID="soak",
+                    RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(self.n_ranks),
+                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), TORCHELASTIC_RUN_ID="soak",
                     TORCHELASTIC_USE_AGENT_STORE="True",
                     TORCHELASTIC_RESTART_COUNT=str(self.life))
             train.main(argv)
 
-        n_ranks = 2 if self.port else 1
-        return [self.place.start(lambda rank=rank: as_rank(rank)) for rank in range(n_ranks)]
+        return [self.place.start(lambda rank=rank: as_rank(rank)) for rank in range(self.n_ranks)]
 
     def complete(self, out: str = "disturbed"):
         """Let the run come to its end.  Raises Lost if it cannot."""

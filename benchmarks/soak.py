@@ -65,7 +65,7 @@ def begin_trial(place: Place, draw, ranks: int = 1) -> Trial:
     flags = [*FLAGS, *variant.split(), *batches, "--save-every", str(save_every), "--epochs", "99",
              "--max-steps", str(N_STEPS), "--seed", str(draw.randrange(10 ** 6))]
     port = place.host_store() if ranks > 1 else 0
-    trial = Trial(place, flags, save_every, N_STEPS, port)
+    trial = Trial(place, flags, save_every, N_STEPS, ranks, port)
     trial.complete("whole")
     return trial
 
@@ -179,20 +179,23 @@ class FullDisk:
 
 
 def hangs(place: Place, draw) -> dict:
-    """Stop one of two ranks for ever; the other must notice, say so and leave."""
-    trial = begin_trial(place, draw, ranks=2)
+    """Stop one of two or three ranks for ever; the others must notice, say so and leave."""
+    trial = begin_trial(place, draw, ranks=draw.choice([2, 3]))
     children = trial.start()
     while not n_rows(trial.out):
         trial.live_a_little(children, draw)
-    rank = draw.randrange(2)
+    rank = draw.randrange(trial.n_ranks)
     stopped = children.pop(rank)
     os.kill(stopped.pid, signal.SIGSTOP)
     began = time.monotonic()
-    code, errors = place.end(children[0], within=SILENT_SECONDS + trial.longest_step())
+    within = SILENT_SECONDS + trial.longest_step()
+    ends = [place.end(child, within) for child in children]
     seconds = time.monotonic() - began
     place.kill(stopped)
-    if code != 1 or not re.fullmatch(rf"train\.py: .*step \d+.*\brank {rank} .*\n", errors):
-        raise Lost(f"rank {rank} was stopped, the other left with exit code {code}: "
+    codes = {code for code, _ in ends}
+    errors = "".join(text for _, text in ends)       # one line, of one of them
+    if codes != {1} or not re.fullmatch(rf"train\.py: step \d+: rank {rank} .*\n", errors):
+        raise Lost(f"rank {rank} was stopped, the others left with exit codes {codes}: "
                    f"{errors[-600:]}")
     trial.check()
     trial.finish()
@@ -320,7 +323,7 @@ def row_of(kind: str, results: list) -> list:
     remark = ""
     waits = [result["left after"] for result in results if "left after" in result]
     if waits:
-        remark = f"the other rank left after {min(waits):.0f} to {max(waits):.0f} s"
+        remark = f"the others had left after {min(waits):.0f} to {max(waits):.0f} s"
     if kind == "damaged files":
         n_loaded = sum(result.get("loaded", 0) for result in results)
         remark = f"{n_loaded:,} loaded, the others refused in one line"
