@@ -37,7 +37,7 @@ from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import tokens_left
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
 from lora.prepack import prepack
-from lora.quantize import quantizer
+from lora.loftq import quantizer
 
 INSTRUCTIONS = [                                     # The demo's adapter was not trained on these.
     {"instruction": "What is the opposite of slow?"},
@@ -181,7 +181,8 @@ def load(args, saved: Saved, device: torch.device, precision: str,
     quantize = args.quantize or base_info.get("quantize", "none")
     sharding = sharding.connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
-                                       convert=quantizer(quantize), sharding=sharding)
+                                       convert=quantizer(quantize, saved.content),
+                                       sharding=sharding)
     limit_threads(model)
     model.eval()
     if args.shard:

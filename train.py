@@ -74,8 +74,8 @@ from lora import (
     read_adapter,
     save_adapter,
 )
+from lora.loftq import quantizer
 from lora.methods.lora_plus import lora_plus_groups
-from lora.quantize import quantizer
 
 META = torch.device("meta")                          # tensors with shapes, but without data
 
@@ -281,8 +281,8 @@ def load_model(job: Job, device: torch.device, init: str):
     options = job.options
     dtype = job.precision.dtype if job.lora else torch.float32
     model, _ = load_checkpoint(options.checkpoint, options.layers, dtype, device,
-                               options.max_seq_len, init, convert=quantizer(job.quantize),
-                               sharding=job.sharding)
+                               options.max_seq_len, init, sharding=job.sharding,
+                               convert=quantizer(job.quantize, job.adapter or job.lora))
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora) if job.lora else []

@@ -44,8 +44,10 @@ from llama.rnn import RNNArgs
 from llama.tokenizer import Tokenizer
 from lora import load_adapter, lora_state_dict, merge_report, read_adapter
 from lora.adapter import all_blocks
+from lora.loftq import check_export, quantizer
 from lora.matrices import replace_matrices
-from lora.quantize import dequantize, in_int8, quantizer
+from lora.quantize import dequantize, in_int8
+from lora.start import as_plain_lora
 
 from .arguments import Parser, number, text
 from .errors import in_one_line, one_line_errors
@@ -122,7 +124,8 @@ def convert(args: Namespace, folder: Path) -> list[str]:
     # An adapter of a quantised base is merged into the dequantised weights, because it was trained
     # on those.  The error of int8 is measured in fp32.
     dtype = torch.float32 if args.to == "int8" else DTYPES.get(args.dtype)
-    model, tokenizer = load_checkpoint(args.source, layers, dtype, convert=quantizer(quantize))
+    model, tokenizer = load_checkpoint(args.source, layers, dtype,
+                                       convert=quantizer(quantize, content))
     model.eval()
     probe = torch.tensor([tokenizer.encode(PROBE, bos=True)])
     if args.to == "int8":
@@ -193,12 +196,15 @@ def write_peft(args: Namespace, layers: int | None, content: dict, n_layers_of_s
 
     Raises ValueError unless the adapter fits the base.
     """
-    # Weights are needed only to be compared with those that the adapter brings.
+    # Weights are needed only to be compared with those that the adapter brings, or for its start.
     adapter = read_adapter(content)
-    model, _ = load_checkpoint(args.source, layers, device="cpu" if adapter["matrices"] else "meta")
+    check_export(adapter["config"])
+    needs_weights = adapter["matrices"] or adapter["from_base"]
+    model, _ = load_checkpoint(args.source, layers, device="cpu" if needs_weights else "meta")
     with warnings.catch_warnings(action="ignore"):   # torch warns that it copies nothing to meta.
         load_adapter(model, content)
     adapter["tensors"] = all_blocks(adapter, lora_state_dict(model))
+    adapter = as_plain_lora(adapter)
     n_layers = model.args.n_layers
     base = None
     if is_huggingface(Path(args.source)) and n_layers == n_layers_of_source:
@@ -251,7 +257,9 @@ def write_int8(content: dict, model: nn.Module, probe: torch.Tensor, folder: Pat
     adapter = read_adapter(content)
     load_adapter(model, content)
     before = model(probe).float()
-    tensors, scales = in_int8(all_blocks(adapter, lora_state_dict(model)))
+    adapter["tensors"] = all_blocks(adapter, lora_state_dict(model))
+    adapter = as_plain_lora(adapter)
+    tensors, scales = in_int8(adapter["tensors"])
     config = asdict(adapter["config"])
     config["targets"] = list(adapter["config"].targets)
     int8 = {"config": config, "base": adapter["base"] or model.origin, "tensors": tensors,

@@ -13,7 +13,7 @@ from llama.model import ModelArgs
 from llama.peft import adapter_at
 from llama.tokenizer import Tokenizer
 from lora import add_lora, load_adapter, read_adapter
-from lora.quantize import quantizer
+from lora.loftq import quantizer
 
 from .batches import Batch, to_device
 from .loss import CHUNK, answer_rows, in_chunks, summed_cross_entropy
@@ -48,7 +48,7 @@ def load_teacher(folder: str, adapter_path: str | None, dtype: torch.dtype, devi
         base_info = read_adapter(content)["base"] or {}
     quantize = base_info.get("quantize", "none")
     teacher, _ = load_checkpoint(folder, base_info.get("layers"), dtype, device, max_seq_len, init,
-                                 convert=quantizer(quantize), sharding=sharding)
+                                 convert=quantizer(quantize, content), sharding=sharding)
     if content and init == "checkpoint":
         load_adapter(teacher, content)
     elif content:                                    # layers only, on the meta device

@@ -48,8 +48,8 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
     dtype: of the weights; by default each weight keeps the dtype of its file.
     device: with "meta" the model has shapes but no memory.
     init: "random" reads only sizes and tokenizer and draws the weights from torch's seed.
-    convert: takes a block's nn.Linear and returns its replacement.  It is called as soon as that
-    layer is read, so that a base to be quantised is never in memory as a whole.
+    convert: takes a block's nn.Linear and its path, and returns its replacement.  It is called as
+    soon as that layer is read, so that a base to be quantised is never in memory as a whole.
     sharding: its cut(block) is called as soon as a block is read, and cut_root(model) at the end.
     So a rank that keeps only a part of each block never holds more than one whole block.
 
@@ -83,7 +83,7 @@ def load_checkpoint(folder: str | Path, layers: int | None = None, dtype: torch.
                 # A layer to convert is read in the file's dtype, and cast after it was converted.
                 stored.fill(layer, path, None if is_converted else dtype, device)
             if is_converted:
-                model.set_submodule(path, convert(layer).to(dtype))
+                model.set_submodule(path, convert(layer, path).to(dtype))
         if sharding and part in blocks:
             sharding.cut(model.get_submodule(part))
     tie_output(model)

@@ -38,11 +38,13 @@ METHODS = {
 MATRICES = {
     "lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector",
 }
-# The values that compute what our adapters compute.  PiSSA, say, has another base.
+# Starts that are part of what the adapter computes; they are computed from the base again.
+STARTS = ("pissa", "olora")
+# The values that compute what our adapters compute.
 FLAGS = {
     "peft_type": ("LORA",), "bias": ("none",),
     "use_rslora": (False, True), "use_dora": (False, True),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", *STARTS),
 }
 # Keys that may have any value.  A value of any other key is a feature that we lack.
 HARMLESS = {
@@ -86,11 +88,15 @@ def read_config(folder: str | Path) -> tuple[dict, str | None]:
             raise ValueError(f"{path}: {key} is {value!r}, which the adapters here do not support")
     flags = {key: True for key in ("use_rslora", "use_dora") if config.get(key)}
     methods = [method for method, method_flags in METHODS.items() if method_flags == flags]
-    if not methods:
-        raise ValueError(f"{path}: {' and '.join(flags)} together, which the adapters here do not "
-                         "support")
+    start = config.get("init_lora_weights")
+    if not methods or (start in STARTS and methods[0] == "dora"):
+        features = [*flags, start] if start in STARTS else flags
+        raise ValueError(f"{path}: {' and '.join(features)} together, which the adapters here do "
+                         "not support")
     settings = {"method": methods[0], "r": config["r"], "alpha": config["lora_alpha"],
                 "dropout": config.get("lora_dropout", 0.0)}
+    if start in STARTS:
+        settings["options"] = {"start": start}
     return settings, config.get("base_model_name_or_path")
 
 
@@ -118,7 +124,8 @@ def read_peft(folder: Path, args: ModelArgs) -> dict:
     """Return what our adapter file would hold for the adapter in a PEFT folder.
 
     Besides that, "matrices" has whole matrices and norms of the base, "names_in_file" what the file
-    calls each tensor, and "skips_blocks" is True if the adapter may leave out some blocks.
+    calls each tensor, "skips_blocks" is True if the adapter may leave out some blocks, and
+    "from_base" names the tensors of a start that the base gives.
     """
     config, _ = read_config(folder)
     file = weights_file(folder)
@@ -142,7 +149,8 @@ def read_peft(folder: Path, args: ModelArgs) -> dict:
     config["targets"] = sorted({name.split(".")[-2] for name in tensors})
     skips_blocks = check_blocks(folder, file, tensors, config["method"])
     return {"path": str(folder), "config": config, "base": None, "tensors": tensors,
-            "matrices": matrices, "names_in_file": names_in_file, "skips_blocks": skips_blocks}
+            "matrices": matrices, "names_in_file": names_in_file, "skips_blocks": skips_blocks,
+            "from_base": ("lora_A0", "lora_B0") if "options" in config else ()}
 
 
 def check_saved_modules(folder: Path, file: Path, names: Iterable[str]):

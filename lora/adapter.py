@@ -81,9 +81,11 @@ def method_options(method: str) -> dict:
     return linear_layer(method).options
 
 
-def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+def add_lora(model: nn.Module, config: LoRAConfig, values_follow: bool = False) -> list[str]:
     """Freeze `model`, wrap each layer that config.targets names, and return the wrapped paths.
 
+    values_follow: whether a file's tensors will replace all values, so that a method may leave out
+    the work of computing them.
     Raises ValueError, and leaves the model as it was, if a target matches no layer, if the method
     cannot adapt a target, if r is too large for a layer, or if the model already has an adapter.
     """
@@ -92,7 +94,7 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     config = replace(config)                 # A copy, because the method may update its options.
     layer_classes = METHODS[config.method]
     settings = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout,
-                "init": config.init, **config.options}
+                "init": "none" if values_follow else config.init, **config.options}
     bases = find_targets(model, config)
     layers = {}
     with unchanged_on_error(model):
@@ -395,8 +397,9 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
     source: the path of an adapter file, or a dict with the content of one and a "path" to name in
     messages, as readers of other formats return it.  In a dict "base" is None if it is unknown.
     Other formats have more, which is returned too: "matrices", {name: tensor} of whole weights to
-    replace the base's; "names_in_file", {name: what the file calls it}; and "skips_blocks", whether
-    the adapter may leave out blocks.
+    replace the base's; "names_in_file", {name: what the file calls it}; "skips_blocks", whether the
+    adapter may leave out blocks; and "from_base", the last parts of names of tensors that the file
+    lacks, because they are computed from the base.
     load: load(path) returns the content of a file, or raises ValueError.  The default runs no code
     of the file, but uses as much memory as the file asks for; llama.files.load_saved limits that.
     Raises FileNotFoundError, or ValueError for a file that is not an adapter's.
@@ -427,7 +430,8 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
                          "or numbers")
     return {"path": str(path), "config": config, "base": base, "tensors": tensors,
             "matrices": matrices, "names_in_file": content.get("names_in_file", {}),
-            "skips_blocks": content.get("skips_blocks", False)}
+            "skips_blocks": content.get("skips_blocks", False),
+            "from_base": content.get("from_base", ())}
 
 
 def rescaled(tensors: dict, scales: dict) -> dict:
@@ -469,7 +473,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
             raise ValueError("an adapter is merged into the weights; unmerge it first")
         if not layers or model.lora_config != saved["config"]:
             remove_lora(model)
-            add_lora(model, saved["config"])
+            add_lora(model, saved["config"], values_follow=not saved["from_base"])
         expected = lora_state_dict(model)
         tensors = all_blocks(saved, expected)
         in_model = unmatched(expected, tensors)
@@ -477,13 +481,14 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
         if in_model or in_file:
             raise ValueError(f"{path} does not fit; {adapted_blocks(tensors, expected)}the model "
                              f"expects {in_model or 'none'}; the file has {in_file or 'none'}")
-    # strict=True would raise an error, because the base's weights are not in the file.
-    model.load_state_dict(tensors, strict=False)
+        # strict=True would raise an error, because the base's weights are not in the file.
+        model.load_state_dict(tensors, strict=False)
 
 
 def all_blocks(saved: dict, expected: dict) -> dict:
     """Return an adapter's tensors, with zeros for the layers of `expected` that it leaves out.
 
+    Tensors that its file leaves to be computed from the base are those of `expected`.
     With A and B zero a layer computes what its base does, and their gradients are zero too.
     """
     tensors = dict(saved["tensors"])
@@ -492,6 +497,9 @@ def all_blocks(saved: dict, expected: dict) -> dict:
         for name, tensor in expected.items():
             if path_of(name) not in adapted:
                 tensors[name] = torch.zeros(tensor.shape)
+    for name, tensor in expected.items():
+        if last_part(name) in saved["from_base"]:
+            tensors.setdefault(name, tensor)
     return tensors
 
 

@@ -187,14 +187,22 @@ def compiled_levels(device: torch.device) -> Callable:
 KINDS = {layer.kind: layer for layer in (Int8Linear, NF4Linear)}
 
 
-def quantizer(kind: str | None) -> type[QuantizedLinear] | None:
-    """Return the class that turns an nn.Linear into a quantised layer, or None for "none" or None.
+def quantizer(kind: str | None) -> Callable | None:
+    """Return a function that quantises an nn.Linear; None for "none" or None.
 
+    It takes the layer and the layer's path, which only LoftQ needs (loftq.py).
     Raises ValueError for an unknown kind.
     """
     if kind not in (None, "none", *KINDS):
         raise ValueError(f"unknown quantisation {kind!r}, must be none, {' or '.join(KINDS)}")
-    return KINDS.get(kind)
+    if kind not in KINDS:
+        return None
+
+    def convert(linear: nn.Linear, path: str = "") -> QuantizedLinear:
+        return KINDS[kind](linear)
+
+    convert.kind = kind
+    return convert
 
 
 def dequantize(model: nn.Module):

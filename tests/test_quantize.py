@@ -235,7 +235,7 @@ def test_the_whole_base_is_never_there_in_16_bit(base, kind):
     """When a matrix of the file is converted, those before it are gone already."""
     weights = []
 
-    def convert(layer):
+    def convert(layer, path):
         assert all(weight() is None for weight in weights)
         weights.append(weakref.ref(layer.weight))
         return quantizer(kind)(layer)

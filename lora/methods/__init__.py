@@ -1,5 +1,6 @@
 """One file per method.  To delete a method, delete its file and the two lines here that name it."""
 from .. import layers
+from .. import start
 from . import delta_lora
 from . import dora
 from . import dylora
@@ -9,8 +10,8 @@ from . import vera
 
 # Name of the method: {type of base: adapter layer}.
 METHODS = {
-    "lora": layers.LAYERS,
-    "rslora": rslora.LAYERS,
+    "lora": start.offered_by(layers.LAYERS),
+    "rslora": start.offered_by(rslora.LAYERS),
     "lora-fa": lora_fa.LAYERS,
     "vera": vera.LAYERS,
     "delta-lora": delta_lora.LAYERS,
