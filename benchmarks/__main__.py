@@ -7,6 +7,7 @@
     python -m benchmarks roofline      beside the machine's fastest matrix products
     python -m benchmarks methods       the LoRA family on the demo
     python -m benchmarks ranks         LoRA trained at each r, and one DyLoRA cut to each
+    python -m benchmarks paper         claims of the LoRA and QLoRA papers, each with a verdict
     python -m benchmarks distill       students with and without a teacher
     python -m benchmarks search        settings for a task, from method to learning rate
     python -m benchmarks gpu           a first day with a GPU, cell by cell within time limits
@@ -14,11 +15,11 @@
     python -m benchmarks front         the README's picture, from a finished run in out/
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
-median of its repeats.  In growth, methods, ranks, distill and search a cell is a whole training run
-or an evaluation, in a new process too; gpu has cells of many kinds, and soak has batches of
-misfortunes, of which it ends with exit code 1 if one lost something.  front measures no cell.  A
-table is printed as Markdown and written to --out; all but distill, gpu, soak and front also draw a
-picture there if matplotlib is installed.
+median of its repeats.  In growth, methods, ranks, paper, distill and search a cell is a whole
+training run or an evaluation, in a new process too; gpu has cells of many kinds, and soak has
+batches of misfortunes, of which it ends with exit code 1 if one lost something.  front measures no
+cell.  A table is printed as Markdown and written to --out; all but distill, gpu, soak and front
+also draw a picture there if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
@@ -38,6 +39,7 @@ from . import (
     gpu,
     growth,
     methods,
+    paper,
     peers,
     ranks,
     roofline,
@@ -56,6 +58,7 @@ PAGES = {
     "roofline": roofline,
     "methods": methods,
     "ranks": ranks,
+    "paper": paper,
     "search": search,
     "distill": distill,
     "gpu": gpu,

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import __main__ as benchmark
 from benchmarks import (ablation, distill, measure, methods, peers, ranks, roofline, runs, search,
-                        tables)
+                        study, tables)
 from benchmarks.request import Request
 from finetune import convert
 from finetune.batches import pack
@@ -378,7 +378,7 @@ def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, mon
 @pytest.fixture
 def tabulate(monkeypatch, tmp_path, capsys):
     """Return a function (table, flags) -> its lines; cells are measured in this process."""
-    for page in (tables, roofline, methods, search, ranks, distill):
+    for page in (tables, roofline, methods, search, ranks, distill, study):
         monkeypatch.setattr(page, "run_fresh", tables.run_within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
 
@@ -406,11 +406,15 @@ def tabulate(monkeypatch, tmp_path, capsys):
     ("methods", dict.fromkeys(methods.FAMILY, 1)),
     ("distill", {}),
     ("search", {"1": 1}),
+    ("paper", {"wq": 1, "wq,wv": 3, "w1,w2,w3": 1, "Int4": 1, "wv, r 1: amplification factor": 1}),
 ])
 def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     flags = ["--checkpoint", base, "--data", data]
     if name == "search":
         flags += ["--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
+    elif name == "paper":
+        flags += ["--val-data", data, "--epochs", "1", "--seeds", "0,1,2", "--r", "1", "--ranks",
+                  "1,2"]
     elif name in ("methods", "distill"):
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
     elif name == "growth":
@@ -423,6 +427,12 @@ def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     if name == "ablation":
         assert len(results) == 20
         assert all(result["tokens_per_second"] > 0 for result in results)
+    if name == "paper":
+        # 8 places for the budget and 2 ranks, of which one is the budget's own; 5 data types.
+        assert len(results) == (8 + 2 - 1) * 3 + 5 + 2
+        about_claims = "\n".join(line for line in lines if not line.startswith("| w1,w2,w3 "))
+        verdicts = re.findall(r"\| (holds|fails|can't be told apart) ", about_claims)
+        assert len(verdicts) == 6 * 2 + 2 + 7 + 6 + 6
     if name == "distill":                            # The teacher, then each student in both ways.
         losses = [result["loss"] for result in results[1:]]
         assert len(losses) == 6 and all(losses[i] != losses[i + 1] for i in (0, 2, 4))
