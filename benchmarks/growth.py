@@ -40,7 +40,8 @@ def make(args, table: Table) -> list:
         report(f"{name}: {result['peaks'][-1]:,.0f} MiB after {args.steps} steps")
         peaks[name] = result["peaks"]
     lines = {name: list(enumerate(values, 1)) for name, values in peaks.items()}
-    table.draw([panel("Peak memory of the process so far", "step", "MiB", lines)])
+    peak = panel("Peak memory of the process so far", "step", "MiB", lines)
+    table.draw([peak._replace(log_x=False)])
     steps = [step for step in STEPS_SHOWN if step < args.steps] + [args.steps]
     rows = []
     for name, values in peaks.items():

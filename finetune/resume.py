@@ -141,8 +141,10 @@ def write_save(save: Save):
     content = {"counters": asdict(save.progress), "about": save.fingerprints,
                "metrics": save.metrics_bytes, "args": json.loads(json.dumps(save.settings)),
                "launch": save.launch, "random": save.random_states, "parts": save.parts}
-    # The first save of a run must not keep another run's as state.previous.pt.
-    previous = save.path.with_name(PREVIOUS) if save.progress.step else None
+    # The first save of a run must not keep another run's as state.previous.pt, and the last one
+    # leaves none.
+    keeps_previous = save.progress.step and not save.progress.finished
+    previous = save.path.with_name(PREVIOUS) if keeps_previous else None
     write_whole(save.path, lambda file: torch.save(content, file), previous)
 
 

@@ -375,16 +375,18 @@ class Run:
         exit_together(GAVE_UP)
 
     def finish(self):
-        """Write the last save, which marks the run as finished."""
+        """Write the last save, which marks the run as finished.
+
+        What the run does not leave is deleted before: afterwards a kill could leave it for ever.
+        """
         self.progress.finished = True
+        if self.ranks.is_first:
+            (self.out / PREVIOUS).unlink(missing_ok=True)
+            if not self.progress.best_step:
+                (self.out / BEST).unlink(missing_ok=True)        # An earlier run left it.
         self.save()
-        if not self.ranks.is_first:
-            return
-        (self.out / PREVIOUS).unlink(missing_ok=True)
         if self.progress.best_step:
             print(f"best      {self.best_line()}")
-        else:
-            (self.out / BEST).unlink(missing_ok=True)            # An earlier run left it.
 
     def best_line(self) -> str:
         """Return what best.pt is, and how to use it where generate.py takes another file."""
@@ -421,9 +423,9 @@ def prepare_folder(options, out: Path, resumes: bool):
     # With two shards it is a downloaded model: a run writes one.
     holds_run = ARGS in files and not (out / "consolidated.01.pth").exists()
     is_resumable = resumes and (STATE in files or PREVIOUS in files)
-    resumes_before_results = resumes and not any(name in files for name in RESULTS)
+    holds_results = any(name in files for name in RESULTS)
     may_replace = (not options.out or options.overwrite or is_resumable
-                   or resumes_before_results)
+                   or resumes and not holds_results)             # It was killed as it began.
     not_files = [out / name for name in files if not (out / name).is_file()]
     obstacle = not_files[0] if not_files else out
     kind = "folder" if obstacle.is_dir() else "device"
@@ -437,7 +439,7 @@ def prepare_folder(options, out: Path, resumes: bool):
         (out.resolve() == Path(options.checkpoint).resolve(),
          f"{out} is the base's own folder and a run replaces what is there; name another with "
          "--out"),
-        (holds_something and not holds_run and not is_resumable,
+        ((holds_results or holds_shards) and not holds_run and not is_resumable,
          f"{out} holds a model already, and not a run; name another folder with --out"),
         (holds_something and not may_replace and resumes,
          f"{out} holds a run but no {STATE} to go on from, --overwrite replaces it, and --out "

@@ -454,6 +454,16 @@ def test_a_folder_that_holds_a_run(flags, half, capsys):
     main([*argv, "--resume"])
     assert ": 0 of 6 steps are done" in capsys.readouterr().out
     assert left(folder) == left("whole")
+    # Killed before its first save, and with the last one: it can go on, and leaves nothing more.
+    shutil.rmtree(folder)
+    os.mkdir(folder)
+    Path(folder, "metrics.jsonl").touch()
+    assert "--resume goes on with it" in refused(argv, capsys)
+    assert child([*argv, "--resume"], dying_in_a_save("renamed", 7)) == -signal.SIGKILL
+    assert not os.path.exists(f"{folder}/state.previous.pt")
+    main([*argv, "--resume"])
+    assert "is finished, after step 6" in capsys.readouterr().out
+    assert left(folder) == left("whole")
     for name in ("state.pt", "metrics.jsonl"):
         os.remove(f"{folder}/{name}")
     message = "holds a run but no state.pt to go on from, --overwrite replaces it"
