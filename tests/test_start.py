@@ -428,7 +428,8 @@ def test_a_run_with_loftq(run, kind, tmp_path, capsys, refused, base, data, monk
     generate.main(["--adapter", "a/adapter.pt", "--instruction", "Say blue.", "--merge",
                    "--max-new-tokens", "2"])
     capsys.readouterr()
-    error = refused(convert.main, str(base), "new", "--to", "peft", "--adapter", "a/adapter.pt")
+    error = refused(convert.main, str(base), "new", "--to", "peft", "--bin", "--adapter",
+                    "a/adapter.pt")
     assert "an adapter with start=loftq belongs to a base that was quantised for it" in error
     error = refused(generate.main, "--adapter", "a/adapter.pt", "--quantize", "none")
     assert "start=loftq needs a base that is quantised for it" in error
