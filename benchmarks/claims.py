@@ -186,7 +186,7 @@ class RoundTrip:
     def __init__(self, data_type: str):
         self.data_type = data_type
 
-    def __call__(self, linear: nn.Linear) -> nn.Linear:
+    def __call__(self, linear: nn.Linear, path: str = "") -> nn.Linear:
         weight = linear.weight.detach()
         if self.data_type == NF4:
             weight = NF4Linear(linear).dequantize(torch.float32)

@@ -23,7 +23,7 @@ from finetune.arguments import number
 from finetune.run import METRICS, Run
 
 from . import mutate
-from .lives import STOP_SIGNALS, DyingSave, Lost, Place, Trial, n_rows
+from .lives import STOP_SIGNALS, DyingSave, Lost, Place, Trial, is_alive, n_rows
 from .tables import ROOT, FailedLines, Table, markdown, read_cells, report
 
 FILES = (ROOT / "benchmarks/lives.py", ROOT / "benchmarks/mutate.py")
@@ -183,13 +183,15 @@ def hangs(place: Place, draw) -> dict:
     trial = begin_trial(place, draw, ranks=draw.choice([2, 3]))
     children = trial.start()
     while not n_rows(trial.out):
+        if not all(map(is_alive, children)):
+            raise Lost("a rank died before its first step")
         trial.live_a_little(children, draw)
     rank = draw.randrange(trial.n_ranks)
     stopped = children.pop(rank)
     os.kill(stopped.pid, signal.SIGSTOP)
     began = time.monotonic()
     within = SILENT_SECONDS + trial.longest_step()
-    ends = [place.end(child, within) for child in children]
+    ends = [place.end(child, began + within - time.monotonic()) for child in children]
     seconds = time.monotonic() - began
     place.kill(stopped)
     codes = {code for code, _ in ends}

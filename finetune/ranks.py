@@ -12,8 +12,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from .watchdog import Watchdog
 
-# The last resort where the watchdog sees nothing wrong.  The others wait so long in a collective
-# while one rank compiles its first step or saves a whole model.
+# The limit of a collective, for hangs that the watchdog does not see.  It must be longer than a
+# compilation or the save of a whole model, for which the other ranks wait.
 COLLECTIVE_LIMIT = timedelta(minutes=30)
 
 

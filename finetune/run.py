@@ -112,9 +112,10 @@ class Run:
                                "the examples are not those that it was begun with")
         steps = [indices_as_dealt_to(begun_with, step, bool(job.options.tokens_per_batch))
                  for step in self.plan]
+        flags = ("--tokens-per-batch and --accumulation-steps" if job.options.tokens_per_batch else
+                 "the product of --batch-size and --accumulation-steps")
         self.check_fingerprint("steps", digest(steps),
-                               "its steps would not hold the same examples; keep the product of "
-                               "--batch-size and --accumulation-steps")
+                               f"its steps would not hold the same examples; keep {flags}")
         n_steps = len(self.plan)
         if not 0 <= self.progress.updates <= self.progress.step <= n_steps:
             raise ValueError(f"{self.last_save.path} claims step {self.progress.step} of "
@@ -254,8 +255,10 @@ class Run:
             watchdog.begin_reading(step)
             window = next(windows, None)
             if window is None:
+                watchdog.rest()
                 return
-            watchdog.begin_step(self.options.compile and self.first_step is None)
+            compiles = self.options.compile and self.first_step is None
+            watchdog.begin_step(window.n_tokens, compiles)
             yield step, window
 
     def step_seconds(self) -> float:

@@ -53,9 +53,8 @@ def stop_after_step_on_signals(run):
     except OSError as error:
         message = " ".join(str(error).split())
         exit_with_line(f"train.py: {message}; {what_is_left(run.out)}", BAD_INPUT)
-    except RuntimeError:                             # of a collective, if another rank is gone
-        run.stop_request.received_at = time.monotonic()          # torchrun ends all ranks now.
-        run.ranks.watchdog.explain_failure()
+    except RuntimeError as error:                    # of a collective, if another rank is gone
+        run.ranks.watchdog.leave_if_a_rank_is_dead(error)
         raise
     finally:
         if run.ranks.is_first:
@@ -90,7 +89,7 @@ def start_exit_timer_on_signal(watchdog):
     def watch():
         os.read(read_fd, 1)
         time.sleep(GRACE_SECONDS)
-        watchdog.leave(f"told to stop, but step {watchdog.step} does not end: "
+        watchdog.leave(f"told to stop, but step {watchdog.now.step} does not end: "
                        f"{watchdog.suspects()}")
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1,4 +1,4 @@
-"""A rank that hangs ends the run within a minute; without this, the others would wait for it.
+"""End a run within a minute if one of its ranks hangs; the other ranks would wait for it.
 
 A rank that dies is noticed by torchrun.  One that hangs is not: it is stopped (SIGSTOP), its
 machine is cut off, or a thread of it waits for ever.  So each rank writes a sign of life into
@@ -6,13 +6,14 @@ torchrun's store once a second, and reads those of the others.  Two threads do t
 thread, which can be blocked in a collective: one talks to the store, and one counts, since the
 store can block too.
 
-All limits count the second thread's wake-ups, one a second, and no clock: while Ctrl-Z or a closed
-laptop stops all ranks, nothing is counted.
+Time is measured in wake-ups of the counting thread, one per second, so a suspended process counts
+nothing.
 """
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -20,13 +21,28 @@ from .console import write_error
 
 RANK_FAILED = 1                                      # exit code: another rank died or hangs
 SILENT_SECONDS = 45                                  # without a sign of life
-STEP_FACTOR = 3                                      # a step may take so many times the longest
+SLOWER = 1.25                                        # A step may take so many times the expected.
+FIRST_STEP_SECONDS = 600                             # for a first step that does not compile
 DEAD_SECONDS = 3                                     # silence of a rank that has broken connections
 LEAVING = "leaving"                                  # key in the store: a rank has said why
 
-BETWEEN = 0                                          # loads, evaluates, saves: without a limit
-READING = 1                                          # waits for its examples
-IN_STEP = 2                                          # computes, or waits for the others to
+BETWEEN = 0                                          # The rank loads, evaluates or saves: no limit.
+READING = 1                                          # It waits for its examples.
+IN_STEP = 2                                          # It computes, or waits for others to.
+
+
+class Moment(NamedTuple):
+    """What a rank does, and since when.
+
+    tick: of the counting thread; clock: time.monotonic(), in seconds.  n_tokens: of the step, on
+    all ranks.  compiles: whether the step may take minutes.
+    """
+    state: int = BETWEEN
+    step: int = 0
+    tick: int = 0
+    clock: float = 0.0
+    n_tokens: int = 1
+    compiles: bool = False
 
 
 class Watchdog:
@@ -37,27 +53,30 @@ class Watchdog:
 
     def __init__(self, program: str = ""):
         self.program = program
-        self.state = BETWEEN
-        self.step = 0                                # the step that is read or computed
-        self.seconds = 0                             # in this state
-        self.longest = None                          # seconds of the longest step so far
-        self.compiles = False                        # whether this step compiles
-        self.beats = 0
-        self.silent_for = []                         # seconds, per rank
-        self.unanswered = 0                          # seconds since the store answered
-        self.leaves = False
+        self.rank = 0
         self.store = None
+        self.now = Moment()                          # replaced as a whole: three threads read it
+        self.tick = 0                                # seconds that this process was awake
+        self.together = (0, 0)                       # (step, seconds that all ranks were in it)
+        self.longest = None                          # seconds of the longest step; None: none yet
+        self.per_token = 0.0                         # the most seconds per token of a step
+        self.signs = []                              # of each rank, as it was read last
+        self.silent_for = []                         # readings since each sign has changed
+        self.beats = 0
+        self.unanswered = 0                          # seconds since the store answered
+        self.leaves = threading.Lock()               # Only one thread says why.
 
     def connect(self, store: dist.Store, rank: int, size: int):
         """Write the first sign of life.  Every rank calls this before any of them calls `start`."""
-        self.store = store.clone()                   # The main thread can block the other one.
         self.rank = rank
+        self.store = store.clone()                   # The main thread can block the other one.
+        self.store.delete_key(LEAVING)               # of an earlier start with the same store
         self.signs = [""] * size
         self.silent_for = [0] * size
         self.give_sign()
 
     def start(self):
-        """Begin to watch, in a thread of its own."""
+        """Begin to watch, in two threads."""
         for task in (self.talk, self.watch):
             threading.Thread(target=self.repeat, args=[task], daemon=True).start()
 
@@ -65,32 +84,37 @@ class Watchdog:
 
     def begin_reading(self, step: int):
         """Note that this rank waits for the examples of a step."""
-        self.enter(READING)
-        self.step = step
+        self.now = Moment(READING, step, self.tick)
 
-    def begin_step(self, compiles: bool):
-        """Note that the step's computation begins.  compiles: it may take minutes."""
-        self.enter(IN_STEP)
-        self.compiles = compiles
+    def begin_step(self, n_tokens: int, compiles: bool):
+        """Note that the computation of the step that was read begins; see Moment."""
+        self.now = Moment(IN_STEP, self.now.step, self.tick, time.monotonic(), n_tokens, compiles)
 
     def end_step(self):
-        """Note that all ranks have computed the step."""
-        if not self.compiles:
-            self.longest = max(self.longest or 0, self.seconds)
-        self.enter(BETWEEN)
+        """Note that all ranks have computed the step, and how long it took.
 
-    def enter(self, state: int):
-        self.state = state
-        self.seconds = 0
+        The time in which a rank waited for others that were not in the step does not count.
+        """
+        now = self.now
+        step, together = self.together
+        seconds = min(time.monotonic() - now.clock, 1 + together if step == now.step else 1)
+        if not now.compiles:
+            self.longest = max(self.longest or 0, seconds)
+            self.per_token = max(self.per_token, seconds / now.n_tokens)
+        self.rest()
 
-    def explain_failure(self):
-        """Leave with one line if a collective failed because a rank is dead; else return."""
-        if self.store is None:
+    def rest(self):
+        """Note that this rank is between two steps, or after the last."""
+        self.now = Moment(BETWEEN, self.now.step, self.tick)
+
+    def leave_if_a_rank_is_dead(self, error: RuntimeError):
+        """Leave with one line if this error of a collective is due to a dead rank; else return."""
+        if self.store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return
         for _ in range(DEAD_SECONDS + 2):
             time.sleep(1)
             if self.silent_ranks(DEAD_SECONDS):
-                self.leave(f"step {self.step}: {self.suspects()}")
+                self.leave(f"step {self.now.step}: {self.suspects()}")
 
     def suspects(self) -> str:
         """Say which ranks give no sign of life now."""
@@ -113,68 +137,85 @@ class Watchdog:
                 self.store = None
 
     def talk(self):
-        """Give a sign of life, and read those of all ranks."""
+        """Give a sign of life and read those of all ranks, or leave if another rank has left."""
         self.beats += 1
         self.give_sign()
-        self.read_signs()
-        self.unanswered = 0
-
-    def watch(self):
-        """Leave if a rank hangs."""
-        self.seconds += 1
-        self.unanswered += 1
-        self.silent_for = [seconds + 1 for seconds in self.silent_for]
-        if self.unanswered >= SILENT_SECONDS:
-            self.store = None                        # or leaving would wait for it
-            self.leave(f"{self.place()}torchrun's store has not answered for {SILENT_SECONDS} s: "
-                       "its machine is cut off or stopped")
-        silent = self.silent_ranks(SILENT_SECONDS)
-        if silent:
-            self.leave(f"{self.place()}{ranks_are(silent)} silent: no sign of life for "
-                       f"{SILENT_SECONDS} s, so stopped or cut off from the others")
-        if self.state == READING and self.seconds >= SILENT_SECONDS:
-            self.leave(f"{self.place()}rank {self.rank} is silent: the thread that reads its "
-                       f"examples has brought none for {self.seconds} s")
-        has_limit = self.state == IN_STEP and not self.compiles and self.longest is not None
-        if has_limit and self.seconds >= SILENT_SECONDS + STEP_FACTOR * self.longest:
-            self.leave_if_all_are_in_this_step()
-
-    def give_sign(self):
-        sign = f"{self.beats} {self.state} {self.step} {n_collectives()}"
-        self.store.set(f"sign {self.rank}", sign)
-
-    def read_signs(self):
-        if self.store.check([LEAVING]) and not self.leaves:
+        if self.store.check([LEAVING]) and not self.leaves.locked():
             os._exit(RANK_FAILED)
         names = [f"sign {rank}" for rank in range(len(self.signs))]
         for rank, value in enumerate(self.store.multi_get(names)):
-            if value.decode() != self.signs[rank]:
-                self.signs[rank] = value.decode()
-                self.silent_for[rank] = 0
+            sign = value.decode()
+            self.silent_for[rank] = self.silent_for[rank] + 1 if sign == self.signs[rank] else 0
+            self.signs[rank] = sign
+        self.unanswered = 0
 
-    def leave_if_all_are_in_this_step(self):
-        """Leave because of a step that does not end, unless a rank evaluates or saves meanwhile.
+    def give_sign(self):
+        sign = f"{self.beats} {self.now.state} {self.now.step} {n_collectives()}"
+        self.store.set(f"sign {self.rank}", sign)
 
-        The ranks that hang have begun the fewest collectives: the others wait for them in the next.
-        """
-        places = [sign.split() for sign in self.signs]
-        if any(place[1:3] != [str(IN_STEP), str(self.step)] for place in places):
+    def watch(self):
+        """Leave if a rank hangs."""
+        self.tick += 1
+        self.unanswered += 1
+        now = self.now
+        seconds = self.tick - now.tick
+        where = f"step {now.step}: " if now.step else ""
+        silent = self.silent_ranks(SILENT_SECONDS)
+        if silent:
+            self.leave(f"{where}{ranks_are(silent)} silent: no sign of life for "
+                       f"{SILENT_SECONDS} s, so stopped or cut off from the others")
+        if now.state == READING and seconds >= SILENT_SECONDS:
+            self.leave(f"{where}rank {self.rank} is silent: the thread that reads its examples has "
+                       f"brought none for {seconds} s")
+        if now.state != IN_STEP or now.compiles:
             return
-        counts = [int(count) for *_, count in places]
-        behind = [rank for rank, count in enumerate(counts) if count < max(counts)]
-        who = f"{ranks_are(behind)} silent" if behind else "all ranks are in it"
-        self.leave(f"{self.place()}{who}, and it has taken {self.seconds} s; the longest step "
-                   f"before took {self.longest} s")
+        limit = self.step_limit(now.n_tokens)
+        # Without a store, as after Ctrl-Z, which stops torchrun alone, the ranks go on.
+        if self.unanswered >= SILENT_SECONDS and seconds >= limit:
+            self.leave(f"{where}it does not end, and torchrun's store has not answered for "
+                       f"{self.unanswered} s: its machine is cut off or stopped")
+        self.count_together(now)
+        if self.together[1] >= limit:
+            self.leave(f"{where}{self.ranks_behind()}, and it has taken {self.together[1]} s; the "
+                       f"longest step before took {self.longest or 0:.0f} s")
 
-    def place(self) -> str:
-        return f"step {self.step}: " if self.step else ""
+    def step_limit(self, n_tokens: int) -> float:
+        """Return how many seconds a step of so many tokens may take."""
+        if self.longest is None:
+            return FIRST_STEP_SECONDS
+        return SILENT_SECONDS + SLOWER * max(self.longest, self.per_token * n_tokens)
+
+    def count_together(self, now: Moment):
+        """Count the seconds that all ranks have been in this step.
+
+        Before, a rank may still evaluate or save, and the others wait for it.
+        """
+        step, seconds = self.together
+        places = [sign.split()[1:3] for sign in self.signs]
+        if any(place != [str(IN_STEP), str(now.step)] for place in places):
+            seconds = 0
+        elif step == now.step:
+            seconds += 1
+        else:
+            seconds = 1
+        self.together = (now.step, seconds)
+
+    def ranks_behind(self) -> str:
+        """Say which ranks hang in a step that all are in.
+
+        Such a rank has begun fewer collectives than the others, which wait for it in their latest.
+        """
+        counts = [int(sign.split()[3]) for sign in self.signs]
+        behind = [rank for rank, count in enumerate(counts) if count < max(counts)]
+        return f"{ranks_are(behind)} silent" if behind else "all ranks are in it"
 
     def leave(self, reason: str):
         """Exit without a save; the first rank to do so says why, and the others follow."""
-        self.leaves = True
-        if self.store is None or self.store.add(LEAVING, 1) == 1:
-            advice = "; the last save is intact: --resume continues from it" if self.step else ""
-            write_error(f"{self.program}: {reason}{advice}\n")
+        self.leaves.acquire()                        # for ever: another thread of it is leaving
+        store = self.store if self.unanswered < DEAD_SECONDS else None       # It might not answer.
+        if store is None or store.add(LEAVING, 1) == 1:
+            advice = "; the last save is intact: --resume continues from it"
+            write_error(f"{self.program}: {reason}{advice if self.now.step else ''}\n")
             time.sleep(2)                            # Let them follow before torchrun ends them.
         os._exit(RANK_FAILED)
 

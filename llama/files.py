@@ -321,7 +321,7 @@ def write_whole(path: Path, write: Callable, previous: Path | None = None) -> No
         os.replace(new, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        raise write_error(path, error) from error
+        raise error_of_write(path, error) from error
     finally:
         # On a disk that has become read-only this fails too; the first error is the one to show.
         with suppress(OSError):
@@ -332,7 +332,7 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on disk: a power cut can undo a renaming before that."""
     try:
         fd = os.open(folder, os.O_RDONLY)
-    except PermissionError:                          # Windows opens no folder.
+    except PermissionError:                          # Windows cannot open a folder.
         return
     try:
         os.fsync(fd)
@@ -343,20 +343,20 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_error(path: Path, error: BaseException) -> Exception:
+def error_of_write(path: Path, error: BaseException) -> Exception:
     """Return the error to raise for a file that cannot be written: MemoryError or OSError.
 
     torch.save turns both into a RuntimeError, of which the first error is the context.
     """
-    reason = str(error)
+    reason = None
     cause = error
     while cause is not None:
         lacks_memory = isinstance(cause, MemoryError) or "allocate memory" in str(cause).lower()
         if lacks_memory:
             return MemoryError(f"{path} cannot be written: not enough memory")
-        reason = getattr(cause, "strerror", None) or reason
+        reason = reason or getattr(cause, "strerror", None)
         cause = cause.__context__
-    return OSError(f"{path} cannot be written: {reason}")
+    return OSError(f"{path} cannot be written: {reason or error}")
 
 
 @contextmanager

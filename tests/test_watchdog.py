@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from finetune import watchdog
 from finetune.resume import read_last_save
-from finetune.watchdog import SILENT_SECONDS, STEP_FACTOR, Watchdog
+from finetune.watchdog import FIRST_STEP_SECONDS, SILENT_SECONDS, SLOWER, Watchdog
 
 from .helpers import ONE_THREAD, ROOT, metrics
 
@@ -36,7 +36,8 @@ def dogs(monkeypatch):
         raise HasLeft(code)
 
     monkeypatch.setattr(os, "_exit", leave)
-    monkeypatch.setattr(watchdog.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     store = dist.HashStore()
     three = [Watchdog("train.py") for _ in range(3)]
     for rank, dog in enumerate(three):
@@ -44,24 +45,28 @@ def dogs(monkeypatch):
     return three
 
 
+clock = [0.0]                                        # of all ranks, in seconds
+
+
 def live(dogs, seconds):
     """Let the threads of these ranks do what they do each second."""
     for _ in range(seconds):
+        clock[0] += 1
         for dog in dogs:
             dog.talk()
         for dog in dogs:
             dog.watch()
 
 
-def begin(dogs, step):
+def begin(dogs, step, n_tokens=100):
     for dog in dogs:
         dog.begin_reading(step)
-        dog.begin_step(compiles=False)
+        dog.begin_step(n_tokens, compiles=False)
 
 
-def take_step(dogs, step, seconds):
+def take_step(dogs, step, seconds, n_tokens=100):
     """Let the ranks compute a step that takes so many seconds."""
-    begin(dogs, step)
+    begin(dogs, step, n_tokens)
     live(dogs, seconds)
     for dog in dogs:
         dog.end_step()
@@ -75,13 +80,13 @@ def line_of(capfd):
 def test_a_rank_that_is_stopped_is_named_and_all_others_leave(dogs, capfd):
     """In any state of the run, also while it loads: the step is named where there is one."""
     live(dogs, 2)
-    live(dogs[::2], SILENT_SECONDS - 2)
+    live(dogs[::2], SILENT_SECONDS - 1)
     with pytest.raises(HasLeft, match="1"):
         live(dogs[::2], 1)
     assert line_of(capfd) == (f"train.py: rank 1 is silent: no sign of life for {SILENT_SECONDS} "
                               "s, so stopped or cut off from the others")
     with pytest.raises(HasLeft, match="1"):
-        live(dogs[2:], 1)                            # It sees that another has left.
+        live(dogs[:1], 1)                            # It sees that another has left.
     assert capfd.readouterr().err == ""
 
 
@@ -93,13 +98,16 @@ def test_two_silent_ranks_in_a_step(dogs, capfd):
     assert line_of(capfd).startswith("train.py: step 2: ranks 0, 1 are silent: ")
 
 
-def test_nothing_counts_while_all_are_suspended(dogs, monkeypatch):
-    """No clock is asked: a day of Ctrl-Z is no second here."""
+def test_nothing_counts_while_all_are_suspended(dogs):
+    """A day with the laptop closed is no second here, and makes no later limit longer."""
     take_step(dogs, 1, 1)
-    monkeypatch.setattr(time, "monotonic", lambda: 1e9)
-    monkeypatch.setattr(time, "perf_counter", lambda: 1e9)
     begin(dogs, 2)
-    live(dogs, 5)
+    live(dogs, 2)
+    clock[0] += 86400
+    live(dogs, 2)
+    for dog in dogs:
+        dog.end_step()
+        assert dog.longest <= 5
 
 
 def test_a_thread_that_brings_no_examples(dogs, capfd):
@@ -120,7 +128,7 @@ def test_a_step_that_does_not_end(dogs, capfd, monkeypatch, begun, who):
     counts = iter(begun * 10 ** 3)
     monkeypatch.setattr(watchdog, "n_collectives", lambda: next(counts))
     begin(dogs, 3)
-    limit = SILENT_SECONDS + STEP_FACTOR * 4
+    limit = int(SILENT_SECONDS + SLOWER * 4)
     live(dogs, limit - 1)
     with pytest.raises(HasLeft):
         live(dogs, 1)
@@ -129,29 +137,78 @@ def test_a_step_that_does_not_end(dogs, capfd, monkeypatch, begun, who):
         "the last save is intact: --resume continues from it")
 
 
-def test_what_takes_long_without_a_hang(dogs):
-    """The first step, one that compiles, a save or an evaluation of one rank, and slow ranks."""
-    take_step(dogs, 1, 600)
+def test_a_step_that_compiles_has_no_limit_and_makes_none(dogs):
     for dog in dogs:
-        dog.longest = None
         dog.begin_reading(1)
-        dog.begin_step(compiles=True)
-    live(dogs, 600)
+        dog.begin_step(100, compiles=True)
+    live(dogs, 2000)
     for dog in dogs:
         dog.end_step()
-        assert dog.longest is None                   # Steps do not compile again.
-    take_step(dogs, 2, 1)
-    begin(dogs[1:], 3)                               # Rank 0 saves.
+        assert dog.longest is None
+
+
+def test_a_first_step_may_take_longer_than_later_ones(dogs):
+    begin(dogs, 1)
+    live(dogs, FIRST_STEP_SECONDS - 1)
+    with pytest.raises(HasLeft):
+        live(dogs, 1)
+
+
+def test_waiting_for_a_rank_that_saves_is_no_part_of_a_step(dogs):
+    """The others are in the next step already, for ten minutes; then it takes 4 seconds."""
+    take_step(dogs, 1, 4)
+    begin(dogs[1:], 2)                               # Rank 0 saves.
     live(dogs, 600)
+    begin(dogs[:1], 2)
+    live(dogs, 4)
+    for dog in dogs:
+        dog.end_step()
+        assert 4 <= dog.longest <= 5
+
+
+def test_a_larger_step_may_take_longer(dogs):
+    """The first one was the small last step of an epoch."""
+    take_step(dogs, 1, 1, n_tokens=10)
+    begin(dogs, 2, n_tokens=1000)
+    live(dogs, 140)
+    with pytest.raises(HasLeft):
+        live(dogs, 40)
 
 
 def test_a_store_that_does_not_answer(dogs, capfd):
-    """Its machine is cut off, so nobody can be asked, and each rank speaks for itself."""
+    """Its machine is cut off: nobody can be asked, and silence of the store is none of the ranks.
+
+    While steps still end, the ranks go on: Ctrl-Z stops torchrun alone.
+    """
     take_step(dogs, 1, 1)
+    for step in range(2, 80):
+        begin(dogs, step)
+        clock[0] += 1
+        dogs[1].watch()
+        dogs[1].end_step()
+    begin(dogs, 80)
+    dogs[1].store = object()                         # Asking it anything would fail.
+    dogs[1].silent_for[0] = 3
     with pytest.raises(HasLeft):
-        for _ in range(SILENT_SECONDS):
+        for _ in range(SILENT_SECONDS + 3):
             dogs[1].watch()
-    assert "step 1: torchrun's store has not answered for" in line_of(capfd)
+    assert "step 80: it does not end, and torchrun's store has not answered" in line_of(capfd)
+
+
+def test_what_an_earlier_start_left_in_the_store(dogs):
+    """torchrun keeps its store when it starts ranks again."""
+    dogs[0].store.add(watchdog.LEAVING, 1)
+    again = Watchdog("train.py")
+    again.connect(dogs[0].store, 0, 3)
+    again.talk()
+
+
+@pytest.mark.parametrize("error, leaves", [("[gloo/transport/tcp/pair.cc] Connection closed", True),
+                                           ("The size of tensor a must match", False)])
+def test_an_error_of_this_rank_is_its_own(dogs, error, leaves):
+    dogs[1].silent_for[0] = 4
+    with pytest.raises(HasLeft) if leaves else nullcontext():
+        dogs[1].leave_if_a_rank_is_dead(RuntimeError(error))
 
 
 def test_a_store_that_is_gone_ends_the_watch(dogs):
