@@ -36,8 +36,8 @@ from llama.checkpoint import PROBE, load_checkpoint, read_params
 from llama.peft import adapter_at, is_peft, read_config
 from llama.sampling import tokens_left
 from lora import load_adapter, lora_disabled, merge_report, read_adapter, unmerge_lora
-from lora.prepack import prepack
 from lora.loftq import quantizer
+from lora.prepack import prepack
 
 INSTRUCTIONS = [                                     # The demo's adapter was not trained on these.
     {"instruction": "What is the opposite of slow?"},

@@ -6,7 +6,6 @@ from llama.tokenizer import Tokenizer
 from .dataset import load_datasets
 from .evaluate import intervals, score_answers
 
-
 ROW_TOKENS = 512                                     # A longer text goes on in another row.
 
 

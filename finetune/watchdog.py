@@ -211,7 +211,7 @@ class Watchdog:
 
     def leave(self, reason: str):
         """Exit without a save; the first rank to do so says why, and the others follow."""
-        self.leaves.acquire()                        # for ever: another thread of it is leaving
+        self.leaves.acquire()                        # It blocks if another thread leaves already.
         store = self.store if self.unanswered < DEAD_SECONDS else None       # It might not answer.
         if store is None or store.add(LEAVING, 1) == 1:
             advice = "; the last save is intact: --resume continues from it"
