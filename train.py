@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from finetune.batches import pack, plan_epoch, plan_run, prefetch, windows
+from finetune.batches import Window, pack, plan_epoch, plan_run, prefetch, windows
 from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.distill import Distillation, check_teacher, load_teacher
 from finetune.errors import one_line_errors
@@ -121,7 +121,7 @@ def main(argv=None):
             if run.progress.finished:                         # Nothing is left to resume.
                 return
             describe(job)
-            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # for this job of shapes
+            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # keeps shapes only
             if options.dry_run:
                 check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")
@@ -210,7 +210,7 @@ def chosen_settings(options: Options, device, precision: str, lora: LoRAConfig |
 
 def with_plan_and_shapes(job: Job) -> Job:
     """Return the job with its plan, and with its models on the meta device: shapes, no data."""
-    model, adapter_paths = load_model(job, META, "random")
+    model, adapter_paths = load_model(job, META, "random")    # "random" reads no weight file
     distillation = load_distillation(job, META, "random")
     return replace(job, plan=make_plan(job), model=model, adapter_paths=adapter_paths,
                    distillation=distillation)
@@ -259,7 +259,7 @@ def load_weights(job: Job) -> Job:
     torch.manual_seed(job.options.seed)                       # before the first weight is drawn
     model, adapter_paths = load_model(job, device, job.options.init)
     if job.adapter:
-        load_adapter(model, job.adapter)
+        load_adapter(model, job.adapter)                      # values for load_model's layers
     distillation = load_distillation(job, device, "checkpoint")     # even with --init random
     loss_fn = distillation or answer_loss
     job.ranks.exchange()                # If a rank has failed so far, all ranks stop here.
@@ -312,9 +312,9 @@ def train(job: Job, run: Run):
     ranks = job.ranks
     precision = job.precision
     model = job.model
-    ddp_model = job.sharding.wrapped(model)                   # after add_lora froze the base
+    ddp_model = job.sharding.wrapped(model)                   # by DDP, if there are several ranks
     trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)
+    groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)    # one group by default
     optimizer = build_optimizer(groups, options)
     peak_rates = [group["lr"] for group in optimizer.param_groups]
     follow_optimizer(model, optimizer)                        # A method may act after a step.
@@ -330,6 +330,7 @@ def train(job: Job, run: Run):
     if job.val_set and run.progress.step == 0:
         print(f"before    {held_out_columns(evaluate_held_out())}", flush=True)
     model.train()
+    # A window holds one step's micro-batches.  A thread collates the next one during a step.
     upcoming = windows(job.train_set, job.collate, job.plan[run.progress.step:], ranks.rank)
     for step, window in run.steps(prefetch(upcoming)):
         method_log = begin_step(model, step, run.progress.loss)     # the loss of the step before
@@ -340,7 +341,7 @@ def train(job: Job, run: Run):
         loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)
         precision.scaler.unscale_(optimizer)                  # fp16: true gradients for clipping
         grad_norm = clip_grad_norm_(trainable, options.clip_grad_norm or math.inf).item()
-        loss = run.sum_loss(loss_share)
+        loss = run.sum_loss(loss_share)                       # over all ranks
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)     # the same on all ranks
         if is_finite:
             precision.scaler.step(optimizer)
@@ -360,11 +361,12 @@ def train(job: Job, run: Run):
         is_notable = step in (1, n_steps) or "val_loss" in row or remark
         if step % options.log_every == 0 or is_notable:
             print(progress_line(row, n_steps, run.seconds_left()) + remark, flush=True)
-        if run.end_step():
+        if run.end_step():                                    # the last step, or one to stop after
             break
 
 
-def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision, ranks: Ranks):
+def accumulate_gradients(model, loss_fn: Callable, window: Window, precision: Precision,
+                         ranks: Ranks):
     """Back-propagate the step's mean loss per answer token; return this rank's share of it.
 
     The mean is over the answer tokens of all micro-batches on all ranks.  An average of the means
@@ -374,13 +376,14 @@ def accumulate_gradients(model, loss_fn: Callable, window, precision: Precision,
     for i, batch in enumerate(window.batches, 1):
         is_last = i == len(window.batches)
         # DDP averages gradients on the last micro-batch only.  It reads this setting during
-        # forward, so forward is inside no_sync too.
+        # forward, so forward is inside no_sync too.  A single process has no DDP.
         with nullcontext() if is_last or ranks.size == 1 else model.no_sync():
             with precision.autocast:
                 loss_sum, _ = loss_fn(model, batch.to(precision.device))
-                loss = loss_sum * ranks.size / window.n_answer           # size undoes DDP's average
-            precision.scaler.scale(loss).backward()
-        total += loss.detach() / ranks.size
+                loss_share = loss_sum / window.n_answer
+            # DDP averages over the ranks, and times their number that is the sum.
+            precision.scaler.scale(loss_share * ranks.size).backward()
+        total += loss_share.detach()
     return total
 
 

@@ -6,6 +6,7 @@
     python -m benchmarks growth        memory of a process by step, with two limits of kernels
     python -m benchmarks roofline      beside the machine's fastest matrix products
     python -m benchmarks methods       the LoRA family on the demo
+    python -m benchmarks rates         best learning rates of LoRA and of full fine-tuning
     python -m benchmarks ranks         LoRA trained at each r, and one DyLoRA cut to each
     python -m benchmarks paper         claims of the LoRA and QLoRA papers, each with a verdict
     python -m benchmarks distill       students with and without a teacher
@@ -15,11 +16,11 @@
     python -m benchmarks front         the README's picture, from a finished run in out/
 
 Each cell of ablation, peers, scaling and roofline is measured in a new process, warmed up, as the
-median of its repeats.  In growth, methods, ranks, paper, distill and search a cell is a whole
-training run or an evaluation, in a new process too; gpu has cells of many kinds, and soak has
-batches of misfortunes, of which it ends with exit code 1 if one lost something.  front measures no
-cell.  A table is printed as Markdown and written to --out; all but distill, gpu, soak and front
-also draw a picture there if matplotlib is installed.
+median of its repeats.  In growth, methods, rates, ranks, paper, distill and search a cell is a
+whole training run or an evaluation; gpu has cells of many kinds, and soak has batches of
+misfortunes, of which it ends with exit code 1 if one lost something.  front measures no cell.
+A table is printed as Markdown and written to --out; all but distill, gpu, soak and front also draw
+a picture there if matplotlib is installed.
 Each cell is saved as soon as it is measured, so the same command goes on after a kill.
 """
 from finetune.console import run_command     # First: it ends a Ctrl-C while torch loads quietly.
@@ -42,6 +43,7 @@ from . import (
     paper,
     peers,
     ranks,
+    rates,
     roofline,
     scaling,
     search,
@@ -57,6 +59,7 @@ PAGES = {
     "growth": growth,
     "roofline": roofline,
     "methods": methods,
+    "rates": rates,
     "ranks": ranks,
     "paper": paper,
     "search": search,

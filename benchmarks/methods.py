@@ -1,19 +1,14 @@
-"""The LoRA family: each method at its best learning rate of a few, with several seeds."""
+"""The LoRA family: each method at its own best learning rate, and all at LoRA's."""
 import contextlib
-import hashlib
-import json
-import math
 import statistics
+import tempfile
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import train
 from finetune.answers import ANSWERED_AT_ONCE
-from finetune.arguments import number
-from finetune.batches import split
 from finetune.dataset import encode_prompt
 from finetune.examples import read_examples
 from finetune.preflight import MIB, largest_batch_rows
@@ -23,138 +18,53 @@ from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.methods import METHODS
 
+from . import sweep
 from .measure import count_work
 from .runs import flag_words, seconds_of
-from .tables import Table, list_of, markdown, panel, report, run_fresh, spread
-from .training import Task, add_training_flags, finish_run, load_answering_model, task_of
+from .sweep import Sweep, difference, forgotten, quality
+from .tables import ROOT, Table, markdown, panel, run_fresh
+from .training import Task, finish_run, load_answering_model, run_flags
 
+FILES = [ROOT / "benchmarks/sweep.py", ROOT / "benchmarks/claims.py"]
+LORA = "lora"
 # A row's name, and the flags of train.py that it stands for.
 FAMILY = {method: {"method": method} for method in METHODS}
-FAMILY["lora, LoRA+ 4"] = {"method": "lora", "lora_plus_ratio": 4}
-HEADER = ["method", "learning rate", "trained parameters", "held-out loss", "right to the letter",
-          "train, examples/s", "generate, tokens/s", "generate merged, tokens/s",
-          "kept for backward, MiB"]
-MAX_NEW_TOKENS = 64                                  # of an answer that is compared
+FAMILY |= {"lora, LoRA+ 4": {"lora_plus_ratio": 4},
+           "lora, PiSSA": {"method_options": "start=pissa"},
+           "lora, OLoRA": {"method_options": "start=olora"}}
+COST_HEADER = ["method", "train, examples/s", "generate, tokens/s", "generate merged, tokens/s",
+               "kept for backward, MiB"]
 TIMED_TOKENS = 32                                    # per answer, where speed is measured
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A method at one learning rate and seed.  Its run stays in a folder below the table's.
-
-    epochs: None for train.py's default.
-    """
-    table: Table
-    task: Task
-    epochs: int | None
-    method: str
-    lr: float
-    seed: int
-
-    def __str__(self):
-        return f"{self.method}, lr {self.lr:g}, seed {self.seed}"
-
-    @property
-    def settings(self) -> dict:
-        return {"flags": [*self.task.flags(), *flag_words({"epochs": self.epochs})],
-                "questions": self.task.questions, "method": self.method, "lr": self.lr,
-                "seed": self.seed}
-
-    @property
-    def out(self) -> Path:
-        """The run's folder, another one for all that the run depends on."""
-        key = json.dumps([self.settings, self.table.conditions])
-        return self.table.out / "methods" / hashlib.sha256(key.encode()).hexdigest()[:12]
-
-    @property
-    def flags(self) -> list:
-        flags = FAMILY[self.method] | {"lr": self.lr, "seed": self.seed, "out": self.out,
-                                       "overwrite": True}
-        return [*self.settings["flags"], *flag_words(flags)]
-
-    def training(self) -> dict:
-        """Return what `measure_training` finds, as a cell of the table."""
-        settings = self.settings | {"part": "training"}
-        result = self.table.cell(settings, lambda: run_fresh(measure_training, self.flags))
-        report(f"{self}: held-out loss {loss_of(result):.4f}")
-        return result
-
-    def answering(self) -> dict:
-        """Return what `measure_answering` finds, as a cell of the table."""
-        adapter = self.out / ADAPTER
-
-        def compute():
-            if not adapter.exists():                 # The cell is saved, and the run was deleted.
-                run_fresh(measure_training, self.flags)
-            return run_fresh(measure_answering, adapter, self.task.questions, self.task.precision)
-
-        result = self.table.cell(self.settings | {"part": "answering"}, compute)
-        report(f"{self}: right {result['right']:.1%}")
-        return result
-
-
 def add_flags(parser):
-    add_training_flags(parser)
-    flag = parser.add_argument
-    flag("--epochs", metavar="N", type=number(int, 1),
-         help="passes over the data (default: train.py's)")
-    flag("--seeds", metavar="N,...", type=list_of(number(int, 0)), default=[0, 1],
-         help="random seeds, one run each (default: 0,1)")
-    flag("--lrs", metavar="F,...", type=list_of(number(float, 0, open_low=True)),
-         default=[5e-3, 2e-2, 1e-1],
-         help="learning rates to choose from, by held-out loss with the first seed (default: "
-              "5e-3,2e-2,1e-1)")
+    sweep.add_flags(parser, seeds=[0, 1, 2])
 
 
-def measure_training(argv: list) -> dict:
-    """Run train.py; return held-out loss, parameters, speed and the memory kept for backward.
+def measure_cost(argv: list, task: Task) -> list:
+    """Run train.py; return [examples/s, tokens/s, tokens/s merged, MiB kept for backward].
 
-    The held-out loss is None if the run left no adapter, because its last steps were skipped.
+    The tokens are those of greedy answers, with the adapter and with it merged into the weights.
+    Raises ValueError if the run leaves no adapter.
     """
-    options, rows = finish_run(argv)
-    job = train.prepare(options, SINGLE_PROCESS)
-    model, _ = train.load_model(job, torch.device("cpu"), "random")
-    batch = job.collate(largest_batch_rows(job.train_set, job.plan))
-    work = count_work(model, [batch], contextlib.nullcontext())
-    has_adapter = (Path(options.out) / ADAPTER).exists()
-    n_examples = rows[-1]["epoch"] * len(job.train_set)
-    return {"held_out_loss": rows[-1].get("val_loss") if has_adapter else None,
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "kept_mib": (work["copies"] + work["activations"]) / MIB,
-            "process_mib": rows[-1]["peak_memory_mb"],
-            "examples_per_second": n_examples / seconds_of(rows)}
-
-
-def measure_answering(adapter: Path, questions: str, precision: str | None) -> dict:
-    """Return {right, adapter_per_second, merged_per_second} of an adapter's answers.
-
-    right: the share that is right to the letter, decoded greedily.  The others: tokens per second
-    with the adapter, and with it merged into the weights.
-    """
-    flags = {"adapter": adapter, "precision": precision}
-    model, tokenizer = load_answering_model(flag_words(flags))
-    examples = read_examples(questions)
+    with tempfile.TemporaryDirectory() as out:
+        options, rows = finish_run([*argv, "--out", out, "--overwrite"])
+        adapter = Path(out) / ADAPTER
+        if not adapter.exists():
+            raise ValueError("a run diverged before its first save: give lower --lrs")
+        job = train.prepare(options, SINGLE_PROCESS)
+        shapes, _ = train.load_model(job, torch.device("cpu"), "random")
+        batch = job.collate(largest_batch_rows(job.train_set, job.plan))
+        work = count_work(shapes, [batch], contextlib.nullcontext())
+        flags = {"adapter": adapter, "precision": task.precision}
+        model, tokenizer = load_answering_model(flag_words(flags))
+    examples = read_examples(task.questions)[:ANSWERED_AT_ONCE]
     prompts = [encode_prompt(example, tokenizer) for example in examples]
-    answers = []
-    for batch in split(prompts, ANSWERED_AT_ONCE):
-        answers += answers_to(model, batch, tokenizer)
-    n_right = 0
-    for answer, example in zip(answers, examples, strict=True):
-        if answer.strip() == example["output"].strip():
-            n_right += 1
-    first_prompts = prompts[:ANSWERED_AT_ONCE]
-    adapter_speed = generating_speed(model, first_prompts)
+    speeds = [rows[-1]["epoch"] * len(job.train_set) / seconds_of(rows)]
+    speeds.append(generating_speed(model, prompts))
     merge_lora(model)
-    return {"right": n_right / len(examples), "adapter_per_second": adapter_speed,
-            "merged_per_second": generating_speed(model, first_prompts)}
-
-
-def answers_to(model, prompts: list, tokenizer) -> list:
-    """Return the greedy answers to prompts (lists of ids) as text."""
-    answers = [[] for _ in prompts]
-    for i, token in generate_ids(model, prompts, MAX_NEW_TOKENS, tokenizer.eos_id):
-        answers[i].append(token)
-    return [tokenizer.decode(answer) for answer in answers]
+    speeds.append(generating_speed(model, prompts))
+    return [*speeds, (work["copies"] + work["activations"]) / MIB]
 
 
 def generating_speed(model, prompts: list) -> float:
@@ -171,67 +81,72 @@ def generating_speed(model, prompts: list) -> float:
     return n_tokens / statistics.median(seconds[1:])
 
 
-def loss_of(training: dict) -> float:
-    """Return the held-out loss; infinity if the run diverged, for which JSON has no number."""
-    loss = training["held_out_loss"]
-    return math.inf if loss is None else loss
-
-
 def make(args, table: Table) -> list:
-    """Train each method and ask its adapters; return lines of Markdown."""
-    task = task_of(args)
+    """Sweep each method's learning rates, then measure its speed; return lines of Markdown."""
+    settings = {name: run_flags(args) | flags for name, flags in FAMILY.items()}
+    with sweep.sweeping(args, table) as runs:
+        base_loss = runs.base_loss()
+        curves = {name: runs.curve(name, flags) for name, flags in settings.items()}
+        common = curves[LORA].rate
+        at_common = {}
+        for name, flags in settings.items():
+            at_common |= {name: runs.results(name, flags, [common], runs.seeds)[common]}
+        costs = {}
+        for name, curve in curves.items():
+            if curve.share_right is not None:
+                costs[name] = cost_of(runs, settings[name] | {"lr": curve.rate})
+    table.draw([panel("Held-out loss by learning rate", "learning rate", "nats per answer token",
+                      {name: curve.losses for name, curve in curves.items()}),
+                panel("Held-out answers right to the letter, each method at its best rate", "",
+                      "share of answers",
+                      {"mean of the seeds": [(name, curve.share_right)
+                                             for name, curve in curves.items()]})])
+    return [*quality_table(curves, at_common, base_loss), "", distance(curves), "",
+            *cost_table(costs), "", note(args)]
+
+
+def quality_table(curves: dict, at_common: dict, base_loss: float | None) -> list:
+    """Return the table of each method at its own best rate, and of its results at LoRA's."""
+    reference = curves[LORA]
+    header = ["method", "trained", "best rate", "held-out loss", "right to the letter",
+              "loss, difference to lora [95 %]", f"at {reference.rate:g}: held-out loss",
+              "right to the letter", "forgotten, nats per token"]
     rows = []
-    losses = []
-    shares = []
-    for method in FAMILY:
-        firsts = [Trial(table, task, args.epochs, method, lr, args.seeds[0]) for lr in args.lrs]
-        trials = trials_of(firsts, args.seeds[1:])
-        trainings = [trial.training() for trial in trials]
-        row = [method, f"{trials[0].lr:g}", f"{trainings[0]['parameters']:,}"]
-        n_diverged = sum(loss_of(training) == math.inf for training in trainings)
-        if n_diverged:                               # An adapter of such a run is not worth asking.
-            rows.append([*row, f"diverged, {n_diverged} of {len(trials)} seeds", *[""] * 5])
-            losses.append((method, None))
-            shares.append((method, None))
-            continue
-        answerings = [trial.answering() for trial in trials]
-        rows.append(row + columns_of(trainings, answerings))
-        losses.append((method, statistics.median(map(loss_of, trainings))))
-        shares.append((method, statistics.median(result["right"] for result in answerings)))
-    table.draw([panel("Held-out loss of each method", "", "nats per answer token",
-                      {"median of the seeds": losses}),
-                panel("Held-out answers right to the letter", "", "share of answers",
-                      {"median of the seeds": shares})])
-    return [*markdown(HEADER, rows), "", note(args.lrs, args.seeds)]
+    for name, curve in curves.items():
+        distance_to_lora = "" if name == LORA else difference(curve.best, reference.best, "loss")
+        rows.append([name, f"{curve.best[0]['parameters']:,}", curve.rate_text,
+                     *quality(curve.best), distance_to_lora, *quality(at_common[name]),
+                     forgotten(curve.best, base_loss)])
+    return markdown(header, rows)
 
 
-def trials_of(firsts: list, seeds: list) -> list:
-    """Return the best of the first Trials and, unless it diverged, the same with other seeds."""
-    best = min(firsts, key=lambda trial: loss_of(trial.training()))
-    if loss_of(best.training()) == math.inf:
-        return [best]
-    return [best, *(replace(best, seed=seed) for seed in seeds)]
+def distance(curves: dict) -> str:
+    """Return a sentence about the best and the worst method, each at its own best rate."""
+    shares = {name: curve.share_right for name, curve in curves.items()
+              if curve.share_right is not None}
+    if not shares:
+        return "All methods diverged."
+    best = max(shares, key=shares.get)
+    worst = min(shares, key=shares.get)
+    return (f"Right answers range from {shares[worst]:.1%} ({worst}) to {shares[best]:.1%} "
+            f"({best}). Nine methods of arXiv 2602.04998 end within 1 to 2 % of each other.")
 
 
-def columns_of(trainings: list, answerings: list) -> list:
-    """Return the columns of HEADER from the held-out loss on, over the results of all seeds."""
-    columns = [spread(map(loss_of, trainings), ".3f"),
-               spread([result["right"] for result in answerings], ".1%")]
-    speeds = [result["examples_per_second"] for result in trainings]
-    columns.append(f"{statistics.median(speeds):,.0f}")
-    for key in ("adapter_per_second", "merged_per_second"):
-        speeds = [result[key] for result in answerings]
-        columns.append(f"{statistics.median(speeds):,.0f}")
-    columns.append(f"{trainings[0]['kept_mib']:.2f}")
-    return columns
+def cost_of(runs: Sweep, flags: dict) -> list:
+    """Return what `measure_cost` finds in a run with these flags and the first seed, as a cell."""
+    argv = [*runs.task.flags(), *flag_words(flags | {"seed": runs.seeds[0]})]
+    return runs.table.cell({"cost of": argv}, lambda: run_fresh(measure_cost, argv, runs.task))
 
 
-def note(lrs: list, seeds: list) -> str:
-    parts = []
-    if len(lrs) > 1:
-        choices = ", ".join(f"{lr:g}" for lr in lrs)
-        parts.append(f"learning rate: the one of {choices} with the lowest held-out loss for seed "
-                     f"{seeds[0]}")
-    parts.append(f"{len(seeds)} seeds" if len(seeds) > 1 else "1 seed")
-    parts.append("±: the largest distance of a seed from the mean")
-    return f"({'; '.join(parts)})"
+def cost_table(costs: dict) -> list:
+    """Return the table of what each method costs; costs: {name: what measure_cost returns}."""
+    rows = []
+    for name, (*speeds, kept) in costs.items():
+        rows.append([name, *(f"{speed:,.0f}" for speed in speeds), f"{kept:.2f}"])
+    return markdown(COST_HEADER, rows)
+
+
+def note(args) -> str:
+    """Return what the tables leave out."""
+    return (f"{sweep.note(args)}; speeds: of "
+            "one run, so compare them on a quiet machine only)")

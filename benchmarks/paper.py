@@ -32,7 +32,7 @@ from . import claims
 from .claims import ABOUT_ZERO, ABOVE, BELOW, interval_of, side_of, verdict
 from .study import Study, directions_of, losses_of_data_types
 from .tables import ROOT, Table, list_of, markdown, panel, spread
-from .training import add_training_flags, task_of
+from .training import add_run_flags, add_training_flags, run_flags, task_of
 
 FILES = [ROOT / "benchmarks/claims.py", ROOT / "benchmarks/study.py"]
 PAIR = "wq,wv"                                       # the reference row of table 5
@@ -46,7 +46,6 @@ MARGIN = 0.01                                        # of the reference: still a
 # Mean perplexity of 125M to 13B models (QLoRA, table 2), from the worst to the best.
 TABLE_2 = {"Int4": 34.34, "FP4 (E2M1)": 31.07, "FP4 (E3M0)": 29.48, claims.NF4: 27.41}
 CLAIM_HEADER = ["measured", "the paper says", "here [95 %]", "verdict"]
-BATCH = 32                                           # examples per optimizer step
 WORDS = {ABOVE: "better", BELOW: "worse", ABOUT_ZERO: "about the same"}
 
 
@@ -79,10 +78,7 @@ def add_flags(parser):
          help="ranks to compare on wq and wv (default: 1,2,4,8,64)")
     flag("--lr", metavar="F", type=number(float, 0, open_low=True),
          help="learning rate of every run (default: train.py's)")
-    flag("--epochs", metavar="N", type=number(int, 1),
-         help="passes over the data (default: train.py's)")
-    flag("--batch-size", metavar="N", type=number(int, 1, BATCH), default=BATCH,
-         help=f"examples per micro-batch; a step has about {BATCH} (default: {BATCH})")
+    add_run_flags(parser)
 
 
 def make(args, table: Table) -> list:
@@ -94,9 +90,7 @@ def make(args, table: Table) -> list:
         raise ValueError("--seeds names a seed twice; its runs would be the same")
     task = task_of(args)
     read_examples(task.questions)                    # Refuse a wrong file before the first run.
-    flags = {"lr": args.lr, "epochs": args.epochs, "batch_size": args.batch_size,
-             "accumulation_steps": max(1, BATCH // args.batch_size), "share_prefix": True}
-    study = Study(table, task, flags, args.seeds)
+    study = Study(table, task, {"lr": args.lr} | run_flags(args), args.seeds)
     matrices = matrices_of(task.checkpoint or DEMO)
     highest = highest_rank(matrices, PAIR)
     for rank in (args.r, *ranks):

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,16 +51,27 @@ class Table:
         The result, of whatever type JSON knows, is saved at once.
         Raises ValueError if NAME.json does not hold cells.
         """
-        path = self.out / f"{self.name}.json"
-        # Through JSON, because a tuple comes back from the file as a list.
-        key = json.loads(json.dumps(settings | {"conditions": self.conditions}))
-        for cell in read_cells(path):
-            if cell["settings"] == key:
+        for cell in read_cells(self.path):
+            if cell["settings"] == self.key(settings):
                 return cell["result"]
         result = compute()
-        cell = {"command": self.command, "settings": key, "result": result}
-        write_json(path, {"cells": [*read_cells(path), cell]})
+        cell = {"command": self.command, "settings": self.key(settings), "result": result}
+        write_json(self.path, {"cells": [*read_cells(self.path), cell]})
         return result
+
+    def is_saved(self, settings: dict) -> bool:
+        """Return whether there is a saved cell of these settings.  Raises ValueError."""
+        return any(cell["settings"] == self.key(settings) for cell in read_cells(self.path))
+
+    @property
+    def path(self) -> Path:
+        """The file of the saved cells."""
+        return self.out / f"{self.name}.json"
+
+    def key(self, settings: dict) -> dict:
+        """Return what a saved cell is found by."""
+        # Through JSON, because a tuple comes back from the file as a list.
+        return json.loads(json.dumps(settings | {"conditions": self.conditions}))
 
     def draw(self, panels: list):
         """Draw the panels as NAME.png where matplotlib is installed.
@@ -96,12 +107,24 @@ def run_fresh(function: Callable, *args):
 
     Nothing of an earlier cell is left there in memory or caches.  Raises OutOfMemory.
     """
+    with worker_processes(1) as pool:
+        return pool.submit(run_within_memory, function, *args).result()
+
+
+@contextmanager
+def worker_processes(n: int):
+    """Give a pool of n processes for `submit(run_within_memory, function, *args)`.
+
+    Raises OutOfMemory if one is killed.  After an exception nothing that waits is begun.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=begin_process) as pool:
-        try:
-            return pool.submit(run_within_memory, function, *args).result()
-        except BrokenProcessPool:
-            raise OutOfMemory(f"{function.__name__} was killed: out of memory?") from None
+    pool = ProcessPoolExecutor(n, context, initializer=begin_process)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise OutOfMemory("a cell's process was killed: out of memory?") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def try_fresh(function: Callable, *args) -> dict:

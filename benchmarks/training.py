@@ -5,7 +5,7 @@ from pathlib import Path
 
 import generate
 import train
-from finetune.arguments import text
+from finetune.arguments import number, text
 from finetune.errors import GAVE_UP
 from finetune.evaluate import Exam, measures
 from finetune.hardware import DTYPES, pick_hardware
@@ -17,6 +17,7 @@ from lora.methods.dylora import set_rank
 from .runs import flag_words, output_discarded
 
 HELD_OUT = str(DEMO / "held_out.json")
+STEP_EXAMPLES = 32                                   # of an optimizer step, unless a table says
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,23 @@ def task_of(args) -> Task:
     if bool(args.data) != bool(args.val_data):
         raise ValueError("--data and --val-data go together: the held-out examples are measured")
     return Task(args.checkpoint, args.data, args.val_data, args.precision)
+
+
+def add_run_flags(parser):
+    """Add the flags of `run_flags`."""
+    flag = parser.add_argument
+    flag("--epochs", metavar="N", type=number(int, 1),
+         help="passes over the data (default: train.py's)")
+    flag("--batch-size", metavar="N", type=number(int, 1, STEP_EXAMPLES), default=STEP_EXAMPLES,
+         help=f"examples per micro-batch; a step has about {STEP_EXAMPLES} (default: "
+              f"{STEP_EXAMPLES})")
+
+
+def run_flags(args, step_examples: int = STEP_EXAMPLES) -> dict:
+    """Return train.py's flags for runs with steps of about so many examples."""
+    batch_size = min(args.batch_size, step_examples)
+    return {"epochs": args.epochs, "batch_size": batch_size,
+            "accumulation_steps": max(1, step_examples // batch_size), "share_prefix": True}
 
 
 def finish_run(argv: list) -> tuple[Options, list]:

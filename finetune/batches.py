@@ -124,8 +124,8 @@ def plan_epoch(lengths, batch_size: int, accumulation_steps: int, seed: int, epo
     n_parts = accumulation_steps * begun_with             # micro-batches of a step
     order = np.random.default_rng((seed, epoch)).permutation(len(lengths)).tolist()
     if tokens_per_batch:
-        groups = fill(order, lengths, tokens_per_batch)
-        steps = split(groups, n_parts)
+        batches = fill(order, lengths, tokens_per_batch)
+        steps = split(batches, n_parts)
         return [deal(step, world_size) for step in steps]
     steps = []
     for step in split(order, batch_size * n_parts):

@@ -207,7 +207,7 @@ def estimate_memory(model, adapter_paths, size: Size, precision, world_size: int
     dequantised = max(sizes, default=0) * (itemsize + FP32)
     copies = 2 if world_size > 1 else 1              # DDP's buckets are a second copy.
     peak_is_in_block = block_temporaries + dequantised > logits_bytes
-    kinds = {
+    bytes_by_kind = {
         "weights": weights + (dequantised if peak_is_in_block else 0),
         # Plus the largest gradient once more: a micro-batch's, before it is added.
         "gradients": FP32 * (sum(trained) * copies + max(trained)),
@@ -215,7 +215,7 @@ def estimate_memory(model, adapter_paths, size: Size, precision, world_size: int
         "activations": kept + (block_temporaries if peak_is_in_block else 0),
         "logits": 0 if peak_is_in_block else logits_bytes,
     }
-    return kinds, "in a block" if peak_is_in_block else "at the logits"
+    return bytes_by_kind, "in a block" if peak_is_in_block else "at the logits"
 
 
 def activation_bytes(model, adapter_paths, size: Size, precision):
@@ -253,18 +253,18 @@ def activation_bytes(model, adapter_paths, size: Size, precision):
 def memory_of_a_step(job):
     """Return a rank's estimate for the plan's largest micro-batch, plus the teacher's part."""
     size = largest_size(job.train_set, job.plan)
-    kinds, where = estimate_memory(job.model, job.adapter_paths, size, job.precision,
+    bytes_by_kind, where = estimate_memory(job.model, job.adapter_paths, size, job.precision,
                                    job.ranks.size, job.optimizer_bytes_per_parameter)
-    kinds = job.sharding.bytes_of_rank(kinds, job.model)
+    bytes_by_kind = job.sharding.bytes_of_rank(bytes_by_kind, job.model)
     if job.distillation:
-        student = kinds["activations"] + kinds["logits"]
+        student = bytes_by_kind["activations"] + bytes_by_kind["logits"]
         itemsize = job.precision.dtype.itemsize
         teacher = job.distillation.memory(size.tokens, size.answers, itemsize, student)
         teacher = job.sharding.of_teacher().bytes_of_rank(teacher, job.distillation.teacher)
-        if "gathered" in kinds:                      # One model at a time gathers its blocks.
-            teacher["gathered"] = max(kinds["gathered"], teacher["gathered"])
-        kinds |= teacher
-    return kinds, where
+        if "gathered" in bytes_by_kind:              # One model at a time gathers its blocks.
+            teacher["gathered"] = max(bytes_by_kind["gathered"], teacher["gathered"])
+        bytes_by_kind |= teacher
+    return bytes_by_kind, where
 
 
 def optimizer_state_bytes(build: Callable) -> float:
@@ -382,14 +382,14 @@ def describe(job):
         warn_of_template(job.distillation.adapter_template, job.template)
     if job.sharding.size > 1:
         print("shard    ", job.sharding.line(job.model, job.optimizer_bytes_per_parameter))
-    kinds, where = memory_of_a_step(job)
+    bytes_by_kind, where = memory_of_a_step(job)
     per_rank = " per rank" if job.ranks.size > 1 else ""
-    listed = ", ".join(f"{kind} {mib(size)}" for kind, size in kinds.items())
+    listed = ", ".join(f"{kind} {mib(size)}" for kind, size in bytes_by_kind.items())
     more = ""
     if job.precision.device.type != "cuda":
         more = "; the MiB in the lines below also count Python and torch themselves"
-    print(f"memory    about {mib(sum(kinds.values()))} MiB of tensors{per_rank}, peak {where}: "
-          f"{listed}{more}", flush=True)
+    print(f"memory    about {mib(sum(bytes_by_kind.values()))} MiB of tensors{per_rank}, "
+          f"peak {where}: {listed}{more}", flush=True)
 
 
 def base_line(job) -> str:
@@ -399,8 +399,8 @@ def base_line(job) -> str:
     if job.quantize != "none":
         number_format += f" and {job.quantize}"
     n_layers = plural(job.model.args.n_layers, "layer")
-    folder = short_path(options.checkpoint)
-    return f"{folder}: {n_layers}{random}, {number_format} on {job.precision.device}"
+    return (f"{short_path(options.checkpoint)}: {n_layers}{random}, {number_format} on "
+            f"{job.precision.device}")
 
 
 def data_line(job) -> str:
@@ -450,7 +450,9 @@ def method_line(job) -> str:
     total = sum(p.numel() for p in parameters)
     total += sum(layer.in_features * layer.out_features for layer in quantised)
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    line = f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %)"
+    answers = sum(count_answer(labels) for _, labels in job.train_set.rows)
+    line = (f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %), "
+            f"{trained / answers:,.2f} per answer token")
     if not job.lora:
         return line
     lora = job.lora

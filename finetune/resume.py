@@ -113,10 +113,10 @@ def read_save(path: Path, warning=None) -> Save:
                 settings[name] = [settings[name]]
         save = Save(path, progress_of(counters), settings, content["about"], content["metrics"],
                     content["launch"], content["parts"], content["random"], warning)
-        kinds = {"settings": dict, "fingerprints": dict, "metrics_bytes": int, "launch": str,
-                 "parts": dict, "random_states": list}
-        for name, kind in kinds.items():
-            if not isinstance(getattr(save, name), kind):
+        expected_types = {"settings": dict, "fingerprints": dict, "metrics_bytes": int,
+                          "launch": str, "parts": dict, "random_states": list}
+        for name, expected in expected_types.items():
+            if not isinstance(getattr(save, name), expected):
                 raise ValueError(f"its {name} have the wrong type")
         if type(save.begun_with) is not int or not 1 <= save.begun_with <= LARGEST:
             raise ValueError(f"its number of ranks is {save.begun_with!r}")

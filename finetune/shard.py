@@ -152,23 +152,23 @@ class Sharding:
         if self.mesh is not None:
             model.register_forward_hook(lambda _model, _inputs, logits: from_rank_0(logits))
 
-    def bytes_of_rank(self, kinds: dict, model: nn.Module) -> dict:
+    def bytes_of_rank(self, bytes_by_kind: dict, model: nn.Module) -> dict:
         """Return one rank's bytes by kind, from those of a rank that holds the whole model.
 
         Of a trained base each rank also has a part of each gradient and of the optimizer's state.
         A gradient is whole until it is reduced, as long as its weight is gathered.
         """
         if self.size == 1:
-            return kinds
+            return bytes_by_kind
         of_base = cut_bytes(model, self.size, self.trains_base)
-        kinds = dict(kinds)
-        kinds["gathered"] = of_base.gathered
+        bytes_by_kind = dict(bytes_by_kind)
+        bytes_by_kind["gathered"] = of_base.gathered
         if self.trains_base:
-            kinds["gradients"] = of_base.share + of_base.gathered
-            kinds["optimizer"] = kinds["optimizer"] * of_base.share // of_base.whole
-        weights = "weights" if "weights" in kinds else "teacher"
-        kinds[weights] += of_base.share - of_base.whole
-        return kinds
+            bytes_by_kind["gradients"] = of_base.share + of_base.gathered
+            bytes_by_kind["optimizer"] = bytes_by_kind["optimizer"] * of_base.share // of_base.whole
+        weights = "weights" if "weights" in bytes_by_kind else "teacher"
+        bytes_by_kind[weights] += of_base.share - of_base.whole
+        return bytes_by_kind
 
     def line(self, model: nn.Module, state_bytes: float) -> str:
         """Return how many copies of the base there are, and what rank 0 needs to save a whole one.
@@ -265,14 +265,14 @@ class CutBytes:
 
 def cut_bytes(model: nn.Module, size: int, trains_base: bool) -> CutBytes:
     """Return the CutBytes of a model cut over `size` ranks; it may be on the meta device."""
-    groups = [tensors_to_cut(block) for block in model.layers]
-    gathered = max(map(total_bytes, groups)) * min(2, len(groups))
+    tensors_by_part = [tensors_to_cut(block) for block in model.layers]
+    gathered = max(map(total_bytes, tensors_by_part)) * min(2, len(tensors_by_part))
     if trains_base:
         in_blocks = set(model.layers.parameters())
         root = [parameter for parameter in model.parameters() if parameter not in in_blocks]
-        groups.append(root)
+        tensors_by_part.append(root)
         gathered += total_bytes(root)
-    tensors = list(itertools.chain.from_iterable(groups))
+    tensors = list(itertools.chain.from_iterable(tensors_by_part))
     share = sum(share_bytes(tensor, size) for tensor in tensors)
     return CutBytes(total_bytes(tensors), share, gathered)
 

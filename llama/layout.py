@@ -62,7 +62,7 @@ class Layout:
         """
         if not self.trees and takes_one_call(q, k):
             return self.one_call.attend(q, k, v)
-        n_groups = q.shape[2] // k.shape[2]
+        heads_per_key = q.shape[2] // k.shape[2]
         lengths = [length for length, _ in self.segments]
         queries = q.split(lengths, dim=1)
         keys = k.split(lengths, dim=1)
@@ -71,19 +71,19 @@ class Layout:
         for i, (_, context) in enumerate(self.segments):
             keys_read = joined(keys, context, i)
             values_read = joined(values, context, i)
-            mask = self.mask(i, keys_read, n_groups)
+            mask = self.mask(i, keys_read, heads_per_key)
             outputs.append(segment_attention(queries[i], keys_read, values_read, mask))
         return torch.cat(outputs, dim=1)
 
-    def mask(self, i: int, keys: torch.Tensor, n_groups: int) -> torch.Tensor | None:
+    def mask(self, i: int, keys: torch.Tensor, heads_per_key: int) -> torch.Tensor | None:
         """Return what segment i's L tokens see of the S keys, in the form for `segment_attention`.
 
-        To add to the scores: on a CPU with short contexts (n_groups L, S), else (L, S), or None for
-        the usual triangle.  Made once for all blocks.
+        To add to the scores: on a CPU with short contexts (heads_per_key L, S), else (L, S), or
+        None for the usual triangle.  Made once for all blocks.
         """
         length = self.segments[i][0]
         n_keys = keys.shape[1]
-        variant = (i, n_groups, keys.dtype)
+        variant = (i, heads_per_key, keys.dtype)
         if variant in self.masks:
             return self.masks[variant]
         tree = self.trees.get(i)
@@ -93,7 +93,7 @@ class Layout:
         scores = torch.zeros_like(visible, dtype=keys.dtype).masked_fill_(~visible, -torch.inf)
         mask = scores[:, :n_keys]
         if by_products(keys):
-            mask = mask.repeat(n_groups, 1)
+            mask = mask.repeat(heads_per_key, 1)
         elif tree is None and length == n_keys:
             mask = None
         self.masks[variant] = mask

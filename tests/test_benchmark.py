@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import __main__ as benchmark
 from benchmarks import (ablation, distill, measure, methods, peers, ranks, roofline, runs, search,
-                        study, tables)
+                        study, sweep, tables)
 from benchmarks.request import Request
 from finetune import convert
 from finetune.batches import pack
@@ -349,6 +349,52 @@ def test_search_finds_a_planted_optimum():
     assert 0.5 < best.lr / 0.02 < 2
 
 
+# A planted best rate; the first seed is misled to the rate above it.
+@pytest.mark.parametrize("best, tried, near", [
+    (5e-3, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2], [2e-3, 5e-3, 1e-2, 2e-2]),
+    (0.1, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5], [5e-2, 0.1, 0.2, 0.5]),
+    (2e-4, [2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2], [1e-4, 2e-4, 5e-4, 1e-3]),
+])
+def test_a_sweep_goes_on_until_the_best_rate_is_between_worse_ones(monkeypatch, best, tried, near):
+    def results(self, name, flags, rates, seeds):
+        found = {}
+        for rate in rates:
+            losses = [abs(math.log(rate / best) - 0.6 * (seed == 0)) for seed in seeds]
+            found[rate] = [{"loss": loss} for loss in losses]
+        return found
+
+    monkeypatch.setattr(sweep.Sweep, "results", results)
+    rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
+    curve = sweep.Sweep(None, None, rates, [0, 1, 2], None, None).curve("lora", {})
+    assert list(curve.survey) == tried and list(curve.near) == near
+    assert curve.rate == best and curve.rate_text == f"{best:g}"
+    assert all(len(results) == 3 for results in curve.near.values())
+    assert [rate for rate, _ in curve.losses] == tried
+
+
+def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
+    """Nothing is tried below rates that all diverge; a falling loss ends at MOST_RATES rates."""
+    falling = {rate: [{"loss": rate}] for rate in (1e-3, 2e-3)}
+    assert sweep.rates_to_add(falling) == [5e-4]
+    more = {rate: [{"loss": rate}] for rate in range(1, sweep.MOST_RATES + 1)}
+    assert sweep.rates_to_add(more) == []
+    assert sweep.Curve({}, more).rate_text == "1 (at an end)"
+    diverged = {rate: [{"loss": None, "exact_match": None}] for rate in (1e-3, 2e-3)}
+    assert sweep.rates_to_add(diverged) == []
+    assert sweep.Curve({}, diverged).share_right is None
+    assert sweep.quality(diverged[1e-3]) == ["diverged, 1 of 1 seeds", ""]
+    assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
+
+
+def test_differences_are_taken_seed_by_seed():
+    """By hand: 0.1 and 0.3, mean 0.2, standard deviation 0.1414, 12.706 x 0.1 to either side."""
+    results = [{"loss": 1.1}, {"loss": 2.3}]
+    reference = [{"loss": 1.0}, {"loss": 2.0}]
+    assert sweep.difference(results, reference, "loss") == "+0.200 [-1.071, +1.471]"
+    assert sweep.difference([{"loss": None}], [{"loss": 1.0}], "loss") == ""
+    assert sweep.forgotten([{"other_loss": 0.5}, {"other_loss": 0.7}], 0.2) == "0.400 ± 0.100"
+
+
 def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, monkeypatch):
     """On one file, on another, then on the first with a cell missing: each by its own teacher."""
     taught = []
@@ -378,7 +424,7 @@ def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, mon
 @pytest.fixture
 def tabulate(monkeypatch, tmp_path, capsys):
     """Return a function (table, flags) -> its lines; cells are measured in this process."""
-    for page in (tables, roofline, methods, search, ranks, distill, study):
+    for page in (tables, roofline, methods, sweep, search, ranks, distill, study):
         monkeypatch.setattr(page, "run_fresh", tables.run_within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
 
@@ -403,19 +449,26 @@ def tabulate(monkeypatch, tmp_path, capsys):
     ("scaling", {"examples per micro-batch": 5, "tokens per example": 4, "layers": 2, "ranks": 2}),
     ("roofline", {}),
     ("growth", {"the limit that train.py sets": 1}),
-    ("methods", dict.fromkeys(methods.FAMILY, 1)),
+    ("methods", dict.fromkeys(methods.FAMILY, 2)),
+    ("rates", {"(full)": 3, "wq,wv": 1, "all seven": 3}),
     ("distill", {}),
     ("search", {"1": 1}),
     ("paper", {"wq": 1, "wq,wv": 3, "w1,w2,w3": 1, "Int4": 1, "wv, r 1: amplification factor": 1}),
 ])
 def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     flags = ["--checkpoint", base, "--data", data]
+    also = tmp_path / "also.jsonl"
+    also.write_text(json.dumps({"text": "Mia ran to the house."}))
     if name == "search":
         flags += ["--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
     elif name == "paper":
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0,1,2", "--r", "1", "--ranks",
                   "1,2"]
-    elif name in ("methods", "distill"):
+    elif name in ("methods", "rates"):
+        flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2", "--also",
+                  also]
+        flags += ["--ranks", "1", "--batches", "1,32"] if name == "rates" else []
+    elif name == "distill":
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
     elif name == "growth":
         flags += ["--precision", "fp32", "--steps", "3"]

@@ -14,7 +14,7 @@ import pytest
 
 from .helpers import ONE_THREAD, ROOT
 
-LOSS = "loss_sum * ranks.size / window.n_answer"
+LOSS = "loss_sum / window.n_answer"
 LOGITS = "model(batch.tokens, rows=rows, layout=batch.layout)"
 NORM = "F.rms_norm(x, self.weight.shape, self.weight, self.eps)"
 WRAPPING = "ddp_model = job.sharding.wrapped(model)"
@@ -23,9 +23,9 @@ WRAPPING = "ddp_model = job.sharding.wrapped(model)"
 # and quotes do not matter.  Code is statements, an expression, or an argument `name=value`.
 MUTATIONS = {
     "mean_of_means": ("train.py",
-        LOSS, "loss_sum * ranks.size / max(1, batch.n_answer) / len(window.batches)"),
+        LOSS, "loss_sum / max(1, batch.n_answer) / len(window.batches)"),
     "divided_twice": ("train.py", LOSS, f"{LOSS} / len(window.batches)"),
-    "not_divided": ("train.py", LOSS, "loss_sum * ranks.size / max(1, batch.n_answer)"),
+    "not_divided": ("train.py", LOSS, "loss_sum / max(1, batch.n_answer)"),
     "leftover_window": ("train.py",
         "loss_share = accumulate_gradients(ddp_model, job.loss_fn, window, precision, ranks)",
         """

@@ -175,7 +175,7 @@ PLANTED = {
         "self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), "
         "layout=layout)", [TRAIN]),
     "the loss is read": ("train.py",
-        "total += loss.detach() / ranks.size", "total += loss.item() / ranks.size", [TRAIN]),
+        "total += loss_share.detach()", "total += loss_share.item()", [TRAIN]),
     "angles on the CPU": ("llama/model.py",
         "rope = rope[layout.positions]", "rope = rope.cpu()[layout.positions]", [TRAIN]),
     "an adapter in fp32": ("lora/layers.py",

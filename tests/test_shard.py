@@ -324,7 +324,7 @@ def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypa
     train.main([*flags, "--method", "full"])
     assert "in rank 0's main memory, 0." in capsys.readouterr().out
     train.main(["--dry-run", "--shard", "8"])
-    assert "about 12.8 MiB of tensors per rank, " in capsys.readouterr().out     # as README has it
+    assert "about 12.8 MiB of tensors per rank, " in capsys.readouterr().out       # as in docs
 
 
 def test_shard_is_advised_where_memory_ends():

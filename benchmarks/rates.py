@@ -1,0 +1,107 @@
+"""The best learning rate of LoRA beside full fine-tuning's, by rank, matrices and batch.
+
+The claims are those of "LoRA Without Regret" (Schulman and Thinking Machines Lab 2025,
+https://thinkingmachines.ai/blog/lora/): LoRA's best rate is about 10 times that of full
+fine-tuning, it hardly depends on the rank, adapters on all matrices do better than on attention
+alone, and large batches cost LoRA more.
+"""
+from dataclasses import dataclass
+
+from finetune.arguments import number
+
+from . import sweep
+from .sweep import Curve, Sweep, difference, forgotten, quality
+from .tables import ROOT, Table, list_of, markdown, panel
+from .training import STEP_EXAMPLES, run_flags
+
+FILES = [ROOT / "benchmarks/sweep.py", ROOT / "benchmarks/claims.py"]
+SOME = "wq,wv"
+ALL = "wq,wk,wv,wo,w1,w2,w3"
+PUBLISHED_FACTOR = 10                                # LoRA's best rate / full fine-tuning's
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table.  targets and r: None for full fine-tuning.  batch: examples per step."""
+    targets: str | None
+    r: int | None
+    batch: int
+
+    @property
+    def name(self) -> str:
+        return f"r {self.r} on {self.place}" if self.r else "full"
+
+    @property
+    def place(self) -> str:
+        return "all seven" if self.targets == ALL else self.targets or ""
+
+    def curve(self, runs: Sweep, args) -> Curve:
+        flags = {"targets": self.targets, "r": self.r} if self.r else {"method": "full"}
+        return runs.curve(f"{self.name}, batch {self.batch}", run_flags(args, self.batch) | flags)
+
+
+def add_flags(parser):
+    sweep.add_flags(parser, seeds=[0, 1])
+    flag = parser.add_argument
+    flag("--ranks", metavar="N,...", type=list_of(number(int, 1)), default=[1, 4, 16, 64],
+         help="ranks to compare (default: 1,4,16,64)")
+    flag("--batches", metavar="N,...", type=list_of(number(int, 1)), default=[8, 32, 128],
+         help="examples per optimizer step to compare, with LoRA on all seven matrices at the "
+              f"middle rank; all else has {STEP_EXAMPLES} (default: 8,32,128)")
+
+
+def make(args, table: Table) -> list:
+    """Sweep the learning rates of each setting; return lines of Markdown."""
+    ranks = sorted(set(args.ranks))
+    middle = ranks[len(ranks) // 2]
+    by_rank = [Setting(None, None, STEP_EXAMPLES)]
+    for targets in (SOME, ALL):
+        by_rank += [Setting(targets, r, STEP_EXAMPLES) for r in ranks]
+    by_batch = []
+    for batch in sorted(set(args.batches)):
+        by_batch += [Setting(None, None, batch), Setting(ALL, middle, batch)]
+    with sweep.sweeping(args, table) as runs:
+        base_loss = runs.base_loss()
+        curves = {setting: setting.curve(runs, args) for setting in by_rank + by_batch}
+    table.draw(panels_of(curves, by_rank, by_batch))
+    return [*table_of(curves, by_rank, base_loss), "", *table_of(curves, by_batch, base_loss), "",
+            note(args)]
+
+
+def table_of(curves: dict, settings: list, base_loss: float | None) -> list:
+    """Return the table of these settings, each beside full fine-tuning with the same batch."""
+    header = ["matrices", "r", "examples a step", "trained", "best rate", "held-out loss",
+              "right to the letter", "forgotten, nats per token", "best rate / full's",
+              "loss, difference to full [95 %]"]
+    rows = []
+    for setting in settings:
+        curve = curves[setting]
+        full = curves[Setting(None, None, setting.batch)]
+        row = [setting.place or "(full)", str(setting.r or ""), str(setting.batch),
+               f"{curve.best[0]['parameters']:,}", curve.rate_text, *quality(curve.best),
+               forgotten(curve.best, base_loss)]
+        if setting.r:
+            row += [f"{curve.rate / full.rate:.1f}",
+                    difference(curve.best, full.best, "loss")]
+        else:
+            row += ["", ""]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def panels_of(curves: dict, by_rank: list, by_batch: list) -> list:
+    """Return the pictures: held-out loss by learning rate, for ranks and for batches."""
+    panels = []
+    of_rank = {setting.name: curves[setting].losses for setting in by_rank
+               if setting.targets in (None, ALL)}
+    of_batch = {f"{setting.name}, {setting.batch} a step": curves[setting].losses
+                for setting in by_batch}
+    for title, lines in (("ranks", of_rank), ("examples per step", of_batch)):
+        panels.append(panel(f"Held-out loss by learning rate: {title}", "learning rate",
+                            "nats per answer token", lines))
+    return panels
+
+
+def note(args) -> str:
+    return (f"{sweep.note(args)}; the published factor of LoRA's best rate to full fine-tuning's "
+            f"is about {PUBLISHED_FACTOR}; neighbouring rates here differ by 2 to 2.5)")
