@@ -11,6 +11,7 @@ import pytest
 import sentencepiece as spm
 import torch
 
+import generate
 import train
 from finetune import printed
 from llama import Tokenizer, save_checkpoint
@@ -75,6 +76,16 @@ def run(base, data, tmp_path, monkeypatch):
         train.main(given_once([*common, "--out", out, *flags]))
         return metrics(tmp_path / out)
     return run
+
+
+@pytest.fixture
+def answered(capsys):
+    """answered(*flags) returns what generate.py writes to stdout, and to stderr."""
+    def answered(*flags):
+        capsys.readouterr()
+        generate.main(["--instruction", "Say blue please.", "--max-new-tokens", "4", *flags])
+        return capsys.readouterr()
+    return answered
 
 
 @pytest.fixture

@@ -3,14 +3,18 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from finetune.batches import plan_epoch, windows
-from llama import ModelArgs, Transformer
+from llama import ModelArgs, Transformer, save_checkpoint
 from lora import LoRAConfig, add_lora, lora_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +37,14 @@ CORPUS = [
 WORDS = "blue cold one two three green happy sad yes no sky grass".split()
 TIMED = ("tokens_per_second", "peak_memory_mb")  # columns of metrics.jsonl that no run repeats
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+HAS_SAFETENSORS = find_spec("safetensors") is not None
+needs_safetensors = pytest.mark.skipif(
+    not HAS_SAFETENSORS, reason="needs safetensors: pip install safetensors"
+)
+needs_peers = pytest.mark.skipif(
+    not (find_spec("transformers") and find_spec("peft")),
+    reason="needs transformers and peft: pip install -r tests/requirements.txt",
+)
 
 
 def example(i, word):
@@ -66,6 +78,12 @@ def tiny(vocab_size=400, **sizes):
     return model.eval()
 
 
+def random_ids(draw, low, high):
+    """Return at least `low` and fewer than `high` ids, which a random generator draws."""
+    length = int(torch.randint(low, high, (), generator=draw))
+    return torch.randint(3, 390, (length,), generator=draw).tolist()
+
+
 class GivenLogits(torch.nn.Module):
     """A model whose logits at each row are given."""
 
@@ -84,6 +102,23 @@ def adapt(model, std=0.1, **settings):
     for tensor in lora_state_dict(model).values():
         torch.nn.init.normal_(tensor, std=std)
     return model
+
+
+def close(one, other, share=1e-6):
+    """Tell whether two tensors are equal to `share` of the norm."""
+    return (one - other).norm() <= share * other.norm()
+
+
+def check_linear(layer, weight, bias, parameters=(), share=1e-12):
+    """Check a layer's output, and the gradients of x and parameters, against W x + b."""
+    x = torch.randn(2, 4, weight.shape[1], dtype=weight.dtype, requires_grad=True)
+    expected = F.linear(x, weight, bias)
+    assert close(layer(x), expected, share)
+    g = torch.randn_like(expected)
+    gradients = torch.autograd.grad((layer(x) * g).sum(), [x, *parameters])
+    right = torch.autograd.grad((expected * g).sum(), [x, *parameters])
+    for one, other in zip(gradients, right, strict=True):
+        assert close(one, other, share)
 
 
 def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0, rank=0,
@@ -142,6 +177,11 @@ def metrics(folder):
     return [json.loads(line) for line in lines]
 
 
+def column(folder, name):
+    """Return a column of a run's metrics.jsonl: the values of the rows that have it."""
+    return [row[name] for row in metrics(folder) if name in row]
+
+
 def untimed(rows):
     """Return rows of metrics.jsonl without the columns of time and memory."""
     return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
@@ -152,9 +192,9 @@ def adapter_tensors(folder):
     return torch.load(folder / "adapter.pt", weights_only=True)["tensors"]
 
 
-def stored(folder):
-    """Return {name: tensor} of a checkpoint in Meta's layout, as its one file has it."""
-    return torch.load(folder / "consolidated.00.pth", weights_only=True)
+def stored(folder, name="consolidated.00.pth"):
+    """Return what a file of tensors holds; by default that of a checkpoint in Meta's layout."""
+    return torch.load(folder / name, weights_only=True)
 
 
 def saved(content, **settings):
@@ -162,6 +202,22 @@ def saved(content, **settings):
     file = io.BytesIO()
     torch.save(content, file, **settings)
     return file.getvalue()
+
+
+def lay_out(folder, tokenizer, n_examples, n_held_out, **sizes):
+    """Write a base of 2 layers of GQA, data.json and held_out.json, from which runs begin."""
+    model = tiny(tokenizer.vocab_size, **({"n_kv_heads": 2} | sizes))
+    save_checkpoint(model, tokenizer, folder / "base")
+    (folder / "data.json").write_text(json.dumps(EXAMPLES[:n_examples]))
+    (folder / "held_out.json").write_text(json.dumps(EXAMPLES[:n_held_out]))
+
+
+def copied_tree(folder):
+    """Copy all that train.py and generate.py need to a folder."""
+    for room in ("lora", "llama", "finetune"):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("train.py", "generate.py"):
+        shutil.copy(ROOT / name, folder)
 
 
 class Attack:
@@ -184,14 +240,24 @@ def peak():
 """
 
 
-def torchrun(folder, *command, ranks=2):
-    """Return the finished process of `torchrun --nproc_per_node=RANKS -- COMMAND` in a folder."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--"]
+def python(folder, *words, timeout=300, **environment):
+    """Return the finished process of `python WORDS` in a folder."""
     return subprocess.run(
-        [sys.executable, *launcher, *map(str, command)],
+        [sys.executable, *map(str, words)],
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=300,
-        env=ONE_THREAD,
+        timeout=timeout,
+        env=ONE_THREAD | environment,
     )
+
+
+def launcher(ranks=2, *flags):
+    """Return the words after `python` by which torchrun starts the command that follows them."""
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*command, *flags, "--"]
+
+
+def torchrun(folder, *command, ranks=2):
+    """Return the finished process of `torchrun --nproc_per_node=RANKS -- COMMAND` in a folder."""
+    return python(folder, *launcher(ranks), *command)

@@ -21,7 +21,7 @@ from finetune.run import Run
 from llama import Tokenizer, files, save_checkpoint
 from lora import adapter
 
-from .helpers import ROOT, metrics, tiny
+from .helpers import ROOT, contents, metrics, tiny
 
 SAVE_EVERY = 2
 STEPS = 5
@@ -63,6 +63,14 @@ def at(owner, name, misfortune, n=1):
     return install
 
 
+@pytest.fixture
+def half(trial):
+    """The run died after its save of step 4."""
+    assert run(trial, at(train, "save", lambda: os._exit(5)))[0] == 5
+    assert trial.check().step == 4
+    return trial
+
+
 def goes_on_as_if_nothing_had_been(trial):
     trial.check()
     trial.finish()
@@ -94,24 +102,15 @@ def test_a_disk_that_fails_at_the_last_save(trial, misfortune, reason, owner, na
     goes_on_as_if_nothing_had_been(trial)
 
 
-def lose_both(out):
-    os.replace(out / "state.pt", out / "state.pt.tmp")
-    os.replace(out / "state.previous.pt", out / "state.pt")
-
-
-def lose_the_second(out):
-    os.replace(out / "state.pt", out / "state.pt.tmp")
-
-
-@pytest.mark.parametrize("lose, step", [(lose_both, 2), (lose_the_second, 2)])
-def test_a_power_cut_that_undoes_renamings(trial, lose, step):
+@pytest.mark.parametrize("undone", ["both", "the second"])
+def test_a_power_cut_that_undoes_renamings(half, undone):
     """Of the save of step 4; the file itself is on disk, under the name that it had first."""
-    assert run(trial, at(train, "save", lambda: os._exit(5)))[0] == 5
-    assert trial.check().step == 4
-    lose(trial.out)
-    trial.save_every = STEPS                         # The rows are as many as before.
-    assert trial.check().step == step
-    goes_on_as_if_nothing_had_been(trial)
+    os.replace(half.out / "state.pt", half.out / "state.pt.tmp")
+    if undone == "both":
+        os.replace(half.out / "state.previous.pt", half.out / "state.pt")
+    half.save_every = STEPS                          # The rows are as many as before.
+    assert half.check().step == 2
+    goes_on_as_if_nothing_had_been(half)
 
 
 def test_what_is_on_disk_before_what(trial):
@@ -179,9 +178,11 @@ ALLOCATOR = ("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator:
              "memory: you tried to allocate 100 bytes. Error code 12 (Cannot allocate memory)")
 
 
-@pytest.mark.parametrize("error", [
-    MemoryError(), RuntimeError(ALLOCATOR), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))])
-@pytest.mark.parametrize("n", [1, 3, 4, 5])
+OUT_OF_MEMORY = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+@pytest.mark.parametrize("error, n", [
+    (MemoryError(), 1), (RuntimeError(ALLOCATOR), 3), *((OUT_OF_MEMORY, n) for n in (1, 3, 4, 5))])
 def test_memory_that_ends_within_a_save(trial, error, n):
     """Of state.pt, best.pt, adapter.pt and the last state.pt; a part is written by then."""
     def install():
@@ -226,31 +227,20 @@ def test_a_clock_that_jumps(trial, monkeypatch, capsys):
 
 def refused(trial):
     """Return the line with which the run is refused; nothing in its folder has changed."""
-    before = {path: path.read_bytes() for path in trial.out.iterdir()}
+    before = contents(trial.out)
     code, errors = run(trial)
     assert code == 2 and errors.count("\n") == 1
-    assert {path: path.read_bytes() for path in trial.out.iterdir()} == before
+    assert contents(trial.out) == before
     return errors
-
-
-@pytest.fixture
-def half(trial):
-    """The run was killed after its save of step 4."""
-    run(trial, at(train, "save", lambda: os._exit(5)))
-    return trial
 
 
 def test_a_state_of_another_run(half):
     """Of the same flags, with other examples."""
     rows = Path("data.json").read_text()
     Path("data.json").write_text(rows.replace("blue", "red"))
-    shutil.copytree("disturbed", "kept")
-    shutil.rmtree("disturbed")
-    run(half, at(train, "save", lambda: os._exit(5)))
+    half.complete("other")
     Path("data.json").write_text(rows)
-    os.replace("disturbed/state.pt", "kept/state.pt")
-    shutil.rmtree("disturbed")
-    os.replace("kept", "disturbed")
+    os.replace("other/state.pt", "disturbed/state.pt")
     assert "the examples are not those that it was begun with" in refused(half)
 
 
@@ -271,13 +261,12 @@ def test_rows_of_another_run(half, change):
     goes_on_as_if_nothing_had_been(half)
 
 
-def test_an_adapter_of_another_base(trial):
+def test_an_adapter_of_another_base(half):
     """A run writes its own over it; a command that reads it refuses it."""
     tokenizer = Tokenizer(ROOT / "finetune/demo/tokenizer.model")
     save_checkpoint(tiny(tokenizer.vocab_size), tokenizer, "other")
     argv = ["--checkpoint", "other", "--adapter", "whole/adapter.pt", "--instruction", "Say"]
-    code, errors = trial.place.end(trial.place.start(lambda: generate.main(argv)))
+    code, errors = half.place.end(half.place.start(lambda: generate.main(argv)))
     assert code == 2 and errors.count("\n") == 1 and "whole/adapter.pt" in errors, errors
-    run(trial, at(train, "save", lambda: os._exit(5)))
     Path("disturbed/adapter.pt").write_bytes(b"of another run")
-    goes_on_as_if_nothing_had_been(trial)
+    goes_on_as_if_nothing_had_been(half)

@@ -33,18 +33,17 @@ def test_what_was_saved_comes_back_in_metas_layout_and_the_same_bytes(base, tmp_
     assert json.loads((base / "params.json").read_text()) == {
         "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 400,
         "multiple_of": 16, "ffn_dim_multiplier": None, "norm_eps": 1e-5, "rope_theta": 10000.0}
-    names = {"tok_embeddings", "norm", "output"}
+    names = {"tok_embeddings.weight", "norm.weight", "output.weight"}
     for kind in ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "attention_norm",
                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "ffn_norm"):
-        names |= {f"layers.0.{kind}", f"layers.1.{kind}"}
-    assert stored(base).keys() == {f"{name}.weight" for name in names}
+        names |= {f"layers.0.{kind}.weight", f"layers.1.{kind}.weight"}
+    assert stored(base).keys() == names
 
 
 def test_metas_own_habits(base):
     """rope.freqs in the weights, vocab_size -1, and keys that params.json leaves out."""
     expected = logits(base)
-    freqs = {"rope.freqs": torch.ones(4)}
-    spoil(base / "consolidated.00.pth", saved(stored(base) | freqs))
+    spoil(base / "consolidated.00.pth", saved(stored(base) | {"rope.freqs": torch.ones(4)}))
     for changes in ({"vocab_size": -1}, dict.fromkeys(["rope_theta", "norm_eps"], DROP),
                     {"ffn_dim_multiplier": DROP}):
         spoil(base / "params.json", changes)
@@ -83,8 +82,7 @@ def test_first_layers_and_dtype(base, dtype):
 @pytest.mark.parametrize("shards", [1, 4])
 def test_loading_holds_no_more_than_it_keeps(tmp_path, tokenizer, shards):
     """One of 24 layers of 260 MiB, in a fresh process: the peak grows by what is kept."""
-    big = tiny(dim=512, n_heads=8, n_layers=24, multiple_of=64)
-    save_checkpoint(big, tokenizer, tmp_path)
+    save_checkpoint(tiny(dim=512, n_heads=8, n_layers=24, multiple_of=64), tokenizer, tmp_path)
     split(tmp_path, shards)
     code = f"""{PEAK}
 from llama import load_checkpoint
@@ -141,7 +139,7 @@ def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
     (tmp_path / "consolidated.100.pth").touch()
     (tmp_path / "consolidated.00.pth.bak").touch()
     load_checkpoint(tmp_path)                        # Other names are no shards.
-    shard = torch.load(third, weights_only=True)
+    shard = stored(tmp_path, third.name)
     torch.save(shard | {"norm.weight": shard["norm.weight"] + 1}, third)
     with pytest.raises(ValueError, match="the shards differ where they should be alike"):
         load_checkpoint(tmp_path)
@@ -159,32 +157,31 @@ def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
 
 def test_random_weights_need_no_weights_file_and_follow_the_seed(base):
     (base / "consolidated.00.pth").unlink()
-    outputs = []
-    prints = []
+    models = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        model, _ = load_checkpoint(base, init="random")
-        outputs.append(model(TOKENS))
-        prints.append(model.origin["fingerprint"])
-    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
-    assert prints[0] == prints[1] != prints[2]
+        models.append(load_checkpoint(base, init="random")[0])
+    first, same, other = [model(TOKENS) for model in models]
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    first, same, other = [model.origin["fingerprint"] for model in models]
+    assert first == same != other
 
 
 def test_fingerprint_is_the_same_in_any_dtype_and_differs_with_anything_else(base):
     model, _ = load_checkpoint(base)
     norm = model.norm.weight.detach().bfloat16()
     embeddings = model.tok_embeddings.weight.detach().bfloat16()
-    own = model.origin["fingerprint"]
+    expected = model.origin["fingerprint"]
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        assert fingerprint(model.args, norm.to(dtype), embeddings.to(dtype)) == own
-    assert load_checkpoint(base, layers=1)[0].origin["fingerprint"] != own
-    assert fingerprint(model.args, norm, embeddings + 0.01) != own
+        assert fingerprint(model.args, norm.to(dtype), embeddings.to(dtype)) == expected
+    assert load_checkpoint(base, layers=1)[0].origin["fingerprint"] != expected
+    assert fingerprint(model.args, norm, embeddings + 0.01) != expected
     spoil(base / "params.json", {"rope_theta": 500000.0})
-    assert load_checkpoint(base)[0].origin["fingerprint"] != own
+    assert load_checkpoint(base)[0].origin["fingerprint"] != expected
 
 
 @pytest.mark.parametrize("name, tensor, message", [
-    ("layers.1.ffn_norm.weight", None, "missing: layers.1.ffn_norm.weight"),
+    ("layers.1.ffn_norm.weight", DROP, "missing: layers.1.ffn_norm.weight"),
     ("bias", torch.zeros(1), "unexpected: bias"),
     ("norm.weight", torch.zeros(32, dtype=torch.int64), "a dict of floating-point tensors"),
     ("model", {"norm.weight": torch.ones(2)}, "a dict of floating-point tensors"),
@@ -192,9 +189,10 @@ def test_fingerprint_is_the_same_in_any_dtype_and_differs_with_anything_else(bas
     ("norm.weight", Attack(), "consolidated.00.pth is not a checkpoint of tensors"),
 ])
 def test_tensors_that_do_not_fit_are_named(base, capsys, name, tensor, message):
-    state = stored(base)
-    state.pop(name, None)
-    spoil(base / "consolidated.00.pth", saved(state | ({} if tensor is None else {name: tensor})))
+    state = stored(base) | {name: tensor}
+    if tensor is DROP:
+        del state[name]
+    spoil(base / "consolidated.00.pth", saved(state))
     with pytest.raises(ValueError, match=message):
         load_checkpoint(base)
     assert "the pickle ran" not in capsys.readouterr().out

@@ -11,7 +11,6 @@ import torch
 
 import finetune.evaluate as module
 import generate as command
-import train
 from finetune.dataset import IGNORE, SupervisedDataset, encode_prompt
 from finetune.evaluate import (Exam, Question, class_answers, distinct_classes, evaluate,
                                intervals, lay_out, log_likelihoods, measures,
@@ -19,7 +18,7 @@ from finetune.evaluate import (Exam, Question, class_answers, distinct_classes, 
 from finetune.examples import read_examples
 from llama import load_checkpoint
 
-from .helpers import ROOT, metrics, tiny
+from .helpers import ROOT, random_ids, tiny
 
 DEMO = ROOT / "finetune" / "demo"
 NO_AUTOCAST = torch.autocast("cpu", enabled=False)
@@ -40,17 +39,12 @@ def slow(model, prompt, answer):
 def drawn(n=9, seed=0, beginning=()):
     """Return questions with 1 to 5 answers of 1 to 6 tokens, some of which begin alike."""
     draw = torch.Generator().manual_seed(seed)
-
-    def random_ids(low, high):
-        length = int(torch.randint(low, high, (), generator=draw))
-        return torch.randint(3, 390, (length,), generator=draw).tolist()
-
     questions = []
     for i in range(n):
-        answers = [[*random_ids(0, 6), 2] for _ in range(1 + i % 4)]
+        answers = [[*random_ids(draw, 0, 6), 2] for _ in range(1 + i % 4)]
         if i % 3:
             answers.append([*answers[0][:-1], 7, 2])
-        questions.append(Question([1, *beginning, *random_ids(1, 30)], answers))
+        questions.append(Question([1, *beginning, *random_ids(draw, 1, 30)], answers))
     return questions
 
 
@@ -85,13 +79,12 @@ def test_a_row_written_out_by_hand(monkeypatch):
 def test_likelihoods_equal_the_slow_reference(dtype, off, beginning):
     """In one batch and one by one, also of the likeliest answer."""
     model = tiny(n_kv_heads=2).to(dtype)
-    questions = []
-    for prompt, answers, *_ in drawn(beginning=beginning):
-        likeliest = model(torch.tensor([prompt]))[0, -1].argmax().item()
-        questions.append(Question(prompt, [*answers, [likeliest, 2]]))
+    questions = drawn(beginning=beginning)
     expected = []
     alone = []
     for question in questions:
+        likeliest = model(torch.tensor([question.prompt]))[0, -1].argmax().item()
+        question.answers.append([likeliest, 2])
         expected += [slow(model, question.prompt, answer) for answer in question.answers]
         alone += log_likelihoods(model, [question])
     for scores in (log_likelihoods(model, questions), alone):
@@ -102,11 +95,10 @@ def test_likelihoods_equal_the_slow_reference(dtype, off, beginning):
 
 
 def test_a_prompt_is_computed_once_for_all_its_answers():
-    prompt = list(range(1, 41))
     answers = [[50, 2], [51, 2], [52, 53, 2], [2]]
-    question = Question(prompt, answers)
-    assert lay_out([question])[0].numel() == len(prompt) + 1 + 1 + 2 + 0
-    other = Question([*prompt[:-1], 60], answers)
+    question = Question([*range(1, 41)], answers)
+    assert lay_out([question])[0].numel() == 40 + 1 + 1 + 2 + 0
+    other = Question([*range(1, 40), 60], answers)
     assert lay_out([question, other])[0].numel() == 39 + 2 * (1 + 4)
 
 
@@ -141,18 +133,19 @@ def test_it_is_faster_than_the_slow_reference():
     answers = [tokenizer.encode(word, eos=True) for word in words]
     examples = read_examples(DEMO / "held_out.json")[:12]
     questions = [Question(encode_prompt(example, tokenizer), answers) for example in examples]
-    seconds = {True: [], False: []}
-    for is_batched in (True, False) * 2:
+    ours = []
+    reference = []
+    for _ in range(2):
         began = time.perf_counter()
-        if is_batched:
-            with torch.no_grad():
-                log_likelihoods(model, questions)
-        else:
-            for question in questions:
-                for answer in answers:
-                    slow(model, question.prompt, answer)
-        seconds[is_batched].append(time.perf_counter() - began)
-    ratio = min(seconds[False]) / min(seconds[True])
+        with torch.no_grad():
+            log_likelihoods(model, questions)
+        ours.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for question in questions:
+            for answer in answers:
+                slow(model, question.prompt, answer)
+        reference.append(time.perf_counter() - began)
+    ratio = min(reference) / min(ours)
     print(f"\n12 questions with 9 answers each: {ratio:.1f} times as fast as one by one")
     assert ratio > 2
 
@@ -191,11 +184,9 @@ def test_measures_of_classes_by_hand(confusion, accuracy, f1, mcc):
 def test_correlation_of_many_classes_is_the_correlation_of_their_indicators():
     """R_K by its definition: covariances of one-hot vectors, summed over the classes."""
     counts = torch.randint(0, 9, (5, 5), generator=torch.Generator().manual_seed(0))
-    pairs = []
-    for i in range(5):
-        for j in range(5):
-            pairs += [(i, j)] * counts[i, j]
-    right, answered = torch.eye(5, dtype=torch.float64)[torch.tensor(pairs)].unbind(1)
+    classes = torch.cartesian_prod(torch.arange(5), torch.arange(5))
+    pairs = classes.repeat_interleave(counts.flatten(), 0)
+    right, answered = torch.eye(5, dtype=torch.float64)[pairs].unbind(1)
     right = right - right.mean(0)
     answered = answered - answered.mean(0)
     expected = (right * answered).sum() / (right.square().sum() * answered.square().sum()).sqrt()
@@ -213,24 +204,20 @@ def test_loss_is_per_token_and_the_rest_per_example():
          "ended": 1})
 
 
-@pytest.mark.parametrize("answers, classes", [
-    (["yes", "no", "yes", "yes"], ["no", "yes"]),
-    (["yes", "no", "no answer"], None),              # fewer than two examples to each
-    ([str(i) for i in range(21)] * 9, None),
-])
-def test_classes_are_a_small_set_of_answers(answers, classes):
-    assert distinct_classes(answers) == classes
+def test_classes_are_a_small_set_of_answers():
+    assert distinct_classes(["yes", "no", "yes", "yes"]) == ["no", "yes"]
+    assert distinct_classes(["yes", "no", "no answer"]) is None    # fewer than two examples to each
+    assert distinct_classes([str(i) for i in range(21)] * 9) is None
 
 
 def test_classes_of_encoded_examples_are_whole_and_fit(tokenizer):
-    examples = []
-    for n in (1, 2, 9):
-        for word in ("happy", "sad and sad"):
-            examples.append({"instruction": "Happy?", "input": "word " * n, "output": word})
+    words = ("happy", "sad and sad")
+    examples = [{"instruction": "Happy?", "input": "word " * (i // 2), "output": words[i % 2]}
+                for i in range(6)]
     whole = SupervisedDataset(examples, tokenizer)
     longest = max(len(tokens) for tokens, _ in whole.rows)
     choices = class_answers(whole, 512)
-    assert choices == sorted(tokenizer.encode(word, eos=True) for word in ("happy", "sad and sad"))
+    assert choices == sorted(tokenizer.encode(word, eos=True) for word in words)
     assert class_answers(whole, longest) == choices and class_answers(whole, longest - 1) is None
 
 
@@ -252,9 +239,9 @@ def test_a_difference_is_paired():
     adapter = table(shift=-0.05, noise=0.1, seed=1)
     values = intervals({"base": base, "adapter": adapter})
     value, low, high = values["difference"]["loss"]
-    error = (adapter["nats"] - base["nats"]).std().item() / math.sqrt(200)
+    error = 1.96 * (adapter["nats"] - base["nats"]).std().item() / math.sqrt(200)
     assert value == pytest.approx(values["adapter"]["loss"][0] - values["base"]["loss"][0])
-    assert (value - low, high - value) == pytest.approx((1.96 * error, 1.96 * error), rel=0.15)
+    assert (value - low, high - value) == pytest.approx((error, error), rel=0.15)
     _, base_low, base_high = values["base"]["loss"]
     assert base_high - base_low > 5 * (high - low)
     same = intervals({"base": base, "adapter": base})["difference"]
@@ -349,29 +336,21 @@ def test_the_ranks_shares_add_up(monkeypatch, tokenizer, world_size):
         assert values[name].item() == pytest.approx(whole[f"val_{name}"], rel=1e-5)
 
 
-@pytest.fixture
-def feelings(base, tmp_path, monkeypatch, capsys):
-    """(rows of metrics.jsonl, printed text) of a run in ./out on happy and sad answers."""
-    monkeypatch.chdir(tmp_path)
+def test_train_and_generate_agree(run, base, tmp_path, capsys):
+    """Also on the base alone, and with the adapter merged."""
+    def score(*flags):
+        command.main(["--data", "feelings.json", "--score", *flags])
+        line, = capsys.readouterr().out.splitlines()
+        return json.loads(line)
+
     (tmp_path / "feelings.json").write_text(json.dumps(FEELINGS))
-    train.main(["--checkpoint", str(base), "--data", "feelings.json", "--val-data",
-                "feelings.json", "--targets", "all", "--lr", "1e-2", "--accumulation-steps", "1",
-                "--batch-size", "6", "--max-steps", "2", "--epochs", "2", "--dropout", "0"])
-    return metrics(tmp_path / "out"), capsys.readouterr().out
-
-
-def score(capsys, *flags):
-    capsys.readouterr()
-    command.main(["--data", "feelings.json", "--score", *flags])
-    line, = capsys.readouterr().out.splitlines()
-    return json.loads(line)
-
-
-def test_train_and_generate_agree(feelings, capsys):
-    rows, printed = feelings
+    rows = run("out", "--data", "feelings.json", "--val-data", "feelings.json", "--targets", "all",
+               "--accumulation-steps", "1", "--batch-size", "6", "--max-steps", "2",
+               "--epochs", "2", "--dropout", "0")
+    printed = capsys.readouterr().out
     assert "held out  feelings.json: 6 examples" in printed
     assert "; answers of 2 classes\n" in printed
-    scores = score(capsys)
+    scores = score()
     about = {"data": "feelings.json", "examples": 6, "choices": ["happy", "sad"], "seed": 0,
              "majority": {"answer": "happy", "accuracy": 0.5}}
     assert scores.items() >= about.items()
@@ -383,19 +362,14 @@ def test_train_and_generate_agree(feelings, capsys):
                                        "macro_f1", "mcc", "exact_match", "ended"}
         assert all(low <= high for _, low, high in scores[name].values())
     for name, (value, *_) in scores["difference"].items():
-        expected = scores["adapter"][name][0] - scores["base"][name][0]
-        assert value == pytest.approx(expected)
+        assert value == pytest.approx(scores["adapter"][name][0] - scores["base"][name][0])
     assert scores["difference"]["loss"][0] < 0
-
-
-def test_base_alone_and_merged(feelings, base, capsys):
-    both = score(capsys)
-    alone = score(capsys, "--adapter", "none", "--checkpoint", str(base))
-    merged = score(capsys, "--merge")
-    assert alone["base"] == both["base"] == merged["base"]
+    alone = score("--adapter", "none", "--checkpoint", str(base))
+    merged = score("--merge")
+    assert alone["base"] == scores["base"] == merged["base"]
     assert not {"adapter", "difference"} & alone.keys()
-    for name, values in both["adapter"].items():
+    for name, values in scores["adapter"].items():
         assert merged["adapter"][name] == pytest.approx(values, rel=1e-4)
-    named = score(capsys, "--choices", "sad,happy,yes")
+    named = score("--choices", "sad,happy,yes")
     assert named["choices"] == ["sad", "happy", "yes"]
-    assert named["base"]["loss"] == pytest.approx(both["base"]["loss"], rel=1e-5)
+    assert named["base"]["loss"] == pytest.approx(scores["base"]["loss"], rel=1e-5)

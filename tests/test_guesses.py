@@ -36,12 +36,6 @@ def lines(tree):
     return read[1:]
 
 
-def pool_of(followers):
-    pool = NgramPool()
-    pool.followers.update(followers)
-    return pool
-
-
 # --- what is guessed
 
 
@@ -73,18 +67,11 @@ def test_a_pool_has_what_was_put_last_after_two_tokens_or_one():
     assert pool.after([4]) == [] and len(pool) == 0
 
 
-FOLLOWERS = {
-    (3,): [7, 8, 9],
-    (7,): [4, 5, 6],
-    (4,): [3, 1, 1],
-    (8,): [8, 8, 8],
-    (20,): [30, 31, 32],
-    (21,): [30, 41, 42],
-}
-
-
 def test_a_tree_of_guesses_by_hand():
-    pool = pool_of(FOLLOWERS)
+    pool = NgramPool()
+    pool.followers |= {
+        (3,): [7, 8, 9], (7,): [4, 5, 6], (4,): [3, 1, 1], (8,): [8, 8, 8],
+        (20,): [30, 31, 32], (21,): [30, 41, 42]}
     after_3 = [[7], [7, 4], [7, 4, 3], [8], [8, 8], [8, 8, 8], [9]]
     assert lines(make_tree([1, 2, 3], 99, pool, [])) == after_3
     assert lines(make_tree([1, 2, 3], 4, pool, [])) == after_3[:4]
@@ -134,13 +121,13 @@ def test_guesses_give_the_greedy_text_in_fewer_forwards():
             for eos in sorted(set(text))[::4]:
                 assert one(model, prompt, 99, eos) == text[:text.index(eos)]
             for n in (1, 2, 3):
-                without_repeats = naive(model, prompt, 30, -1, n)
-                assert one(model, prompt, 30, -1, no_repeat_ngram=n) == without_repeats
+                expected = naive(model, prompt, 30, -1, n)
+                assert one(model, prompt, 30, -1, no_repeat_ngram=n) == expected
     counted = Counted(tiny(vocab_size=12, dim=16, max_seq_len=300))
     assert len(one(counted, [1, 5, 9], 200, -1)) == 200
-    assert len(counted.tokens) < 80
-    full_blocks = sum(n % BLOCK == 0 for n in counted.tokens)
-    assert full_blocks > 0.7 * len(counted.tokens)               # and so few shapes
+    n_forwards = len(counted.tokens)
+    assert n_forwards < 80
+    assert sum(n % BLOCK == 0 for n in counted.tokens) > 0.7 * n_forwards     # so few shapes
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 5])
@@ -170,8 +157,7 @@ def test_any_guess_gives_the_greedy_text(monkeypatch, right):
     counted = Counted(model)
     assert one(counted, [1, 5, 9], 24, -1) == text
     expected = []
-    for n_given in range(0, 24, right + 1):
-        n_left = 24 - n_given
+    for n_left in range(24, 0, -right - 1):
         n_guesses = 3 * min(5, n_left) if n_left > 1 else 0
         expected.append(1 + n_guesses)
     assert counted.places == expected

@@ -15,9 +15,10 @@ import shutil
 import struct
 import subprocess
 import sys
-from contextlib import suppress
 import zipfile
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import torch
 
 import generate
 from benchmarks.lives import write_base
-from benchmarks.mutate import HAS_SAFETENSORS, build, in_bytes, reads
+from benchmarks.mutate import build, in_bytes, reads
 from finetune.examples import read_examples
 from finetune.errors import in_one_line, one_line_errors
 from llama import load_checkpoint
@@ -33,10 +34,8 @@ from llama.files import load_saved
 from llama.peft import adapter_at
 from lora import load_adapter, read_adapter
 
-from .helpers import ONE_THREAD, ROOT, saved, spoil, tiny
-
-needs_safetensors = pytest.mark.skipif(
-    not HAS_SAFETENSORS, reason="needs safetensors: pip install safetensors")
+from .helpers import (HAS_SAFETENSORS, ONE_THREAD, ROOT, needs_safetensors, saved, spoil, stored,
+                      tiny)
 
 
 # --- what torch.save wrote, or might have
@@ -171,11 +170,12 @@ def test_what_torch_save_might_have_written(tmp_path, case):
 
 def test_what_does_no_harm_loads(tmp_path):
     """Values that are left over, values that are there twice, and what PEFT and torch share."""
-    (tmp_path / "file").write_bytes(zipped(b"\x80\x02}}."))
-    assert load_saved(tmp_path / "file") == {}
+    harmless = [(b"\x80\x02}}.", {})]
     for value in ([[1]] * 2, [(0.9, 0.999)] * 3, 2 ** 200):
-        (tmp_path / "file").write_bytes(zipped(pickled(a=plain(value))))
-        assert load_saved(tmp_path / "file") == {"a": value}
+        harmless.append((pickled(a=plain(value)), {"a": value}))
+    for pickle_bytes, content in harmless:
+        (tmp_path / "file").write_bytes(zipped(pickle_bytes))
+        assert load_saved(tmp_path / "file") == content
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32,
@@ -187,13 +187,12 @@ def same(one, other):
     if isinstance(one, torch.Tensor):
         is_alike = one.dtype == other.dtype and one.stride() == other.stride()
         return is_alike and torch.equal(one, other)
-    if type(one) is not type(other) and not isinstance(one, dict):
-        return False
     if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+        return list(one) == list(other) and all(map(same, one.values(), other.values()))
     if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return one == other
+        is_alike = type(one) is type(other) and len(one) == len(other)
+        return is_alike and all(map(same, one, other))
+    return type(one) is type(other) and one == other
 
 
 def test_what_torch_save_wrote_comes_back(tmp_path):
@@ -302,14 +301,10 @@ class Plant:
         return self.call
 
 
-def saved_before_zip(content):
-    return saved(content, _use_new_zipfile_serialization=False)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("i, call, write", [
     (0, Plant(os.mkdir, "planted"), saved),
-    (1, Plant(os.system, "mkdir planted"), saved_before_zip),
+    (1, Plant(os.system, "mkdir planted"), partial(saved, _use_new_zipfile_serialization=False)),
     (2, Plant(exec, "import os; os.mkdir('planted')"), pickle.dumps),
 ])
 def test_a_planted_pickle_does_not_run(refused, here, i, call, write):
@@ -333,19 +328,11 @@ def test_no_file_where_one_belongs(refused, here, name):
     """A pipe would be waited for, and /dev/zero has no end."""
     path = here / name
     lines = itertools.cycle(reads(name))
-    path.unlink()
-    for target in ("/dev/zero", path.name, "nowhere"):
-        path.symlink_to(target)
-        refused(*next(lines))
+    ways = [partial(path.symlink_to, target) for target in ("/dev/zero", path.name, "nowhere")]
+    for make in (*ways, path.touch, partial(os.mkfifo, path), path.mkdir):
         path.unlink()
-    path.touch()
-    refused(*next(lines))
-    path.unlink()
-    os.mkfifo(path)
-    refused(*next(lines))
-    path.unlink()
-    path.mkdir()
-    refused(*next(lines))
+        make()
+        refused(*next(lines))
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith("json")])
@@ -363,7 +350,6 @@ def test_json_that_is_none(refused, here, name):
 
 PARAMS = "base/params.json"
 INDEX = "shards/pytorch_model.bin.index.json"
-PEFT_CONFIG = "peft/adapter_config.json"
 
 
 @pytest.mark.parametrize("name, changes, message", [
@@ -375,7 +361,7 @@ PEFT_CONFIG = "peft/adapter_config.json"
     (INDEX, {"weight_map": {"a": "../base/consolidated.00.pth"}},
      "'../base/consolidated.00.pth', which is not a file of this folder"),
     (INDEX, {"weight_map": {"a": "a" * 5000}}, "File name too long"),
-    (PEFT_CONFIG, {"r": 10 ** 400}, "r is 1000"),
+    ("peft/adapter_config.json", {"r": 10 ** 400}, "r is 1000"),
 ])
 def test_json_that_lies(refused, here, name, changes, message):
     spoil(here / name, changes)
@@ -387,7 +373,7 @@ def test_json_that_lies(refused, here, name, changes, message):
 
 @pytest.mark.parametrize("name", [*TORCH, "int8/adapter.pt"])
 def test_values_that_are_no_numbers(refused, here, name):
-    content = torch.load(here / name, weights_only=True)
+    content = stored(here, name)
     tensors = content.get("scales", content.get("tensors", content))
     for line, value in zip(reads(name), (math.nan, math.inf, -math.inf), strict=True):
         next(iter(tensors.values())).view(-1)[-1] = value
@@ -409,7 +395,7 @@ WQ = "layers.0.attention.wq.lora_A"
     ("tensors", {WQ: torch.ones(2)}, "adapter.pt does not fit"),
 ])
 def test_an_adapter_that_lies(refused, here, key, changes, message):
-    content = torch.load(here / "adapter.pt", weights_only=True)
+    content = stored(here, "adapter.pt")
     content[key] = content[key] | changes if key in ("config", "base") else changes
     torch.save(content, here / "adapter.pt")
     for line in reads("adapter.pt"):
@@ -418,13 +404,11 @@ def test_an_adapter_that_lies(refused, here, key, changes, message):
 
 
 def test_a_base_that_an_adapter_names(refused, here):
-    content = torch.load(here / "adapter.pt", weights_only=True)
-    base = content["base"]
+    content = stored(here, "adapter.pt")
     names = ("a\0b", "\ud800", "x" * 5000, "\x1b[2J", "/proc/self/mem", "/dev", "~", "", 5)
     wrong = [{"folder": name} for name in names]
     for changes in (*wrong, {"layers": "x"}, {"layers": [1]}):
-        content["base"] = base | changes
-        torch.save(content, here / "adapter.pt")
+        torch.save(content | {"base": content["base"] | changes}, here / "adapter.pt")
         assert refused(generate.main, "--adapter", "adapter.pt").strip().isprintable()
 
 

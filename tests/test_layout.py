@@ -1,6 +1,4 @@
 """llama/layout.py: packed rows give the padded loss and gradients, and no example sees another."""
-import json
-
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +11,8 @@ from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 from llama import layout, one_call
 from llama.layout import Piece, arrange
-from lora import LoRAConfig, add_lora
 
-from .helpers import tiny
+from .helpers import adapt, random_ids, tiny
 
 PREAMBLE = list(range(10, 30))
 BRANCHES = ([31, *range(40, 60)], [32, *range(60, 90)])
@@ -27,15 +24,10 @@ def drawn(n=7, seed=0):
     Answers have 1 to 12 tokens, some are eos alone.
     """
     draw = torch.Generator().manual_seed(seed)
-
-    def random_ids(low, high):
-        length = int(torch.randint(low, high, (), generator=draw))
-        return torch.randint(3, 390, (length,), generator=draw).tolist()
-
     rows = []
     for i in range(n - 1):
-        prompt = [1, *PREAMBLE, *BRANCHES[i % 2], *random_ids(1, 40)]
-        answer = random_ids(1, 12)
+        prompt = [1, *PREAMBLE, *BRANCHES[i % 2], *random_ids(draw, 1, 40)]
+        answer = random_ids(draw, 1, 12)
         answer = [2] if i % 3 == 1 else [*answer, 2]
         rows.append((prompt + answer, [IGNORE] * len(prompt) + answer))
     return [*rows, rows[-1]]
@@ -43,12 +35,7 @@ def drawn(n=7, seed=0):
 
 def gradients(batch, checkpointing=False, dtype=torch.float32):
     """Return (loss, gradient of all that is trained, answers) of a GQA model with adapters."""
-    model = tiny(n_kv_heads=2).to(dtype)
-    add_lora(model, LoRAConfig(r=4, dropout=0, targets="all"))
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            generator = torch.Generator().manual_seed(len(name))
-            torch.nn.init.normal_(weight, std=0.1, generator=generator)
+    model = adapt(tiny(n_kv_heads=2).to(dtype), r=4, targets="all")
     model.checkpointing = checkpointing
     loss, n_answer = answer_loss(model, batch)
     loss.backward()
@@ -64,27 +51,18 @@ def test_arranged_by_hand(monkeypatch):
     """Three of four begin with 1 5 6, and two of these go on alike."""
     monkeypatch.setattr(layout, "MIN_SHARED", 2)
     rows = [[1, 5, 6, 8, 9, 3], [1, 4, 2], [1, 5, 6, 8, 9, 4], [1, 5, 6, 7]]
-    pieces, ends = arrange(rows, [5, 2, 5, 3])
-    assert pieces == [
-        Piece(0, 0, 3, ()),
-        Piece(0, 3, 5, (0,)),
-        Piece(0, 5, 6, (0, 1)),
-        Piece(2, 5, 6, (0, 1)),
-        Piece(3, 3, 4, (0,)),
-        Piece(1, 0, 3, ()),
-    ]
-    assert ends == [2, 5, 3, 4]
-    pieces, ends = arrange(rows, [0] * 4)
-    assert pieces == [Piece(i, 0, len(row), ()) for i, row in enumerate(rows)]
-    assert ends == [0, 1, 2, 3]
+    assert arrange(rows, [5, 2, 5, 3]) == (
+        [Piece(0, 0, 3, ()), Piece(0, 3, 5, (0,)), Piece(0, 5, 6, (0, 1)), Piece(2, 5, 6, (0, 1)),
+         Piece(3, 3, 4, (0,)), Piece(1, 0, 3, ())],
+        [2, 5, 3, 4])
+    whole = [Piece(i, 0, len(row), ()) for i, row in enumerate(rows)]
+    assert arrange(rows, [0] * 4) == (whole, [0, 1, 2, 3])
 
 
 @PLAIN_AND_SHARED
 @BOTH_KERNELS
 @pytest.mark.parametrize("dtype, loss_off, gradient_off", [
-    (torch.float32, 1e-5, 1e-4),
-    (torch.float64, 1e-13, 1e-12),
-])
+    (torch.float32, 1e-5, 1e-4), (torch.float64, 1e-13, 1e-12)])
 def test_loss_and_gradients_are_the_padded_ones(monkeypatch, share_prefix, short, dtype, loss_off,
                                                 gradient_off):
     monkeypatch.setattr(layout, "SHORT_CONTEXT", short)
@@ -113,9 +91,8 @@ def test_no_example_sees_another(share_prefix):
     changed = model(changed_batch.tokens, layout=changed_batch.layout)[0]
     differ = (logits != changed).any(-1).nonzero().flatten()
     begin = (batch.tokens != changed_batch.tokens)[0].nonzero()[0].item()
-    end = begin + len(tokens) - 50
     assert differ.min() == begin
-    assert differ.max() == end - 1
+    assert differ.max() == begin + len(tokens) - 50 - 1
 
 
 @BOTH_KERNELS
@@ -216,13 +193,10 @@ def test_a_row_may_be_longer_than_an_example_may():
 
 
 @pytest.mark.slow
-def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(base, data, tmp_path,
-                                                                   monkeypatch):
+def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(run, monkeypatch):
     """Two graphs per kind of pass, made while the first rows come; no later length adds one."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2",
-             "--dropout", "0", "--batch-size", "1", "--accumulation-steps", "1"]
-    train.main([*flags, "--out", "plain"])
+    flags = ["--dropout", "0", "--batch-size", "1", "--accumulation-steps", "1"]
+    plain = run("plain", *flags)
     compiled = []
     begin_step = train.begin_step
 
@@ -232,13 +206,8 @@ def test_compiled_blocks_take_rows_of_any_length_and_give_the_same(base, data, t
 
     monkeypatch.setattr(train, "begin_step", counting)
     torch._dynamo.utils.counters.clear()
-    train.main([*flags, "--compile", "--out", "compiled"])
+    rows = run("compiled", *flags, "--compile")
     assert 0 < compiled[2] == compiled[-1] <= 12
     assert len(compiled) == 36
-    losses = [loss_of_steps(tmp_path / out) for out in ("plain", "compiled")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def loss_of_steps(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    losses = [row["loss"] for row in rows]
+    assert losses == pytest.approx([row["loss"] for row in plain], rel=1e-4)

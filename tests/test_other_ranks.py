@@ -3,7 +3,6 @@
 pytest tests/test_other_ranks.py             the plan, 1 -> 2 ranks, and what is refused
 pytest -m slow tests/test_other_ranks.py     1 -> 2 -> 3 -> 1, with --tokens-per-batch and --shard
 """
-import json
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,8 @@ from finetune import printed
 from finetune.batches import example_indices, indices_as_dealt_to, plan_epoch
 from finetune.options import parse_options
 from finetune.ranks import Ranks
-from llama import save_checkpoint
 
-from .helpers import EXAMPLES, adapter_tensors, given_once, metrics, tiny
+from .helpers import adapter_tensors, given_once, lay_out, metrics
 from .test_resume import ended, main, start_ranks, stop, stopped_in
 
 FLAGS = ["--checkpoint", "base", "--data", "data.json", "--val-data", "held_out.json", "--r", "4",
@@ -32,10 +30,7 @@ def place(tmp_path, tokenizer, monkeypatch):
     """A folder with a base, 11 examples and 4 held-out ones; ranks draw no picture."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(printed, "picture_of", lambda out: "none")
-    save_checkpoint(tiny(tokenizer.vocab_size, n_kv_heads=2), tokenizer, "base")
-    Path("data.json").write_text(json.dumps(EXAMPLES[:11]))
-    Path("held_out.json").write_text(json.dumps(EXAMPLES[:4]))
-    return tmp_path
+    lay_out(tmp_path, tokenizer, n_examples=11, n_held_out=4)
 
 
 @pytest.fixture
@@ -125,14 +120,12 @@ def test_a_plan_deals_the_same_steps_to_any_number_of_ranks(settings, begun_with
 def test_memory_is_estimated_for_the_ranks_that_there_are(place):
     """On more ranks a micro-batch of the same flags can be smaller: 4 examples in parts of 2."""
     flags = given_once([*FLAGS, "--batch-size", "4", "--accumulation-steps", "1"])
-    jobs = {}
-    for n_ranks in (1, 2):
-        ranks = Ranks(0, n_ranks, begun_with=1)
-        jobs[n_ranks] = train.prepare(parse_options(flags), ranks)
-    _, of_one = jobs[1].plan[0]
-    _, of_two = jobs[2].plan[0]
-    assert [[len(batch) for batch in batches] for batches in of_one] == [[4]]
-    assert [[len(batch) for batch in batches] for batches in of_two] == [[2], [2]]
+    for n_ranks, n_examples in ((1, 4), (2, 2)):
+        job = train.prepare(parse_options(flags), Ranks(0, n_ranks, begun_with=1))
+        _, step = job.plan[0]
+        assert len(step) == n_ranks
+        for batches in step:
+            assert [len(batch) for batch in batches] == [n_examples]
 
 
 # --- on real ranks
@@ -196,10 +189,8 @@ CHAIN = ((1, 3), (2, 6), (3, 9), (1, None))          # (ranks, the step in which
 def test_a_chain_of_ranks_gives_the_uninterrupted_run(sitting, settings):
     flags = settings.split()
     sitting(1, [*flags, "--out", "whole"])
-    more = []
-    for n_ranks, until in CHAIN:
-        sitting(n_ranks, [*flags, "--out", "chain", *more], until)
-        more = ["--resume"]
+    for n_ranks, until in CHAIN:                     # --resume may stand there from the first.
+        sitting(n_ranks, [*flags, "--out", "chain", "--resume"], until)
     rows = check_same("chain", "whole")
     assert [row["step"] for row in rows if "skipped" in row] == [SKIPPED]
 
@@ -210,11 +201,9 @@ def test_a_cut_base_goes_on_whole_and_cut_over_other_ranks(sitting, method):
     """2 ranks with --shard, one process without, 3 ranks with --shard, 2 without."""
     flags = method.split()
     sitting(2, [*flags, "--out", "whole"])
-    more = []
     for n_ranks, until, shard in ((2, 2, "--shard 2"), (1, 3, ""), (3, 5, "--shard 3"),
                                   (2, None, "")):
-        sitting(n_ranks, [*flags, *shard.split(), "--out", "cut", *more], until)
-        more = ["--resume"]
+        sitting(n_ranks, [*flags, *shard.split(), "--out", "cut", "--resume"], until)
     check_same("cut", "whole")
 
 

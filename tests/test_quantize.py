@@ -4,10 +4,8 @@ import weakref
 import pytest
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import generate
 import train
 from finetune import convert
 from llama import load_checkpoint, save_checkpoint
@@ -17,7 +15,7 @@ from lora.adapter import METHODS
 from lora.quantize import (KINDS, Int8Linear, NF4Linear, dequantize, in_int8, nf4_levels,
                            quantizer, scaled_levels)
 
-from .helpers import ROOT, adapt, metrics, tiny, torchrun
+from .helpers import ROOT, adapt, check_linear, close, column, tiny, torchrun
 
 # QLoRA, appendix E.
 PUBLISHED = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
@@ -39,16 +37,12 @@ def linear(d_out, d_in, dtype=torch.float32, bias=False):
 
 
 def quantized(kind, **sizes):
-    """Return a tiny model whose blocks' matrices are in fewer bits."""
+    """Return a tiny model whose blocks' matrices are in fewer bits, unless kind is None."""
     model = tiny(**sizes)
     for path, layer in list(model.layers.named_modules()):
-        if isinstance(layer, nn.Linear):
+        if kind and isinstance(layer, nn.Linear):
             model.layers.set_submodule(path, quantizer(kind)(layer))
     return model
-
-
-def relative_error(packed, layer):
-    return ((packed.weight - layer.weight).norm() / layer.weight.norm()).item()
 
 
 # --- levels, errors and bits
@@ -103,12 +97,14 @@ def test_round_trip_error_is_what_the_normal_distribution_says():
         weight = density * (z.abs() <= largest)
         error = (levels[torch.bucketize(z / largest, edges)] * largest - z).square()
         errors.append((error * weight).sum() / weight.sum())
-    derived = torch.stack(errors).mean().sqrt().item()
-    assert relative_error(NF4Linear(layer, False), layer) == pytest.approx(derived, rel=0.02)
-    assert relative_error(NF4Linear(layer, True), layer) == pytest.approx(derived, rel=0.03)
+    of_nf4 = torch.stack(errors).mean().sqrt().item()
     steps = layer.weight.abs().amax(1) / 127
-    derived = (steps.square().mean() / 12).sqrt().item()
-    assert relative_error(Int8Linear(layer), layer) == pytest.approx(derived, rel=0.02)
+    of_int8 = (steps.square().mean() / 12).sqrt().item()
+    for packed, derived, off in ((NF4Linear(layer, False), of_nf4, 0.02),
+                                 (NF4Linear(layer, True), of_nf4, 0.03),
+                                 (Int8Linear(layer), of_int8, 0.02)):
+        error = ((packed.weight - layer.weight).norm() / layer.weight.norm()).item()
+        assert error == pytest.approx(derived, rel=off)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -154,14 +150,7 @@ def test_an_adapter_in_int8_is_off_by_half_a_scale_at_most():
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_and_gradient_are_those_of_the_dequantised_weight(kind, bias):
     layer = quantizer(kind)(linear(48, 40, bias=bias))
-    x = torch.randn(3, 5, 40, requires_grad=True)
-    y = layer(x)
-    expected = F.linear(x, layer.weight, layer.bias)
-    assert torch.allclose(y, expected, atol=1e-6)
-    g = torch.randn_like(y)
-    gradient, = torch.autograd.grad((y * g).sum(), x)
-    right, = torch.autograd.grad((expected * g).sum(), x)
-    assert (gradient - right).norm() / right.norm() < 1e-6
+    check_linear(layer, layer.weight, layer.bias, share=1e-6)
 
 
 @EVERY_KIND
@@ -176,16 +165,14 @@ def test_adapters_over_it_have_the_gradients_of_adapters_over_its_weight(kind, m
         torch.manual_seed(1)
         add_lora(model, LoRAConfig(method, r=2, dropout=0, targets=("wq", "wv", "w2")))
         for tensor in lora_state_dict(model).values():
-            tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(3)))
+            tensor.add_(0.1 * torch.randn_like(tensor))
         logits = model(TOKENS)
         logits.square().sum().backward()
-        results.append((logits, {n: p.grad for n, p in model.named_parameters()
-                                 if p.grad is not None}))
+        results.append((logits, [p.grad for p in model.parameters() if p.requires_grad]))
     (logits, gradients), (right_logits, right) = results
     assert torch.allclose(logits, right_logits, rtol=1e-5, atol=1e-5)
-    assert gradients and gradients.keys() == right.keys()
-    for name, gradient in gradients.items():
-        assert (gradient - right[name]).norm() <= 1e-6 * right[name].norm() + 1e-9
+    for one, other in zip(gradients, right, strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm() + 1e-9
 
 
 @EVERY_KIND
@@ -262,61 +249,46 @@ def test_codes_are_of_what_the_file_holds_whatever_it_is_computed_in(base, kind)
 
 
 @EVERY_KIND
-def test_train_generate_merge(run, base, tmp_path, capsys, kind):
-    """The file says how the base was quantised; generate.py and a merged folder follow it."""
+def test_train_generate_merge_and_go_on(run, base, data, capsys, answered, kind):
+    """The file says how the base was quantised; all that reads it follows."""
     plain = run("plain", *STEPS)
     rows = run(kind, *STEPS, "--quantize", kind, "--checkpointing", "--precision", "bf16")
     assert 0 < abs(rows[0]["loss"] - plain[0]["loss"]) < 0.1 * plain[0]["loss"]
-    adapter = str(tmp_path / kind / "adapter.pt")
-    assert read_adapter(adapter)["base"]["quantize"] == kind
-
-    def answered(*flags):
-        capsys.readouterr()
-        generate.main(["--instruction", "Say blue.", "--max-new-tokens", "8", *flags])
-        return capsys.readouterr()
-
+    adapter = f"{kind}/adapter.pt"
     answer, error = answered("--adapter", adapter)
     assert f"fp32 and {kind} on cpu" in error
     for to in (["meta"], ["hf", "--bin"]):
-        convert.main([str(base), f"merged-{to[0]}", "--adapter", adapter, "--dtype", "fp32",
-                      "--to", *to])
+        convert.main([str(base), to[0], "--adapter", adapter, "--dtype", "fp32", "--to", *to])
         assert "% of the update survives in float32" in capsys.readouterr().out
-        merged = answered("--checkpoint", f"merged-{to[0]}", "--adapter", "none")
-        assert merged.out == answer
+        assert answered("--checkpoint", to[0], "--adapter", "none").out == answer
+    train.main(["--checkpoint", str(base), "--data", str(data), "--adapter", adapter,
+                "--max-steps", "1", "--out", "second"])
+    assert f"fp32 and {kind} on cpu" in capsys.readouterr().out
+    for path in (adapter, "second/adapter.pt"):
+        assert read_adapter(path)["base"]["quantize"] == kind
 
 
 @pytest.mark.slow
 def test_two_ranks_over_nf4_give_the_run_of_one(run, base, data, tmp_path):
     flags = [*STEPS, "--quantize", "nf4", "--checkpointing", "--dropout", "0",
              "--accumulation-steps", "2", "--batch-size"]
-    one = run("one", *flags, "4")
+    run("one", *flags, "4")
     done = torchrun(tmp_path, ROOT / "train.py", "--checkpoint", base, "--data", data, "--r", "4",
                     "--lr", "1e-2", *flags, "2", "--out", "two")
     assert done.returncode == 0, done.stderr[-2000:]
-    losses = [row["loss"] for row in metrics(tmp_path / "two")]
-    assert losses == pytest.approx([row["loss"] for row in one], rel=1e-5) and len(losses) == 4
+    losses = column(tmp_path / "two", "loss")
+    assert losses == pytest.approx(column(tmp_path / "one", "loss"), rel=1e-5) and len(losses) == 4
 
 
-def test_the_adapter_itself_in_int8(run, base, tmp_path, capsys):
+def test_the_adapter_itself_in_int8(run, base, capsys, answered):
     run("plain", *STEPS)
     convert.main([str(base), "small", "--to", "int8", "--adapter", "plain/adapter.pt"])
     assert "int8: logits of up to" in capsys.readouterr().out
     whole, small = (read_adapter(f"{name}/adapter.pt")["tensors"] for name in ("plain", "small"))
     assert whole.keys() == small.keys()
     for name, tensor in whole.items():
-        assert (tensor - small[name]).norm() < 0.01 * tensor.norm()
-    generate.main(["--adapter", "small/adapter.pt", "--max-new-tokens", "1"])
-    assert "adapter small/adapter.pt, lora r 4" in capsys.readouterr().err
-
-
-def test_train_goes_on_over_the_base_that_the_adapter_was_trained_over(run, base, data, capsys):
-    run("first", *STEPS, "--quantize", "nf4")
-    capsys.readouterr()
-    train.main(["--checkpoint", str(base), "--data", str(data), "--adapter", "first/adapter.pt",
-                "--max-steps", "1", "--out", "second"])
-    adapter = read_adapter("second/adapter.pt")
-    printed = capsys.readouterr().out
-    assert "fp32 and nf4 on cpu" in printed and adapter["base"]["quantize"] == "nf4"
+        assert close(small[name], tensor, 0.01)
+    assert "adapter small/adapter.pt, lora r 4" in answered("--adapter", "small/adapter.pt").err
 
 
 def test_what_cannot_be_quantised_is_refused(base, tmp_path, refused):

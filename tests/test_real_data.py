@@ -20,10 +20,22 @@ from finetune.loss import answer_loss
 from llama import load_checkpoint, save_checkpoint
 from lora import load_adapter
 
-from .helpers import EXAMPLES, tiny
+from .helpers import EXAMPLES, random_ids, tiny
 
 _ = IGNORE
-nothing = torch.autocast("cpu", enabled=False)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(content) returns the examples of a file a.json that holds it: text, bytes or rows."""
+    def read(content):
+        if isinstance(content, list):
+            content = json.dumps(content)
+        path = tmp_path / "a.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_examples(path)
+
+    return read
 
 
 # --- labels
@@ -42,19 +54,14 @@ def reference(model, row):
 def several(n=9, seed=0):
     """Return rows with one to three answers, a shared beginning, and a masked tail in some."""
     draw = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        length = torch.randint(low, high, (), generator=draw)
-        return torch.randint(3, 390, (int(length),), generator=draw).tolist()
-
     rows = []
     for i in range(n):
         tokens = [1, *range(20, 35)]
         labels = [_] * len(tokens)
         for turn in range(1 + i % 3):
-            question = ids(1, 9)
-            answer = [*ids(0, 7), 2]
-            tail = ids(1, 5) if turn == i % 3 and i % 2 else []
+            question = random_ids(draw, 1, 9)
+            answer = [*random_ids(draw, 0, 7), 2]
+            tail = random_ids(draw, 1, 5) if turn == i % 3 and i % 2 else []
             tokens += question + answer + tail
             labels += [_] * len(question) + answer + [_] * len(tail)
         rows.append((tokens, labels))
@@ -115,12 +122,12 @@ def test_a_dataset_of_several_answers(turns, tokenizer):
     assert (data.cut, data.dropped, data.n_with_eos, data.n_empty) == (0, 0, 12, 0)
     assert class_answers(SupervisedDataset(EXAMPLES[:2] * 6, tokenizer), 512) is None
     tokens, labels = data[0]
-    spans = answer_spans(labels)
-    cut = SupervisedDataset(EXAMPLES[:1], tokenizer, spans[1][0] - 1)  # in the second question
-    assert (cut.cut, cut.dropped, cut.n_with_eos) == (1, 0, 1)
-    assert cut[0] == (tokens[: spans[1][0] - 1], labels[: spans[1][0] - 1])
-    cut = SupervisedDataset(EXAMPLES[:1], tokenizer, spans[0][1] - 1)  # before the first eos
-    assert (cut.cut, cut.dropped, cut.n_with_eos) == (1, 0, 0)
+    (_begin, first_end), (second_begin, _end) = answer_spans(labels)
+    # The cut is in the second question, then before the first eos.
+    for length, n_with_eos in ((second_begin - 1, 1), (first_end - 1, 0)):
+        cut = SupervisedDataset(EXAMPLES[:1], tokenizer, length)
+        assert (cut.cut, cut.dropped, cut.n_with_eos) == (1, 0, n_with_eos)
+        assert cut[0] == (tokens[:length], labels[:length])
     with pytest.raises(ValueError, match="none of 1 examples has an answer token"):
         SupervisedDataset(EXAMPLES[:1], tokenizer, first_target(labels))
 
@@ -134,32 +141,35 @@ def test_held_out_loss_and_best_adapter_follow_the_labels(turns, run, base, data
     expected = sum(score[0] for score in scores) / sum(score[1] for score in scores)
     lowest = min(row["val_loss"] for row in rows if "val_loss" in row)
     assert lowest == pytest.approx(expected, 1e-5)
-    assert evaluate(model, held_out, 200, nothing)["val_loss"] == pytest.approx(expected, 1e-5)
+    no_autocast = torch.autocast("cpu", enabled=False)
+    assert evaluate(model, held_out, 200, no_autocast)["val_loss"] == pytest.approx(expected, 1e-5)
 
 
 def test_an_exam_asks_for_the_last_answer_and_scores_all(turns, tokenizer, monkeypatch):
     prompts = []
 
+    examples = EXAMPLES[:4]
+    outputs = [example["output"] for example in examples]
+
     def answer_rightly(model, asked, limit, eos, pool):
         prompts.extend(asked)
         for k in range(len(asked)):
-            for token in tokenizer.encode(EXAMPLES[k]["output"]):
+            for token in tokenizer.encode(outputs[k]):
                 yield k, token
 
     monkeypatch.setattr(finetune.evaluate, "generate", answer_rightly)
-    exam = Exam(EXAMPLES[:4], tokenizer, 512)
+    exam = Exam(examples, tokenizer, 512)
     model = tiny(tokenizer.vocab_size)
     table = exam.score(model)
-    whole = [encode_turns(example, tokenizer) for example in EXAMPLES[:4]]
+    whole = [encode_turns(example, tokenizer) for example in examples]
     assert prompts == [tokens[: answer_spans(labels)[1][0]] for tokens, labels in whole]
     assert table["exact_match"].tolist() == table["ended"].tolist() == [1] * 4
     expected = [reference(model, row) for row in whole]
     assert table["nats"].tolist() == pytest.approx([score[0] for score in expected], rel=1e-5)
     assert exam.about()["answer_tokens"] == sum(score[1] for score in expected)
     assert exam.choices is None
-    outputs = [example["output"] for example in EXAMPLES[:4]]
     with pytest.raises(ValueError, match="--choices compares single answers"):
-        Exam(EXAMPLES[:4], tokenizer, 512, outputs)
+        Exam(examples, tokenizer, 512, outputs)
 
 
 # --- forms of a file
@@ -209,10 +219,9 @@ def one(fields):
     (one('"instruction": "\\ud83d", "output": "b"'), "has an incomplete character, such as half"),
     (one('"instruction": "a", "output": " "'), "a.json: every 'output' is empty"),
 ])
-def test_a_file_that_is_refused(tmp_path, content, message):
-    (tmp_path / "a.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_a_file_that_is_refused(read, content, message):
     with pytest.raises(ValueError) as caught:
-        read_examples(tmp_path / "a.json")
+        read(content)
     assert message in str(caught.value)
 
 
@@ -221,15 +230,13 @@ def test_a_file_that_is_refused(tmp_path, content, message):
     ({"instruction": 10**20, "output": -0.5}, {"instruction": "1" + "0" * 20, "output": "-0.5"}),
     ({"instruction": "", "input": "Why?", "output": "b"}, {"instruction": "Why?", "input": ""}),
 ])
-def test_blank_cells_numbers_and_a_question_as_input(tmp_path, row, expected):
-    (tmp_path / "a.json").write_text(json.dumps([row]))
-    assert read_examples(tmp_path / "a.json") == [row | expected]
+def test_blank_cells_numbers_and_a_question_as_input(read, row, expected):
+    assert read([row]) == [row | expected]
 
 
-def test_a_number_is_written_as_the_file_has_it(tmp_path):
-    (tmp_path / "a.json").write_text('[{"instruction": 1.50, "output": 0.12345678901234567890}]')
-    row = read_examples(tmp_path / "a.json")[0]
-    assert row == {"instruction": "1.50", "output": "0.12345678901234567890"}
+def test_a_number_is_written_as_the_file_has_it(read):
+    rows = read('[{"instruction": 1.50, "output": 0.12345678901234567890}]')
+    assert rows == [{"instruction": "1.50", "output": "0.12345678901234567890"}]
 
 
 # --- fields
@@ -240,21 +247,18 @@ def test_a_number_is_written_as_the_file_has_it(tmp_path):
     ("Input", "x"), ("context", "x"), ("retrieved_documents", [{"text": "x"}]), ("chosen", "x"),
     ("tools", [{"name": "x"}]), ("images", ["a.png"]), ("options", ["yes", "no"]), ("turn_1", "x"),
 ])
-def test_a_field_of_the_prompt_is_refused_by_name(tmp_path, name, value):
-    rows = [ROWS[0], {**ROWS[0], name: value}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+def test_a_field_of_the_prompt_is_refused_by_name(read, name, value):
     with pytest.raises(ValueError, match=f"a.json, example 2: .*'{name}'"):
-        read_examples(tmp_path / "a.json")
+        read([ROWS[0], {**ROWS[0], name: value}])
 
 
 @pytest.mark.parametrize("name, value", [
     ("history", [["", " "], []]), ("system", ""), ("system", None), ("context", 3), ("id", "x1"),
     ("conversation_id", "x"), ("source", "web"), ("answer", "x"), ("prompt_length", 7), ("", "x"),
 ])
-def test_a_field_that_changes_nothing_is_kept(tmp_path, name, value):
+def test_a_field_that_changes_nothing_is_kept(read, name, value):
     row = {**ROWS[0], name: value}
-    (tmp_path / "a.json").write_text(json.dumps([row]))
-    assert read_examples(tmp_path / "a.json") == [row]
+    assert read([row]) == [row]
 
 
 def test_empty_outputs_are_counted_and_train_as_before(run, base, tmp_path, capsys):
@@ -288,15 +292,12 @@ def answered(tmp_path, tokenizer, monkeypatch, capsys):
     return answered
 
 
-def test_answers_of_the_file_are_kept(answered):
+def test_answers_of_the_file_are_kept_or_fields_of_both_names_refused(answered, capsys):
     rows = [{"instruction": "a", "answer": "GOLD", "n": 1.50}, {"instruction": "b", "output": 4}]
     found, _err = answered(rows)
     assert [row.pop("model_answer") for row in found] and found == rows
     found, _err = answered([{"instruction": "a", "error": "x"}])
     assert found[0].keys() == {"instruction", "error", "model_answer"}
-
-
-def test_fields_of_both_names_are_refused(answered, capsys):
     with pytest.raises(SystemExit):
         answered([{"instruction": "a", "answer": "x"}, {"instruction": "a", "model_answer": "x"}])
     assert "rename one of the two" in capsys.readouterr().err
@@ -340,13 +341,11 @@ def test_rows_beyond_the_context_of_the_base(refused, base, data, tmp_path, monk
     read_params = finetune.preflight.read_params
     monkeypatch.setattr(finetune.preflight, "read_params", short)
     base.rename(tmp_path / "short")
+    save_checkpoint(*load_checkpoint(tmp_path / "short"), tmp_path / "long")
     (tmp_path / "one.json").write_text(json.dumps(EXAMPLES[:1]))
     train.main(["--checkpoint", "short", "--data", "one.json", "--max-steps", "1"])
     message = "the longest row has 123 tokens, and short looks back at most 100; give --max-seq-len"
-    rest = ["--overwrite", "--max-steps", "1"]
-    assert message in refused(train.main, "--checkpoint", "short", "--data", str(data), *rest)
-    held_out = ["--data", "one.json", "--val-data", str(data)]
-    assert message in refused(train.main, "--checkpoint", "short", *held_out, *rest)
-    save_checkpoint(*load_checkpoint(tmp_path / "short"), tmp_path / "long")
-    teacher = ["--checkpoint", "long", "--teacher", "short"]
-    assert message in refused(train.main, *teacher, "--data", str(data), *rest)
+    for flags in (f"short --data {data}", f"short --data one.json --val-data {data}",
+                  f"long --teacher short --data {data}"):  # fmt: skip
+        words = f"--overwrite --max-steps 1 --checkpoint {flags}".split()
+        assert message in refused(train.main, *words)

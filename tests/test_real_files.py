@@ -2,7 +2,6 @@
 
 import json
 import re
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,23 +15,17 @@ from llama.fields import CARRIED, FIELDS, LOST, USED
 from llama.peft import adapter_at
 from llama.sampling import beam_search
 from llama.sampling import generate as generate_ids
-from lora import LoRAConfig, add_lora, load_adapter, lora_state_dict, save_adapter
+from lora import load_adapter
 
-from .helpers import ROOT, stored, tiny
+from .helpers import ROOT, files_in, needs_peers, spoil, stored, tiny
+from .test_formats import (
+    ADAPTER, PREFIX, WEIGHTS, adapter_of, equal, loaded, peft_folder, run, with_adapter,
+)  # fmt: skip
 
-needs_peers = pytest.mark.skipif(
-    not (find_spec("transformers") and find_spec("peft")),
-    reason="needs transformers and peft: pip install -r tests/requirements.txt",
-)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n"
 TOKENS = torch.tensor([[1, 5, 9, 7, 3, 380, 12, 401, 4, 60]])
-PREFIX = "base_model.model.model."
 ADDED = ["[PAD]", "<|im_start|>", "<|im_end|>"]  # the ids 400 to 402
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
-
-
-def run(*flags):
-    convert.main([str(flag) for flag in flags])
 
 
 def read(path):
@@ -42,10 +35,6 @@ def read(path):
 def write(path, content):
     path.parent.mkdir(exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def change(path, **fields):
-    write(path, read(path) | fields)
 
 
 @pytest.fixture
@@ -63,20 +52,20 @@ def chat(hf):
     for i, name in enumerate(ADDED, 400):
         tokens["added_tokens"].append({**tokens["added_tokens"][0], "id": i, "content": name})
     write(hf / "tokenizer.json", tokens)
-    change(hf / "tokenizer_config.json", **names, additional_special_tokens=ADDED[1:])
+    spoil(hf / "tokenizer_config.json", names | {"additional_special_tokens": ADDED[1:]})
     write(hf / "special_tokens_map.json", names)
     write(hf / "chat_template.jinja", TEMPLATE)
     write(hf / "additional_chat_templates/tools.jinja", "{{ tools }}")
     write(hf / "LICENSE.txt", "a licence")
     ids = {"bos_token_id": 1, "eos_token_id": 402, "pad_token_id": 400}
     write(hf / "generation_config.json", {**ids, "temperature": 0.6})
-    change(hf / "config.json", **ids, max_position_embeddings=256, attention_dropout=0.1)
+    spoil(hf / "config.json", ids | {"max_position_embeddings": 256, "attention_dropout": 0.1})
     return hf
 
 
 def texts_of(folder):
     """Return {name: text} of all files of a folder but config.json and weights."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".bin"]
+    paths = [path for path in files_in(folder) if path.suffix != ".bin"]
     texts = {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     del texts["config.json"]
     return texts
@@ -85,35 +74,15 @@ def texts_of(folder):
 # --- whole matrices in adapters
 
 
-def adapter_of(base, targets=("wq", "wv"), **settings):
-    """Return the base with an adapter whose tensors are all random, as after training."""
-    model, _ = load_checkpoint(base)
-    add_lora(model, LoRAConfig(r=3, alpha=7, targets=targets, **settings))
-    for tensor in lora_state_dict(model).values():
-        torch.nn.init.normal_(tensor, std=0.2)
-    return model.eval()
+@pytest.fixture
+def adapted(hf, tmp_path):
+    """The model of hf/ with an adapter of wq and wv, which is in peft/ and peft.pt too."""
+    return peft_folder(hf, tmp_path / "peft", targets=("wq", "wv"))
 
 
-def peft_of(base, folder, **settings):
-    """Write an adapter as PEFT's folder, in .bin; return the model that has it."""
-    model = adapter_of(base, **settings)
-    save_adapter(model, f"{folder}.pt")
-    run(base, folder, "--to", "peft", "--adapter", f"{folder}.pt", "--bin")
-    return model
-
-
-def tensors_in(folder):
-    return torch.load(folder / "adapter_model.bin", weights_only=True)
-
-
-def add_tensors(folder, **tensors):
-    """Put more tensors into a PEFT folder; __ in a name stands for a dot."""
-    named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
-    torch.save(tensors_in(folder) | named, folder / "adapter_model.bin")
-
-
-def weights_in(folder):
-    return torch.load(folder / "pytorch_model.bin", weights_only=True)
+def add_tensors(folder, tensors):
+    """Put more tensors into a PEFT folder."""
+    torch.save(stored(folder, ADAPTER) | tensors, folder / ADAPTER)
 
 
 WHOLE = ["lm_head.modules_to_save.default.weight", "model.embed_tokens.weight",
@@ -122,15 +91,14 @@ WHOLE = ["lm_head.modules_to_save.default.weight", "model.embed_tokens.weight",
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_whole_matrix_is_used_in_a_merge_and_elsewhere_refused(
-    hf, data, tmp_path, refused, capsys, name
+    hf, adapted, data, tmp_path, refused, capsys, name
 ):
     """Compared with the same base whose file has that matrix; rows 400 to 402 of it are new."""
-    peft_of(hf, tmp_path / "peft")
-    weights = weights_in(hf)
+    weights = stored(hf, WEIGHTS)
     plain = re.sub(r"\.(base_layer|modules_to_save\.default)", "", name)
     matrix = weights[plain].clone()
     matrix[-3:] += 1.0
-    add_tensors(tmp_path / "peft", **{f"base_model.model.{name}": matrix})
+    add_tensors(tmp_path / "peft", {f"base_model.model.{name}": matrix})
     message = f"holds base_model.model.{name}, other than the base's own"
     common = ["--checkpoint", str(hf), "--adapter", "peft"]
     assert message in refused(generate.main, *common)
@@ -139,28 +107,28 @@ def test_a_whole_matrix_is_used_in_a_merge_and_elsewhere_refused(
     run(hf, "merged", "--to", "hf", "--adapter", "peft", "--bin")
     assert f"replaced by the adapter's own, in float32: base_model.model.{name}\n" in (
         capsys.readouterr().out)
-    torch.save(weights | {plain: matrix}, hf / "pytorch_model.bin")
+    torch.save(weights | {plain: matrix}, hf / WEIGHTS)
     run(hf, "expected", "--to", "hf", "--adapter", "peft", "--bin")
-    merged, expected = weights_in(tmp_path / "merged"), weights_in(tmp_path / "expected")
-    assert all(torch.equal(merged[key], expected[key]) for key in expected)
+    merged = stored(tmp_path / "merged", WEIGHTS)
+    assert equal(merged, stored(tmp_path / "expected", WEIGHTS))
     assert not torch.equal(merged[plain], weights[plain])
 
 
 @pytest.mark.parametrize("stored_as", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter_as", [torch.float32, torch.float16])
-def test_the_bases_own_matrices_are_accepted_in_any_dtype(hf, tmp_path, stored_as, adapter_as):
-    peft_of(hf, tmp_path / "peft")
-    weights = {key: tensor.to(stored_as) for key, tensor in weights_in(hf).items()}
-    torch.save(weights, hf / "pytorch_model.bin")
-    add_tensors(tmp_path / "peft", **{
-        f"base_model.model.{name}": weights[name].to(adapter_as)
-        for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
-                     "model.layers.0.self_attn.q_proj.weight")})  # fmt: skip
+def test_the_bases_own_matrices_are_accepted_in_any_dtype(
+    hf, adapted, tmp_path, stored_as, adapter_as
+):
+    weights = {key: tensor.to(stored_as) for key, tensor in stored(hf, WEIGHTS).items()}
+    torch.save(weights, hf / WEIGHTS)
+    names = ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight",
+             "model.layers.0.self_attn.q_proj.weight")  # fmt: skip
+    whole = {f"base_model.model.{name}": weights[name].to(adapter_as) for name in names}
+    add_tensors(tmp_path / "peft", whole)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model, _ = load_checkpoint(hf, dtype=dtype)
         load_adapter(model, adapter_at(tmp_path / "peft", model.args))
-    trained = weights["model.norm.weight"] * 1.02
-    add_tensors(tmp_path / "peft", **{f"{PREFIX}norm.weight": trained})
+    add_tensors(tmp_path / "peft", {f"{PREFIX}norm.weight": weights["model.norm.weight"] * 1.02})
     with pytest.raises(ValueError, match="norm.weight, other than the base's own"):
         load_adapter(model, adapter_at(tmp_path / "peft", model.args))
 
@@ -171,32 +139,30 @@ def test_the_bases_own_matrices_are_accepted_in_any_dtype(hf, tmp_path, stored_a
     ({"lm_head.weight": (403, 32), "lm_head.base_layer.weight": (403, 32)}, "holds both"),
     ({"model.layers.0.self_attn.q_proj.lora_A.other.weight": (3, 32)}, "of two adapters: give a"),
 ])  # fmt: skip
-def test_a_whole_matrix_that_fits_nowhere(hf, tmp_path, refused, tensors, message):
-    peft_of(hf, tmp_path / "peft")
-    add_tensors(tmp_path / "peft", **{
-        f"base_model.model.{name}": torch.ones(shape) for name, shape in tensors.items()})
+def test_a_whole_matrix_that_fits_nowhere(adapted, tmp_path, refused, tensors, message):
+    whole = {f"base_model.model.{name}": torch.ones(shape) for name, shape in tensors.items()}
+    add_tensors(tmp_path / "peft", whole)
     assert message in refused(convert.main, "hf", "new", "--to", "meta", "--adapter", "peft")
 
 
 def test_a_tied_base_has_one_matrix_only(tmp_path, tokenizer, refused):
     save_checkpoint(tiny(403, tie_embeddings=True), tokenizer, tmp_path / "hf", "hf", ".bin")
-    peft_of(tmp_path / "hf", tmp_path / "peft")
-    own = {f"{PREFIX}embed_tokens.weight": torch.ones(403, 32)}
-    add_tensors(tmp_path / "peft", **own)
+    peft_folder(tmp_path / "hf", tmp_path / "peft", targets=("wq", "wv"))
+    add_tensors(tmp_path / "peft", {f"{PREFIX}embed_tokens.weight": torch.ones(403, 32)})
     line = refused(convert.main, "hf", "new", "--to", "hf", "--bin", "--adapter", "peft")
     assert "the base ties its own to another matrix" in line
 
 
 @needs_peers
+@torch.no_grad()
 def test_peft_with_new_rows_of_embedding_and_head(hf, tmp_path):
     """The base that PEFT trained on had other rows than the one in the folder."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf)
-    with torch.no_grad():
-        for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
-            matrix[400:403] = matrix.mean(0)
+    for matrix in (model.model.embed_tokens.weight, model.lm_head.weight):
+        matrix[400:403] = matrix.mean(0)
     targets = ["q_proj", "embed_tokens", "lm_head"]
     peer = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets)).eval()
     for name, parameter in peer.named_parameters():
@@ -204,9 +170,7 @@ def test_peft_with_new_rows_of_embedding_and_head(hf, tmp_path):
             torch.nn.init.normal_(parameter, std=0.05)
     peer.save_pretrained(tmp_path / "peft")
     run(hf, tmp_path / "merged", "--to", "meta", "--adapter", tmp_path / "peft")
-    merged, _ = load_checkpoint(tmp_path / "merged")
-    with torch.no_grad():
-        difference = merged.eval()(TOKENS) - peer(TOKENS).logits
+    difference = loaded(tmp_path / "merged")(TOKENS) - peer(TOKENS).logits
     assert difference.abs().max() < 1e-5
 
 
@@ -215,29 +179,27 @@ def test_peft_with_new_rows_of_embedding_and_head(hf, tmp_path):
 
 def select_blocks(folder, *blocks, **fields):
     """Keep an adapter's tensors of these blocks only, and say so in its settings."""
-    kept = {name: tensor for name, tensor in tensors_in(folder).items()
+    kept = {name: tensor for name, tensor in stored(folder, ADAPTER).items()
             if int(name.split("layers.")[1][0]) in blocks}  # fmt: skip
-    torch.save(kept, folder / "adapter_model.bin")
-    change(folder / "adapter_config.json", **fields)
+    torch.save(kept, folder / ADAPTER)
+    spoil(folder / "adapter_config.json", fields)
 
 
 @pytest.mark.parametrize("fields", [
     {"layers_to_transform": 1}, {"target_modules": r".*layers\.1\.self_attn\.(q|v)_proj"},
     {"exclude_modules": r".*layers\.0.*"},
 ])  # fmt: skip
-def test_an_adapter_of_some_blocks_leaves_the_others_alone(hf, data, tmp_path, fields, monkeypatch):
+def test_an_adapter_of_some_blocks_leaves_the_others_alone(
+    hf, adapted, data, tmp_path, fields, monkeypatch
+):
     """Its logits are those of the whole adapter with B zero in the other blocks."""
     monkeypatch.chdir(tmp_path)
-    whole = peft_of(hf, tmp_path / "peft")
     select_blocks(tmp_path / "peft", 1, **fields)
-    for layer in (whole.layers[0].attention.wq, whole.layers[0].attention.wv):
+    for layer in (adapted.layers[0].attention.wq, adapted.layers[0].attention.wv):
         torch.nn.init.zeros_(layer.lora_B)
-    model, _ = load_checkpoint(hf)
-    load_adapter(model.eval(), adapter_at(tmp_path / "peft", model.args))
-    assert torch.equal(model(TOKENS), whole(TOKENS))
     run(hf, "again", "--to", "peft", "--adapter", "peft", "--bin")
-    load_adapter(model, adapter_at(tmp_path / "again", model.args))
-    assert torch.equal(model(TOKENS), whole(TOKENS))
+    for name in ("peft", "again"):
+        assert torch.equal(with_adapter(hf, tmp_path / name)(TOKENS), adapted(TOKENS))
     if fields == {"layers_to_transform": 1}:  # Training leaves the zeros what they are.
         train.main(["--checkpoint", "hf", "--data", str(data), "--adapter", "peft", "--max-steps",
                     "3", "--weight-decay", "0.1"])  # fmt: skip
@@ -245,32 +207,26 @@ def test_an_adapter_of_some_blocks_leaves_the_others_alone(hf, data, tmp_path, f
             assert bool(tensor.any()) == name.startswith("layers.1."), name
 
 
-def test_blocks_that_are_missing_are_named(hf, tmp_path, refused):
-    peft_of(hf, tmp_path / "peft")
+def test_blocks_that_are_missing_are_named(hf, adapted, tmp_path, refused):
     select_blocks(tmp_path / "peft", 1)
     line = refused(generate.main, "--checkpoint", str(hf), "--adapter", "peft")
     assert "peft does not fit; it adapts block 1 of 2; " in line
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_taken_off(base, hf, tmp_path, prefix):
+def test_prefixes_of_wrappers_are_taken_off(base, hf, adapted, tmp_path, prefix):
     """In both layouts, in ours and in PEFT's adapters, before a name or within it."""
-    model = peft_of(hf, tmp_path / "peft")
-    files = [(base, "consolidated.00.pth"), (hf, "pytorch_model.bin"),
-             (tmp_path / "peft", "adapter_model.bin")]  # fmt: skip
-    before = load_checkpoint(base)[0](TOKENS % 400)
+    files = [(base, "consolidated.00.pth"), (hf, WEIGHTS), (tmp_path / "peft", ADAPTER)]
+    before = loaded(base)(TOKENS % 400)
     for folder, name in files:
-        weights = torch.load(folder / name, weights_only=True)
         torch.save({prefix + key.replace("layers.1.", "layers.1._orig_mod."): tensor
-                    for key, tensor in weights.items()}, folder / name)  # fmt: skip
-    content = torch.load(tmp_path / "peft.pt", weights_only=True)
+                    for key, tensor in stored(folder, name).items()}, folder / name)  # fmt: skip
+    content = stored(tmp_path, "peft.pt")
     content["tensors"] = {prefix + key: tensor for key, tensor in content["tensors"].items()}
     torch.save(content, tmp_path / "wrapped.pt")
-    assert torch.equal(load_checkpoint(base)[0](TOKENS % 400), before)
+    assert torch.equal(loaded(base)(TOKENS % 400), before)
     for name in ("peft", "wrapped.pt"):
-        other, _ = load_checkpoint(hf)
-        load_adapter(other.eval(), adapter_at(tmp_path / name, other.args))
-        assert torch.equal(other(TOKENS), model(TOKENS))
+        assert torch.equal(with_adapter(hf, tmp_path / name)(TOKENS), adapted(TOKENS))
 
 
 def test_a_name_that_is_there_with_and_without_a_prefix(base, refused):
@@ -298,16 +254,14 @@ def test_all_that_is_not_weights_comes_along(chat, tmp_path, way, capsys, monkey
         assert "reads no more rows than tokenizer.model has pieces: 400 of these 403" in output
         assert load_checkpoint("meta")[0].args.max_seq_len == 256
     if "merged" in way:
-        save_adapter(adapter_of(source), "adapter.pt")
+        adapter_of(source, "adapter.pt")
         flags = ["--adapter", "adapter.pt"]
     if way == "layers":
         flags = ["--layers", "1", "--dtype", "bf16"]
     run(source, "new", "--to", "hf", "--bin", *flags)
     output = capsys.readouterr().out
     assert "teaches </s> (2); transformers ends texts as the configs say\n" in output
-    decided = {}
-    if way == "layers":
-        decided = {"num_hidden_layers": 1, "torch_dtype": "bfloat16"}
+    decided = {"num_hidden_layers": 1, "torch_dtype": "bfloat16"} if way == "layers" else {}
     assert texts_of(tmp_path / "new") == before[0]
     assert read(tmp_path / "new/config.json") == before[1] | decided
 
@@ -317,7 +271,7 @@ def test_transformers_reads_the_same_after_a_round_trip(chat, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run(chat, tmp_path / "meta", "--to", "meta")
-    save_adapter(adapter_of(chat), tmp_path / "adapter.pt")
+    adapter_of(chat, tmp_path / "adapter.pt")
     run(tmp_path / "meta", tmp_path / "new", "--to", "hf", "--bin", "--adapter",
         tmp_path / "adapter.pt")  # fmt: skip
     one, other = (AutoTokenizer.from_pretrained(path) for path in (chat, tmp_path / "new"))
@@ -345,8 +299,8 @@ def test_an_older_folder_keeps_its_form(hf, tmp_path):
 
 
 def test_what_is_not_copied_is_named(hf, tmp_path, capsys):
-    change(hf / "config.json", auto_map={"AutoModel": "model.Model"})
-    change(hf / "tokenizer_config.json", auto_map={"AutoTokenizer": "tokens.Tokens"})
+    spoil(hf / "config.json", {"auto_map": {"AutoModel": "model.Model"}})
+    spoil(hf / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": "tokens.Tokens"}})
     write(hf / "model.py", "print('never run')")
     (hf / "NOTICE").write_bytes(b"\xff\xfe")  # not UTF-8
     run(hf, tmp_path / "meta", "--to", "meta")
@@ -373,7 +327,7 @@ def test_the_fields_page_is_what_the_code_does(hf, tmp_path):
     assert table == FIELDS
     for file, fields in FIELDS.items():
         carried = [field for field, fate in fields.items() if fate != USED]
-        change(hf / file, **{field: {"kept": field} for field in [*carried, "unheard_of"]})
+        spoil(hf / file, {field: {"kept": field} for field in [*carried, "unheard_of"]})
     run(hf, tmp_path / "meta", "--to", "meta")
     run(tmp_path / "meta", tmp_path / "new", "--to", "hf", "--bin")
     for file, fields in FIELDS.items():
@@ -420,8 +374,7 @@ def test_a_kept_config_says_what_the_model_is(base, tmp_path):
     written = read(tmp_path / "new/config.json")
     assert written["head_dim"] == 8 and written["hidden_size"] == 32
     assert written["rope_parameters"] == {"rope_theta": 10000.0}
-    assert torch.equal(load_checkpoint(base)[0](TOKENS % 400),
-                       load_checkpoint(tmp_path / "new")[0](TOKENS % 400))  # fmt: skip
+    assert torch.equal(loaded(base)(TOKENS % 400), loaded(tmp_path / "new")(TOKENS % 400))
 
 
 # --- the end of a text
@@ -463,17 +416,15 @@ def test_several_ids_end_an_answer():
     ([0, 402, -1, 403], None, {2, 402}, "-1, 0, 403 cannot be an end of text and is ignored"),
 ])  # fmt: skip
 def test_the_ends_of_text_that_a_folder_names(hf, config, generation, end_ids, note):
-    for name, value in (("config", config), ("generation_config", generation)):
-        fields = read(hf / f"{name}.json")
-        del fields["eos_token_id"]
-        write(hf / f"{name}.json", fields | ({} if value == "absent" else {"eos_token_id": value}))
+    spoil(hf / "config.json", {"eos_token_id": config})
+    spoil(hf / "generation_config.json", {"eos_token_id": generation})
     _, tokenizer = load_checkpoint(hf)
     assert tokenizer.end_ids == end_ids and tokenizer.eos_id == 2
     assert note in tokenizer.eos_note and bool(note) == bool(tokenizer.eos_note)
 
 
 def test_an_end_of_text_that_is_no_id(hf, refused):
-    change(hf / "generation_config.json", eos_token_id="</s>")
+    spoil(hf / "generation_config.json", {"eos_token_id": "</s>"})
     line = refused(generate.main, "--checkpoint", str(hf), "--adapter", "none")
     assert "eos_token_id of generation_config.json is" in line
 
@@ -487,9 +438,9 @@ def test_commands_stop_there_and_say_so(chat, data, capsys, monkeypatch, tmp_pat
     model.norm.register_forward_hook(lambda _, inputs, output: features.append(output[0, -1]))
     with torch.no_grad():
         model(torch.tensor([encode_prompt({"instruction": "Name it."}, tokenizer)]))
-    weights = weights_in(chat)
+    weights = stored(chat, WEIGHTS)
     weights["lm_head.weight"].zero_()[402] = features[0]
-    torch.save(weights, chat / "pytorch_model.bin")
+    torch.save(weights, chat / WEIGHTS)
     capsys.readouterr()
     for flags in ([], ["--beams", "2"]):
         generate.main([*asked, *flags])
@@ -504,8 +455,7 @@ def test_commands_stop_there_and_say_so(chat, data, capsys, monkeypatch, tmp_pat
 # --- files that are not there
 
 
-def test_pointers_of_git_lfs_are_named(base, hf, tmp_path, refused):
-    peft_of(hf, tmp_path / "peft")
+def test_pointers_of_git_lfs_are_named(base, hf, adapted, tmp_path, refused):
     (hf / "tokenizer.json").write_bytes(POINTER)  # No run here needs it; a copy would be broken.
     load_checkpoint(hf)
     pointer = "is a git-lfs pointer, not the file: git lfs pull"
@@ -519,13 +469,12 @@ def test_pointers_of_git_lfs_are_named(base, hf, tmp_path, refused):
     assert f"params.json {pointer}" in refused(generate.main, *asked, "none")
     (tmp_path / "base/params.json").write_text('{"dim": 32, "n_layers": 2, "n_heads": 4}')
     assert f"consolidated.00.pth {pointer}" in refused(generate.main, *asked, "none")
-    (hf / "pytorch_model.bin").write_bytes(POINTER)
+    (hf / WEIGHTS).write_bytes(POINTER)
     line = refused(generate.main, "--checkpoint", "hf", "--adapter", "none")
     assert f"pytorch_model.bin {pointer}" in line
 
 
-def test_a_base_that_has_moved(hf, tmp_path, refused, capsys):
-    peft_of(hf, tmp_path / "peft")
+def test_a_base_that_has_moved(hf, adapted, tmp_path, refused, capsys):
     hf.rename(tmp_path / "moved")
     for adapter in ("peft", "peft.pt"):
         line = refused(generate.main, "--adapter", adapter)

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from finetune.preflight import fit_line
 from finetune.session import Session
 from finetune.templates import TEMPLATES
 
-from .helpers import ONE_THREAD, ROOT, tiny
+from .helpers import ONE_THREAD, ROOT, stored, tiny
 
 LLAMA2 = TEMPLATES["llama2"]
 TEXT = TEMPLATES["text"]
@@ -70,39 +71,36 @@ SHAREGPT = {"conversations": [{"from": "system", "value": "S"}, {"from": "human"
                               {"from": "gpt", "value": "A"}]}
 ALPACA_FORM = {"instruction": "Q2", "input": "I", "output": "A2", "system": "S",
                "history": [["Q1", "A1"]]}
+SINGLE = {"instruction": "Q", "input": "", "output": "A"}
+ONE_TURN = "<s>[INST] Q [/INST]{A </s>}"
+WITH_SYSTEM = "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"
 
 
-@pytest.mark.parametrize(
-    "example, expected",
-    [
-        (chat("Q", "A"), "<s>[INST] Q [/INST]{A </s>}"),
-        (
-            chat("Q", "A", "R", "B", "T", "C"),
-            "<s>[INST] Q [/INST]{A </s>}<s>[INST] R [/INST]{B </s>}<s>[INST] T [/INST]{C </s>}",
-        ),
-        (chat("Q", "A", system="S"), "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"),
-        (chat("Q", "A", system=""), "<s>[INST] <<SYS>>\n\n<</SYS>>\n\nQ [/INST]{A </s>}"),
-        (chat(" Q\n", "\tA "), "<s>[INST] Q [/INST]{A </s>}"),
-        (chat("[INST] </s>", "[/INST] <s>"), "<s>[INST] [INST] </s> [/INST]{[/INST] <s> </s>}"),
-        (SHAREGPT, "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"),
-        ({"conversations": chat("Q", "A")["messages"]}, "<s>[INST] Q [/INST]{A </s>}"),
-        (
-            {"messages": SHAREGPT["conversations"]},
-            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}",
-        ),
-        (
-            ALPACA_FORM,
-            "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]{A1 </s>}<s>[INST] Q2\nI [/INST]{A2 </s>}",
-        ),
-        ({"instruction": "Q", "input": "", "output": ""}, "<s>[INST] Q [/INST]{ </s>}"),
-    ],
-)
+@pytest.mark.parametrize("example, expected", [
+    (chat("Q", "A"), ONE_TURN),
+    (chat("Q", "A", "R", "B", "T", "C"),
+     f"{ONE_TURN}<s>[INST] R [/INST]{{B </s>}}<s>[INST] T [/INST]{{C </s>}}"),
+    (chat("Q", "A", system="S"), WITH_SYSTEM),
+    (chat("Q", "A", system=""), "<s>[INST] <<SYS>>\n\n<</SYS>>\n\nQ [/INST]{A </s>}"),
+    (chat(" Q\n", "\tA "), ONE_TURN),
+    (chat("[INST] </s>", "[/INST] <s>"), "<s>[INST] [INST] </s> [/INST]{[/INST] <s> </s>}"),
+    (SHAREGPT, WITH_SYSTEM),
+    ({"conversations": chat("Q", "A")["messages"]}, ONE_TURN),
+    ({"messages": SHAREGPT["conversations"]}, WITH_SYSTEM),
+    (ALPACA_FORM,
+     "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]{A1 </s>}<s>[INST] Q2\nI [/INST]{A2 </s>}"),
+    (SINGLE | {"output": ""}, "<s>[INST] Q [/INST]{ </s>}"),
+])  # fmt: skip
 def test_llama2_by_hand(example, expected):
     assert written(encode_example(example, Characters(), LLAMA2)) == expected
 
 
+def dataset(examples, max_seq_len, template=LLAMA2):
+    return SupervisedDataset(examples, Characters(), max_seq_len, template=template)
+
+
 def test_a_cut_answer_has_no_eos_and_the_next_turn_is_gone():
-    data = SupervisedDataset([chat("Q", "ABC", "R", "D")], Characters(), 20, template=LLAMA2)
+    data = dataset([chat("Q", "ABC", "R", "D")], 20)
     assert written(data[0]) == "<s>[INST] Q [/INST]{ABC}"
     assert (data.cut, data.dropped, data.n_with_eos) == (1, 0, 0)
 
@@ -111,14 +109,12 @@ def test_what_is_cut_is_told_from_turns_that_are_gone():
     """Turns end after 22, 42 and 62 tokens."""
     example = chat("Q", "ABC", "R", "D", "T", "E")
     for max_seq_len, cut_answers, lost_turns in ((20, 1, 2), (22, 0, 2), (30, 0, 2), (62, 0, 0)):
-        data = SupervisedDataset([example], Characters(), max_seq_len, template=LLAMA2)
+        data = dataset([example], max_seq_len)
         assert (data.cut_answers, data.lost_turns) == (cut_answers, lost_turns), max_seq_len
-    data = SupervisedDataset([example, example], Characters(), 20, template=LLAMA2)
-    line = fit_line(data, 20)
+    line = fit_line(dataset([example, example], 20), 20)
     assert line.startswith("2 answers cut off at --max-seq-len 20, without the end that teaches")
     assert line.endswith("; 4 turns left out, beyond --max-seq-len 20")
-    data = SupervisedDataset([example], Characters(), 22, template=LLAMA2)
-    assert fit_line(data, 22) == "2 turns left out, beyond --max-seq-len 22"
+    assert fit_line(dataset([example], 22), 22) == "2 turns left out, beyond --max-seq-len 22"
 
 
 def test_a_prompt_ends_where_the_last_answer_begins():
@@ -141,88 +137,63 @@ def test_metas_encoding_as_one_text_gives_the_same_ids(tokenizer):
 
 def test_text_goes_on_in_further_rows_and_loses_nothing():
     documents = [{"text": "abcdefg"}, {"text": "xy"}]
-    data = SupervisedDataset(documents, Characters(), 4, template=TEXT)
-    rows = [written(data[i]) for i in range(len(data))]
+    data = dataset(documents, 4, TEXT)
+    rows = [written(row) for row in data.rows]
     assert rows == ["<s>{abc}", "c{def}", "f{g</s>}", "<s>{xy</s>}"]
     assert data.numbers == [1, 1, 1, 2]
     assert (data.cut, data.dropped, data.n_with_eos, data.n_empty) == (0, 0, 2, 0)
     assert class_answers(data, 512) is None
     for max_seq_len in range(2, 12):
-        data = SupervisedDataset(documents, Characters(), max_seq_len, template=TEXT)
-        assert sum(count_answer(labels) for _, labels in data.rows) == 7 + 1 + 2 + 1
+        rows = dataset(documents, max_seq_len, TEXT).rows
+        assert sum(count_answer(labels) for _, labels in rows) == 7 + 1 + 2 + 1
 
 
 def test_alpaca_takes_one_turn_of_messages():
-    single = {"instruction": "Q", "input": "", "output": "A"}
-    assert encode_example(chat("Q", "A"), Characters()) == encode_example(single, Characters())
+    assert encode_example(chat("Q", "A"), Characters()) == encode_example(SINGLE, Characters())
 
 
-REFUSED = {
-    "a role that is unknown": ({"messages": [{"role": "bot", "content": "Q"}]}, "unknown role"),
-    "an answer first": ({"messages": [{"role": "assistant", "content": "A"}]}, "must alternate"),
-    "no answer at the end": (chat("Q", "A", "R"), "has no answer at its end"),
-    "an empty message": (chat("Q", " "), "message 2: 'content' is empty"),
-    "no message": ({"messages": []}, "not a list of messages"),
-    "two forms": (chat("Q", "A") | {"instruction": "Q"}, "has both 'messages' and 'instruction'"),
-    "a weight": (
-        {"messages": [*chat("Q")["messages"], {"role": "assistant", "content": "A", "weight": 0}]},
-        "message 2: the template has no place for 'weight'",
-    ),
-    "parts of a message": (
-        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
-        "message 1: 'content' is [{'type': 'text'}], not text",
-    ),
-    "two kinds of keys": (
-        {"conversations": [{"from": "human", "value": "Q"}, {"role": "gpt", "content": "A"}]},
-        "'conversations', message 2, has the keys ['role', 'content']; give each message 'from' "
-        "and 'value'",
-    ),
-    "another key": (
-        {"messages": [{"speaker": "user", "content": "Q"}]},
-        "'messages', message 1, has the keys ['speaker', 'content']; give each message 'role' and "
-        "'content'",
-    ),
-    "half of an emoji": (chat("Q", "\ud83d"), "has an incomplete character"),
-}
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_llama2_refuses_in_one_line_with_file_and_row(kind, tmp_path):
-    example, message = REFUSED[kind]
+@pytest.mark.parametrize("template, example, message", [
+    ("llama2", {"messages": [{"role": "bot", "content": "Q"}]}, "unknown role"),
+    ("llama2", {"messages": [{"role": "assistant", "content": "A"}]}, "must alternate"),
+    ("llama2", chat("Q", "A", "R"), "has no answer at its end"),
+    ("llama2", chat("Q", " "), "message 2: 'content' is empty"),
+    ("llama2", {"messages": []}, "not a list of messages"),
+    ("llama2", chat("Q", "A") | {"instruction": "Q"}, "has both 'messages' and 'instruction'"),
+    ("llama2",
+     {"messages": [*chat("Q")["messages"], {"role": "assistant", "content": "A", "weight": 0}]},
+     "message 2: the template has no place for 'weight'"),
+    ("llama2", {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+     "message 1: 'content' is [{'type': 'text'}], not text"),
+    ("llama2",
+     {"conversations": [{"from": "human", "value": "Q"}, {"role": "gpt", "content": "A"}]},
+     "'conversations', message 2, has the keys ['role', 'content']; give each message 'from' "
+     "and 'value'"),
+    ("llama2", {"messages": [{"speaker": "user", "content": "Q"}]},
+     "'messages', message 1, has the keys ['speaker', 'content']; give each message 'role' and "
+     "'content'"),
+    ("llama2", chat("Q", "\ud83d"), "has an incomplete character"),
+    ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
+    ("alpaca", ALPACA_FORM, "use --template llama2"),
+    ("alpaca", SINGLE | {"system": 5},
+     "the template has no place for the text in 'system'; use --template llama2"),
+    ("text", SINGLE, "has no 'text'"),
+])  # fmt: skip
+def test_what_a_template_cannot_say_is_refused_with_file_and_row(
+    tmp_path, template, example, message
+):
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, [chat("Q", "A"), example])))
+    good = {"text": "a"} if template == "text" else chat("Q", "A")
+    path.write_text("\n".join(map(json.dumps, [good, example])))
     with pytest.raises(ValueError) as error:
-        read_examples(path, template=LLAMA2)
+        read_examples(path, template=TEMPLATES[template])
     assert message in str(error.value) and f"{path}, example 2" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "template, example, message",
-    [
-        ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
-        ("alpaca", ALPACA_FORM, "use --template llama2"),
-        (
-            "alpaca",
-            {"instruction": "Q", "output": "A", "system": 5},
-            "the template has no place for the text in 'system'; use --template llama2",
-        ),
-        ("text", {"instruction": "Q", "output": "A"}, "has no 'text'"),
-    ],
-)
-def test_what_a_template_cannot_say_is_refused(template, example, message, tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([example]))
-    with pytest.raises(ValueError, match="data.json, example 1") as error:
-        read_examples(path, template=TEMPLATES[template])
-    assert message in str(error.value)
-
-
 def test_several_files_are_one_set_whose_numbers_name_the_file(tmp_path, tokenizer):
-    names = ["a.json", "b.json"]
-    for name in names:
-        rows = [{"instruction": f"{name} {i}", "output": "yes"} for i in range(3)]
-        (tmp_path / name).write_text(json.dumps(rows))
-    paths = [str(tmp_path / name) for name in names]
+    paths = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    for path in paths:
+        rows = [{"instruction": f"{path} {i}", "output": "yes"} for i in range(3)]
+        Path(path).write_text(json.dumps(rows))
     training, held_out = load_datasets(paths, None, 0.5, 512, 0, tokenizer)
     assert len(training) == len(held_out) == 3
     whole, _ = load_datasets(paths, None, None, 512, 0, tokenizer)
@@ -240,13 +211,9 @@ def test_plain_text_files(tmp_path):
         read_examples(path, ("instruction",), TEXT)
 
 
-@pytest.mark.parametrize(
-    "template, example",
-    [
-        (LLAMA2, chat("Q", "A") | {"output": None}),
-        (TEXT, {"text": "a", "output": 5}),
-    ],
-)
+@pytest.mark.parametrize("template, example", [
+    (LLAMA2, chat("Q", "A") | {"output": None}), (TEXT, {"text": "a", "output": 5}),
+])  # fmt: skip
 def test_a_column_that_the_template_does_not_read_may_hold_anything(template, example, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([example]))
@@ -255,15 +222,11 @@ def test_a_column_that_the_template_does_not_read_may_hold_anything(template, ex
 
 def slow_loss(model, rows):
     """Return the mean of -log p over all targets, by one plain forward per row."""
-    total = 0.0
-    count = 0
+    losses = []
     for tokens, labels in rows:
         log_p = model(torch.tensor([tokens]))[0].log_softmax(-1)
-        for t, label in enumerate(labels[1:]):
-            if label != -100:
-                total -= log_p[t, label].item()
-                count += 1
-    return total / count
+        losses += [-log_p[t, label].item() for t, label in enumerate(labels[1:]) if label != -100]
+    return sum(losses) / len(losses)
 
 
 @torch.no_grad()
@@ -344,8 +307,7 @@ def chat_run(tmp_path_factory):
 
 
 def test_the_adapter_carries_its_template(chat_run):
-    content = torch.load(chat_run / "adapter.pt", weights_only=True)
-    assert content["base"]["template"] == "llama2"
+    assert stored(chat_run, "adapter.pt")["base"]["template"] == "llama2"
     assert json.loads((chat_run / "args.json").read_text())["template"] == "llama2"
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt")])
     saved = generate.read_saved(args)
@@ -355,23 +317,26 @@ def test_the_adapter_carries_its_template(chat_run):
 
 
 @pytest.mark.parametrize("name", ["gone", 5])
-def test_an_adapter_of_an_unknown_template_is_refused(name, chat_run, tmp_path, capsys):
-    content = torch.load(chat_run / "adapter.pt", weights_only=True)
+def test_an_adapter_of_an_unknown_template_is_refused(name, chat_run, tmp_path, refused):
+    content = stored(chat_run, "adapter.pt")
     content["base"]["template"] = name
     torch.save(content, tmp_path / "adapter.pt")
     for main in (generate.main, train.main):
-        with pytest.raises(SystemExit) as end:
-            main(["--adapter", str(tmp_path / "adapter.pt")])
-        assert end.value.code == 2
-        assert f"was trained with the template {name!r}" in capsys.readouterr().err
+        line = refused(main, "--adapter", "adapter.pt")
+        assert f"was trained with the template {name!r}" in line
 
 
-def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):
-    """What --interactive answers to the third question, one prompt of three turns answers too."""
+@pytest.fixture
+def answerer(chat_run):
+    """The run's model and adapter, answering in at most five tokens."""
     args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
     saved = generate.read_saved(args)
     model, tokenizer, _ = generate.load(args, saved, torch.device("cpu"), "fp32")
-    answerer = Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+    return Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+
+
+def test_a_session_of_three_turns_is_the_three_turn_prompt(answerer):
+    """What --interactive answers to the third question, one prompt of three turns answers too."""
     session = Session(answerer, None, has_adapter=True)
     for question in ("What comes after Monday?", "And after that?", "Say it once more."):
         session.reply(question)
@@ -379,14 +344,10 @@ def test_a_session_of_three_turns_is_the_three_turn_prompt(chat_run):
     assert len(answers) == 3
     prompt = {"messages": session.turns[:-1]}
     tokens = [token for _, token in answerer.answer_ids([prompt])]
-    assert tokenizer.decode(tokens).strip() == answers[-1].strip()
+    assert answerer.tokenizer.decode(tokens).strip() == answers[-1].strip()
 
 
-def test_without_an_adapter_a_session_has_the_default_template(chat_run, capsys):
-    args = generate.parse_args(["--adapter", str(chat_run / "adapter.pt"), "--max-new-tokens", "5"])
-    saved = generate.read_saved(args)
-    model, tokenizer, _ = generate.load(args, saved, torch.device("cpu"), "fp32")
-    answerer = Answerer(model, tokenizer, LLAMA2, generate.decoding_of(args))
+def test_without_an_adapter_a_session_has_the_default_template(answerer, capsys):
     for given, expected in ((None, "alpaca"), ("llama2", "llama2")):
         answerer.template = LLAMA2
         session = Session(answerer, given, has_adapter=True)

@@ -3,6 +3,8 @@
 That a step does not depend on how it is cut is in test_distributed.py.
 """
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,20 +28,28 @@ FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens",
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(see) has see(model, batch) called before each forward but the pre-flight's."""
+    """watch(see) has see(model, batch) called before each forward but the pre-flight's.
+
+    It returns the list of what `see` returned.
+    """
     def watch(see):
+        seen = []
+
+        def watched(function, model, batch):
+            seen.append(see(model, batch))
+            return function(model, batch)
+
         monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-        places = ((train, "answer_loss"), (finetune.evaluate, "log_likelihoods"))
-        for module, name in places:
-            original = getattr(module, name)
-
-            def watched(model, batch, function=original):
-                see(model, batch)
-                return function(model, batch)
-
-            monkeypatch.setattr(module, name, watched)
+        for module, name in ((train, "answer_loss"), (finetune.evaluate, "log_likelihoods")):
+            monkeypatch.setattr(module, name, partial(watched, getattr(module, name)))
+        return seen
 
     return watch
+
+
+def same_adapters(*folders):
+    """Tell whether runs in these folders left the same adapter, to the byte."""
+    return len({Path(folder, "adapter.pt").read_bytes() for folder in folders}) == 1
 
 
 def column(rows, name):
@@ -81,26 +91,22 @@ def test_the_first_loss_is_the_bases(run, base, tokenizer):
 
 def test_held_out_loss_is_a_sum_by_a_count(run, watch, base, tokenizer, data):
     """No more tokens at a time than a micro-batch has."""
-    sizes = []
-
-    def see(model, questions):
-        if isinstance(questions, list):
-            sizes.append([len(each.prompt) + len(each.answers[0]) for each in questions])
-
-    watch(see)
+    seen = watch(lambda model, batch: batch)
     for n_tokens, n_groups in ((1, 24), (300, None), (3000, 2)):
-        sizes.clear()
+        seen.clear()
         row, = run(str(n_tokens), "--val-data", str(data), "--tokens-per-batch", str(n_tokens),
                    "--max-steps", "1", "--lr", "1e-12")
         assert row["val_loss"] == pytest.approx(base_loss(base, tokenizer), rel=1e-5)
+        groups = [batch for batch in seen if isinstance(batch, list)]
         # Before step 1 and after it.
-        assert sum(map(len, sizes)) == 24 and len(sizes) == (n_groups or len(sizes))
-        assert all(sum(group) <= n_tokens or len(group) == 1 for group in sizes)
+        assert sum(map(len, groups)) == 24 and len(groups) == (n_groups or len(groups))
+        for group in groups:
+            size = sum(len(each.prompt) + len(each.answers[0]) for each in group)
+            assert size <= n_tokens or len(group) == 1
 
 
 def test_held_out_loss_is_measured_without_dropout_and_training_goes_on_with_it(run, data, watch):
-    modes = []
-    watch(lambda model, batch: modes.append((model.training, torch.is_grad_enabled())))
+    modes = watch(lambda model, batch: (model.training, torch.is_grad_enabled()))
     run("out", "--val-data", str(data), "--batch-size", "6", "--accumulation-steps", "2",
         "--epochs", "2")
     assert modes == ([(False, False)] + [(True, True)] * 2) * 2 + [(False, False)]
@@ -115,16 +121,14 @@ def test_held_out_loss_once_an_epoch_and_at_the_end(run, capsys):
 
 
 def test_held_out_examples_are_not_trained_on(data, tokenizer):
-    parts = load_datasets([str(data)], None, 0.25, 512, 0, tokenizer)
-    rows = [tuple(tokens) for part in parts for tokens, _ in part.rows]
-    everything = [tuple(tokens) for tokens, _ in SupervisedDataset(EXAMPLES, tokenizer).rows]
-    assert sorted(rows) == sorted(everything) and len(parts[1]) == 3
+    training, held_out = load_datasets([str(data)], None, 0.25, 512, 0, tokenizer)
+    everything = SupervisedDataset(EXAMPLES, tokenizer).rows
+    assert sorted([*training.rows, *held_out.rows]) == sorted(everything) and len(held_out) == 3
 
 
 def test_beginnings_computed_once_change_nothing_but_the_rows(run, watch):
     """Steps of two micro-batches of up to 300 tokens; the first 30 or so are alike."""
-    sizes = []
-    watch(lambda model, batch: sizes.append(batch.tokens.numel()))
+    sizes = watch(lambda model, batch: batch.tokens.numel())
     flags = ["--tokens-per-batch", "300", "--accumulation-steps", "2", "--dropout", "0",
              "--epochs", "2"]
     plain = run("plain", *flags)
@@ -139,13 +143,12 @@ def test_beginnings_computed_once_change_nothing_but_the_rows(run, watch):
         assert all(row[key] == other[key] for key in ("tokens", "answer_tokens", "epoch"))
 
 
-def test_same_command_same_bytes(run, tmp_path):
+def test_same_command_same_bytes(run):
     flags = ["--batch-size", "2", "--accumulation-steps", "2", "--epochs", "2", "--dropout", "0.1"]
     first = run("a", *flags)
     assert untimed(first) == untimed(run("b", *flags))
     assert untimed(first) != untimed(run("c", *flags, "--seed", "1"))
-    adapters = [(tmp_path / out / "adapter.pt").read_bytes() for out in ("a", "b")]
-    assert adapters[0] == adapters[1]
+    assert same_adapters("a", "b")
 
 
 # --- precision
@@ -204,13 +207,11 @@ def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, monke
     ("fp32", None), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_the_flags_reach_autocast_and_checkpointing(run, watch, precision, dtype):
     """Beside a base that is 16 bit already autocast has nothing to do."""
-    seen = []
-
     def see(model, batch):
         is_enabled = torch.is_autocast_enabled("cpu")
-        seen.append((torch.get_autocast_dtype("cpu") if is_enabled else None, model.checkpointing))
+        return torch.get_autocast_dtype("cpu") if is_enabled else None, model.checkpointing
 
-    watch(see)
+    seen = watch(see)
     flags = ["--precision", precision, "--max-steps", "1", "--batch-size", "12"]
     run("plain", *flags)
     run("checkpointing", *flags, "--checkpointing")
@@ -219,13 +220,8 @@ def test_the_flags_reach_autocast_and_checkpointing(run, watch, precision, dtype
 
 
 def test_fp32_products_may_round_in_the_run_that_lets_them_alone(run, watch):
-    seen = []
-
-    def see(model, batch):
-        backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-        seen.append([backend.fp32_precision for backend in backends])
-
-    watch(see)
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    seen = watch(lambda model, batch: [backend.fp32_precision for backend in backends])
     flags = ["--max-steps", "1", "--accumulation-steps", "1"]
     before = run("before", *flags)
     fast = run("fast", *flags, "--fast-matmul")
@@ -252,7 +248,7 @@ def test_a_numbered_gpu_is_for_one_rank(monkeypatch):
 # --- optimizer and schedule
 
 
-def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, monkeypatch):
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, monkeypatch):
     norms = []
     step = torch.optim.AdamW.step
 
@@ -268,8 +264,7 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(run, tmp_path, mon
     assert min(column(rows, "grad_norm")) > 0.02
     run("never", "--clip-grad-norm", "0", "--max-steps", "2")
     run("hardly", "--clip-grad-norm", "1e9", "--max-steps", "2")
-    adapters = [(tmp_path / out / "adapter.pt").read_bytes() for out in ("never", "hardly")]
-    assert adapters[0] == adapters[1]
+    assert same_adapters("never", "hardly")
 
 
 def test_weight_decay_reaches_the_optimizer(run, tmp_path):
@@ -345,52 +340,51 @@ def test_what_is_printed_next_runs(run, capsys, flags):
     generate.main([*command, "--max-new-tokens", "1", "--instruction", "Say"])
 
 
-def test_the_last_adapter_stays_until_the_next_is_complete(run, base, data, tmp_path, monkeypatch):
-    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "2"]
-    out = tmp_path / "out"
-    train.main(flags)
-    before = (out / "adapter.pt").read_bytes()
-    answer_loss = train.answer_loss
-    calls = []
+@pytest.fixture
+def flags(base, data, tmp_path, monkeypatch):
+    """The flags of a run of one step whose --out is the default, ./out."""
+    monkeypatch.chdir(tmp_path)
+    return ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
 
-    def interrupted(model, batch):
-        calls.append(1)
-        if len(calls) == 5:
+
+def test_the_last_adapter_stays_until_the_next_is_complete(flags, monkeypatch):
+    flags = [*flags[:-1], "2"]
+    train.main(flags)
+    adapter = Path("out/adapter.pt")
+    before = adapter.read_bytes()
+
+    def interrupted(updates, *_):
+        if updates == 1:
             raise KeyboardInterrupt
-        return answer_loss(model, batch)
+        return 1.0
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "answer_loss", interrupted)
+        patch.setattr(train, "lr_factor", interrupted)
         train.main([*flags, "--method", "full"])
-    assert (out / "adapter.pt").read_bytes() == before
+    assert adapter.read_bytes() == before
     train.main([*flags, "--method", "full"])
-    assert not (out / "adapter.pt").exists() and (out / "params.json").exists()
+    assert not adapter.exists() and Path("out/params.json").exists()
     train.main(flags)
-    assert (out / "adapter.pt").read_bytes() == before and not (out / "params.json").exists()
+    assert adapter.read_bytes() == before and not Path("out/params.json").exists()
 
 
-def test_the_default_out_is_replaced_but_by_no_run_that_is_refused(base, data, tmp_path,
-                                                                   monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--checkpoint", str(base), "--data", str(data), "--max-steps", "1"]
+def test_the_default_out_is_replaced_but_by_no_run_that_is_refused(flags):
     train.main(flags)
-    first = contents(tmp_path / "out")
+    first = contents("out")
     train.main([*flags, "--seed", "1"])
-    before = contents(tmp_path / "out")
+    before = contents("out")
     assert before["adapter.pt"] != first["adapter.pt"]
     for wrong in (["--targets", "wz"], ["--r", "999"], ["--layers", "9"], ["--data", "nowhere"]):
         with pytest.raises(SystemExit, match="2"):
             train.main([*flags, *wrong])
-    assert contents(tmp_path / "out") == before
+    assert contents("out") == before
 
 
-def test_the_base_is_never_replaced_by_its_own_run(base, data, tmp_path, monkeypatch):
+def test_the_base_is_never_replaced_by_its_own_run(flags, base):
     """A base that stands in ./out, the default of --out, by whatever way it came there."""
-    monkeypatch.chdir(tmp_path)
-    base.rename(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    flags = ["--data", str(data), "--max-steps", "1"]
-    for more in (["--checkpoint", "out"], []):
+    base.rename("out")
+    before = contents("out")
+    for words in (["--checkpoint", "out", *flags[2:]], flags[2:]):
         with pytest.raises(SystemExit, match="2"):
-            train.main([*flags, *more])
-        assert contents(tmp_path / "out") == before
+            train.main(words)
+        assert contents("out") == before

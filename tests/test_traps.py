@@ -4,7 +4,6 @@ docs/traps.md has the same sentences, and where each trap bit others.  Where the
 it fails beside the right one.  tests/test_mutations.py puts each trap back into our code and sees
 its test fail (pytest -m slow).
 """
-import json
 import math
 import re
 
@@ -24,13 +23,13 @@ from finetune.evaluate import Exam, measures
 from finetune.loss import answer_loss
 from finetune.options import parse_options
 from finetune.ranks import SINGLE_PROCESS
-from llama import load_checkpoint, save_checkpoint
+from llama import load_checkpoint
 from llama.sampling import stream
 from lora import (LoRAConfig, LoRALinear, add_lora, load_adapter, merge_lora, save_adapter,
                   unmerge_lora)
 
-from .helpers import (EXAMPLES, ROOT, GivenLogits, adapt, adapter_tensors, epoch_windows,
-                      given_once, metrics, stored, tiny, torchrun)
+from .helpers import (EXAMPLES, ROOT, Attack, GivenLogits, adapt, adapter_tensors, column,
+                      epoch_windows, given_once, lay_out, metrics, stored, tiny, torchrun)
 from .memory import saved_bytes
 
 FLAGS = ["--r", "4", "--lr", "1e-2", "--dropout", "0", "--batch-size", "2",
@@ -43,8 +42,8 @@ def adapted(targets=("wq", "wv"), **sizes):
     return adapt(tiny(**sizes), r=2, alpha=8, targets=targets)
 
 
-def pad(rows, pad_id=2):
-    return DataCollatorForSupervisedDataset(pad_id)(rows)
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 @pytest.fixture
@@ -71,11 +70,9 @@ def first_gradient(base, tokenizer):
         add_lora(model, LoRAConfig(r=4, dropout=0))
         rows = SupervisedDataset(EXAMPLES, tokenizer)
         step = epoch_windows(rows, DataCollatorForSupervisedDataset(2), 2, 4)[window]
-        results = [answer_loss(model, batch) for batch in step.batches]
-        sums = torch.stack([loss for loss, _ in results])
-        weigh(sums, torch.tensor([n for _, n in results])).backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        return math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
+        sums, counts = zip(*[answer_loss(model, batch) for batch in step.batches], strict=True)
+        weigh(torch.stack(sums), torch.tensor(counts)).backward()
+        return math.sqrt(sum(p.grad.square().sum().item() for p in trainable(model)))
 
     return first_gradient
 
@@ -145,19 +142,16 @@ def test_loss_without_a_graph():
     wait for it."""
     model = adapted()
     answer_loss(model, MASKED)[0].backward()
-    for p in model.parameters():
-        assert not p.requires_grad or (p.grad is not None and not p.grad.any())
+    assert not any(p.grad.any() for p in trainable(model))
 
 
 def test_validation_by_batches(run, data):
     """A mean of batch means over held-out data changes with the batch size; a sum by a count does
     not."""
-    losses = []
-    for size in ("1", "5"):
-        row, = run("--val-data", str(data), "--max-steps", "1", "--lr", "1e-30",
-                   "--batch-size", size)
-        losses.append(row["val_loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    flags = ["--val-data", str(data), "--max-steps", "1", "--lr", "1e-30", "--batch-size"]
+    one, = run(*flags, "1")
+    five, = run(*flags, "5")
+    assert one["val_loss"] == pytest.approx(five["val_loss"], rel=1e-6)
 
 
 def test_accuracy_of_free_text(tokenizer):
@@ -165,9 +159,8 @@ def test_accuracy_of_free_text(tokenizer):
     it holds likelier."""
     questions = []
     for thing in ("grass", "sky", "blue"):
-        for word in ("happy", "sad"):
-            asked = f"Is {thing} happy or sad?"
-            questions.append({"instruction": asked, "output": word})
+        asked = f"Is {thing} happy or sad?"
+        questions += [{"instruction": asked, "output": word} for word in ("happy", "sad")]
     columns = Exam(questions, tokenizer, 512, ["happy", "sad"]).score(tiny())
     right = measures({name: column.sum(0) for name, column in columns.items()})
     # Each question comes with either answer.
@@ -199,7 +192,7 @@ def test_eos_is_a_target(tokenizer):
     """Where eos is never a target, because it is also the pad id that gets masked, the model never
     stops."""
     rows = [encode_example(example, tokenizer) for example in EXAMPLES]
-    batch = pad(rows, tokenizer.pad_id)
+    batch = DataCollatorForSupervisedDataset(tokenizer.pad_id)(rows)
     assert tokenizer.pad_id == tokenizer.eos_id
     assert ((batch.labels == tokenizer.eos_id).sum(1) == 1).all()
 
@@ -266,7 +259,8 @@ def test_token_by_token_decoding(tokenizer):
 
 def test_pad_id_of_minus_one(tokenizer):
     """LLaMA's tokenizer has no pad id and says -1, which is no row of an embedding."""
-    batch = pad([([1, 5, 2], [IGNORE, 5, 2]), ([1, 2], [IGNORE, 2])], tokenizer.pad_id)
+    rows = [([1, 5, 2], [IGNORE, 5, 2]), ([1, 2], [IGNORE, 2])]
+    batch = DataCollatorForSupervisedDataset(tokenizer.pad_id)(rows)
     assert tokenizer.sp.pad_id() == -1 and batch.tokens.min() >= 0
     assert tiny()(batch.tokens).isfinite().all()
 
@@ -463,8 +457,7 @@ def test_reentrant_checkpointing():
     model = adapted()
     model.checkpointing = True
     model.train()(TOKENS).sum().backward()
-    for p in model.parameters():
-        assert not p.requires_grad or (p.grad is not None and p.grad.any())
+    assert all(p.grad.any() for p in trainable(model))
 
 
 def bf16_job(base):
@@ -484,10 +477,8 @@ def test_copies_of_frozen_weights(base):
         with autocast:
             return saved_bytes(model, lambda: model(TOKENS[:, :4]).sum())[1]
 
-    n_frozen = 0
-    for name, p in model.named_parameters():
-        if p.dim() == 2 and "lora" not in name and "tok" not in name:
-            n_frozen += p.numel()
+    weights = [p for p in model.parameters() if p.dim() == 2 and not p.requires_grad]
+    n_frozen = sum(p.numel() for p in weights) - model.tok_embeddings.weight.numel()
     difference = kept(wrong, torch.autocast("cpu", torch.bfloat16))
     difference -= kept(model, job.precision.autocast)
     assert difference > 1.8 * n_frozen               # 2 bytes for nearly each of them
@@ -590,17 +581,17 @@ def test_logits_of_all_positions():
 def test_optimizer_given_frozen_weights(run, monkeypatch):
     """An optimizer over model.parameters() breaks on resuming once what is frozen changes, and
     decays what it should not."""
-    given = []
+    optimizers = []
     build_optimizer = train.build_optimizer
 
     def noting(groups, options):
-        given.append([p for group in groups for p in group["params"]])
-        return build_optimizer(groups, options)
+        optimizers.append(build_optimizer(groups, options))
+        return optimizers[-1]
 
     monkeypatch.setattr(train, "build_optimizer", noting)
     run("--max-steps", "1")
-    parameters = given[-1]                           # Before it came the estimate's trial.
-    assert len(parameters) == 8 and all(p.requires_grad for p in parameters)
+    group, = optimizers[-1].param_groups             # Before it came the estimate's trial.
+    assert len(group["params"]) == 8 and all(p.requires_grad for p in group["params"])
 
 
 # --- files
@@ -633,21 +624,16 @@ def test_shards_along_the_wrong_side(base):
     assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
 
 
-class Program:
-    def __reduce__(self):
-        return open, ("ran", "w")
-
-
 @pytest.mark.parametrize("what", ["checkpoint", "adapter"])
-def test_a_pickle_in_a_file(base, tmp_path, monkeypatch, what):
+def test_a_pickle_in_a_file(base, tmp_path, capsys, what):
     """A checkpoint or an adapter is a pickle, and a pickle that someone shared can run a program as
     it loads."""
-    monkeypatch.chdir(tmp_path)
-    torch.save({"norm.weight": Program()}, base / "consolidated.00.pth")
-    torch.save({"config": {}, "base": {}, "tensors": {"lora_A": Program()}}, "adapter.pt")
+    path = tmp_path / "adapter.pt"
+    torch.save({"norm.weight": Attack()}, base / "consolidated.00.pth")
+    torch.save({"config": {}, "base": {}, "tensors": {"lora_A": Attack()}}, path)
     with pytest.raises(ValueError, match="is not a"):
-        load_checkpoint(base) if what == "checkpoint" else load_adapter(tiny(), "adapter.pt")
-    assert not (tmp_path / "ran").exists()
+        load_checkpoint(base) if what == "checkpoint" else load_adapter(tiny(), path)
+    assert "the pickle ran" not in capsys.readouterr().out
 
 
 # --- several ranks: one real run of two processes, looked at from all sides
@@ -681,10 +667,9 @@ train.main(sys.argv[1:])
 def two_ranks(tmp_path_factory, tokenizer):
     """A folder with `two`, a run of two ranks that took notes, and `one`, of a single process."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_checkpoint(tiny(tokenizer.vocab_size, n_kv_heads=2), tokenizer, folder / "base")
-    (folder / "data.json").write_text(json.dumps(EXAMPLES))
+    lay_out(folder, tokenizer, n_examples=12, n_held_out=12)
     (folder / "launch.py").write_text(NOTING)
-    flags = ["--checkpoint", "base", "--data", "data.json", "--val-data", "data.json", *FLAGS]
+    flags = ["--checkpoint", "base", "--data", "data.json", "--val-data", "held_out.json", *FLAGS]
     two = given_once([*flags, "--accumulation-steps", "2", "--out", "two"])
     done = torchrun(folder, folder / "launch.py", *two)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -692,10 +677,6 @@ def two_ranks(tmp_path_factory, tokenizer):
         patch.chdir(folder)
         train.main([*flags, "--out", "one"])
     return folder
-
-
-def column(folder, name):
-    return [row[name] for row in metrics(folder) if name in row]
 
 
 def test_mean_of_rank_means(two_ranks):

@@ -22,7 +22,7 @@ from finetune import watchdog
 from finetune.resume import read_last_save
 from finetune.watchdog import FIRST_STEP_SECONDS, SILENT_SECONDS, SLOWER, Watchdog
 
-from .helpers import ONE_THREAD, ROOT, metrics
+from .helpers import ONE_THREAD, ROOT, launcher, metrics, python
 
 
 class HasLeft(Exception):
@@ -58,18 +58,24 @@ def live(dogs, seconds):
             dog.watch()
 
 
-def begin(dogs, step, n_tokens=100):
+def begin(dogs, step, n_tokens=100, compiles=False):
     for dog in dogs:
         dog.begin_reading(step)
-        dog.begin_step(n_tokens, compiles=False)
+        dog.begin_step(n_tokens, compiles)
+
+
+def end(dogs):
+    """End the step; return how long the longest one took, as each rank has it."""
+    for dog in dogs:
+        dog.end_step()
+    return [dog.longest for dog in dogs]
 
 
 def take_step(dogs, step, seconds, n_tokens=100):
     """Let the ranks compute a step that takes so many seconds."""
     begin(dogs, step, n_tokens)
     live(dogs, seconds)
-    for dog in dogs:
-        dog.end_step()
+    end(dogs)
 
 
 def line_of(capfd):
@@ -105,9 +111,7 @@ def test_nothing_counts_while_all_are_suspended(dogs):
     live(dogs, 2)
     clock[0] += 86400
     live(dogs, 2)
-    for dog in dogs:
-        dog.end_step()
-        assert dog.longest <= 5
+    assert max(end(dogs)) <= 5
 
 
 def test_a_thread_that_brings_no_examples(dogs, capfd):
@@ -138,13 +142,9 @@ def test_a_step_that_does_not_end(dogs, capfd, monkeypatch, begun, who):
 
 
 def test_a_step_that_compiles_has_no_limit_and_makes_none(dogs):
-    for dog in dogs:
-        dog.begin_reading(1)
-        dog.begin_step(100, compiles=True)
+    begin(dogs, 1, compiles=True)
     live(dogs, 2000)
-    for dog in dogs:
-        dog.end_step()
-        assert dog.longest is None
+    assert end(dogs) == [None] * 3
 
 
 def test_a_first_step_may_take_longer_than_later_ones(dogs):
@@ -161,9 +161,7 @@ def test_waiting_for_a_rank_that_saves_is_no_part_of_a_step(dogs):
     live(dogs, 600)
     begin(dogs[:1], 2)
     live(dogs, 4)
-    for dog in dogs:
-        dog.end_step()
-        assert 4 <= dog.longest <= 5
+    assert all(4 <= longest <= 5 for longest in end(dogs))
 
 
 def test_a_larger_step_may_take_longer(dogs):
@@ -224,17 +222,15 @@ def test_a_store_that_is_gone_ends_the_watch(dogs):
 
 # --- real ranks
 
-HANGS = {
-    "is stopped": "train.begin_step = stop_at(train.begin_step, os.kill, os.getpid(), 19)",
-    "has no examples": "train.windows = windows_that_end_in_sleep",
-    "computes for ever": "train.begin_step = stop_at(train.begin_step, time.sleep, 10 ** 6)",
-    "has a segmentation fault": "train.begin_step = stop_at(train.begin_step, ctypes.string_at, 0)",
-}
-LINES = {
-    "is stopped": "step 4: rank 1 is silent: no sign of life for ",
-    "has no examples": "step 4: rank 1 is silent: the thread that reads its examples has brought ",
-    "computes for ever": "step 4: rank 1 is silent, and it has taken ",
-    "has a segmentation fault": "step 4: rank 1 is silent; ",
+HANGS = {                                            # what rank 1 does, what is printed of it
+    "is stopped": ("train.begin_step = stop_at(train.begin_step, os.kill, os.getpid(), 19)",
+                   "rank 1 is silent: no sign of life for "),
+    "has no examples": ("train.windows = windows_that_end_in_sleep",
+                        "rank 1 is silent: the thread that reads its examples has brought "),
+    "computes for ever": ("train.begin_step = stop_at(train.begin_step, time.sleep, 10 ** 6)",
+                          "rank 1 is silent, and it has taken "),
+    "has a segmentation fault": (
+        "train.begin_step = stop_at(train.begin_step, ctypes.string_at, 0)", "rank 1 is silent; "),
 }
 SCRIPT = f"""
 import ctypes, os, sys, time
@@ -264,15 +260,13 @@ train.main(sys.argv[1:])
 @pytest.mark.parametrize("kind", HANGS)
 def test_a_rank_that_hangs(tmp_path, kind):
     """The other leaves with one line; torchrun starts both again, and the run ends well."""
-    (tmp_path / "launch.py").write_text(SCRIPT.replace("HANG", HANGS[kind]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               "--max-restarts=1", "--", "launch.py", "--layers", "1", "--max-steps", "6",
-               "--save-every", "1"]
-    done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True,
-                          timeout=150)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    hang, message = HANGS[kind]
+    (tmp_path / "launch.py").write_text(SCRIPT.replace("HANG", hang))
+    done = python(tmp_path, *launcher(2, "--max-restarts=1"), "launch.py", "--layers", "1",
+                  "--max-steps", "6", "--save-every", "1", timeout=150)
     assert done.returncode == 0, done.stderr
-    assert len(lines) == 1 and LINES[kind] in lines[0], lines
+    line, = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert f"step 4: {message}" in line
     assert "resume    out/state.pt: 3 of 6 steps are done" in done.stdout
     assert len(metrics(tmp_path / "out")) == 6
 
@@ -281,8 +275,7 @@ def test_a_rank_that_hangs(tmp_path, kind):
 @pytest.mark.parametrize("n_ranks, stopped", [(2, 0), (3, 2)])
 def test_the_others_leave_within_a_minute(tmp_path, n_ranks, stopped):
     """With the limits that users have, and rank 0 stopped, which prints and saves."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={n_ranks}", "--", str(ROOT / "train.py"), "--layers", "1",
+    command = [sys.executable, *launcher(n_ranks), str(ROOT / "train.py"), "--layers", "1",
                "--epochs", "1000", "--save-every", "2"]
     process = subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True)
