@@ -102,10 +102,10 @@ def parse_args(argv=None):
 def make_table(args, page, argv: list) -> Table:
     """Return the Table of these arguments.
 
-    Its conditions name the machine, the code and, by their content, the examples.
+    Its conditions name the machine, the code and, by their content, the examples and other text.
     """
     files = [page.__file__, *getattr(page, "FILES", ())]
-    for name in ("data", "val_data"):
+    for name in ("data", "val_data", "also"):
         path = getattr(args, name, None)
         if path and Path(path).is_file():
             files.append(path)

@@ -21,7 +21,7 @@ from lora.methods import METHODS
 from . import sweep
 from .measure import count_work
 from .runs import flag_words, seconds_of
-from .sweep import Sweep, difference, forgotten, quality
+from .sweep import Sweep, difference, forgotten, quality, share_right
 from .tables import ROOT, Table, markdown, panel, run_fresh
 from .training import Task, finish_run, load_answering_model, run_flags
 
@@ -35,6 +35,8 @@ FAMILY |= {"lora, LoRA+ 4": {"lora_plus_ratio": 4},
 COST_HEADER = ["method", "train, examples/s", "generate, tokens/s", "generate merged, tokens/s",
                "kept for backward, MiB"]
 TIMED_TOKENS = 32                                    # per answer, where speed is measured
+PUBLISHED = ("Published: nine variants and LoRA end within 1 to 2 % of each other (arXiv "
+             "2602.04998).")
 
 
 def add_flags(parser):
@@ -51,7 +53,7 @@ def measure_cost(argv: list, task: Task) -> list:
         options, rows = finish_run([*argv, "--out", out, "--overwrite"])
         adapter = Path(out) / ADAPTER
         if not adapter.exists():
-            raise ValueError("a run diverged before its first save: give lower --lrs")
+            raise ValueError("the run that is timed diverged, and the same run before did not")
         job = train.prepare(options, SINGLE_PROCESS)
         shapes, _ = train.load_model(job, torch.device("cpu"), "random")
         batch = job.collate(largest_batch_rows(job.train_set, job.plan))
@@ -90,18 +92,21 @@ def make(args, table: Table) -> list:
         common = curves[LORA].rate
         at_common = {}
         for name, flags in settings.items():
-            at_common |= {name: runs.results(name, flags, [common], runs.seeds)[common]}
+            at_common[name] = runs.results(name, flags, [common], runs.seeds)[common]
         costs = {}
         for name, curve in curves.items():
-            if curve.share_right is not None:
+            if share_right(curve.best) is not None:
                 costs[name] = cost_of(runs, settings[name] | {"lr": curve.rate})
     table.draw([panel("Held-out loss by learning rate", "learning rate", "nats per answer token",
                       {name: curve.losses for name, curve in curves.items()}),
                 panel("Held-out answers right to the letter, each method at its best rate", "",
                       "share of answers",
-                      {"mean of the seeds": [(name, curve.share_right)
+                      {"mean of the seeds": [(name, share_right(curve.best))
                                              for name, curve in curves.items()]})])
-    return [*quality_table(curves, at_common, base_loss), "", distance(curves), "",
+    at_best = {name: curve.best for name, curve in curves.items()}
+    return [*quality_table(curves, at_common, base_loss), "",
+            range_of("Each at its own best rate", at_best),
+            range_of(f"All at {common:g}", at_common), PUBLISHED, "",
             *cost_table(costs), "", note(args)]
 
 
@@ -109,27 +114,29 @@ def quality_table(curves: dict, at_common: dict, base_loss: float | None) -> lis
     """Return the table of each method at its own best rate, and of its results at LoRA's."""
     reference = curves[LORA]
     header = ["method", "trained", "best rate", "held-out loss", "right to the letter",
-              "loss, difference to lora [95 %]", f"at {reference.rate:g}: held-out loss",
-              "right to the letter", "forgotten, nats per token"]
+              "forgotten, nats per token", "loss, difference to lora [95 %]",
+              f"at {reference.rate:g}: held-out loss", f"at {reference.rate:g}: right"]
     rows = []
     for name, curve in curves.items():
-        distance_to_lora = "" if name == LORA else difference(curve.best, reference.best, "loss")
+        above_lora = "" if name == LORA else difference(curve.best, reference.best, "loss")
         rows.append([name, f"{curve.best[0]['parameters']:,}", curve.rate_text,
-                     *quality(curve.best), distance_to_lora, *quality(at_common[name]),
-                     forgotten(curve.best, base_loss)])
+                     *quality(curve.best), forgotten(curve.best, base_loss), above_lora,
+                     *quality(at_common[name])])
     return markdown(header, rows)
 
 
-def distance(curves: dict) -> str:
-    """Return a sentence about the best and the worst method, each at its own best rate."""
-    shares = {name: curve.share_right for name, curve in curves.items()
-              if curve.share_right is not None}
-    if not shares:
-        return "All methods diverged."
-    best = max(shares, key=shares.get)
-    worst = min(shares, key=shares.get)
-    return (f"Right answers range from {shares[worst]:.1%} ({worst}) to {shares[best]:.1%} "
-            f"({best}). Nine methods of arXiv 2602.04998 end within 1 to 2 % of each other.")
+def range_of(where: str, results: dict) -> str:
+    """Return a sentence about the best and the worst method; results: {name: by seed}."""
+    shares = {name: share_right(by_seed) for name, by_seed in results.items()}
+    diverged = [name for name, share in shares.items() if share is None]
+    known = {name: share for name, share in shares.items() if share is not None}
+    if not known:
+        return f"{where}: all diverged."
+    best = max(known, key=known.get)
+    worst = min(known, key=known.get)
+    points = 100 * (known[best] - known[worst])
+    return (f"{where}: right answers from {known[worst]:.1%} ({worst}) to {known[best]:.1%} "
+            f"({best}), {points:.1f} points apart; diverged: {', '.join(diverged) or 'none'}.")
 
 
 def cost_of(runs: Sweep, flags: dict) -> list:
@@ -147,6 +154,5 @@ def cost_table(costs: dict) -> list:
 
 
 def note(args) -> str:
-    """Return what the tables leave out."""
-    return (f"{sweep.note(args)}; speeds: of "
-            "one run, so compare them on a quiet machine only)")
+    return (f"({sweep.note(args)}; speeds: of one run, so compare them only if they were measured "
+            "on a quiet machine)")

@@ -8,8 +8,8 @@ import math
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice, product
@@ -18,7 +18,7 @@ from pathlib import Path
 import train
 from finetune.arguments import number, text
 from finetune.demo.make import base_text
-from finetune.evaluate import Exam, measures, score_answers
+from finetune.evaluate import BrokenWeights, Exam, measures, score_answers
 from finetune.examples import read_examples
 from finetune.forgetting import OtherText
 from finetune.options import DEMO
@@ -48,7 +48,7 @@ from .training import (
 )
 
 FIRST_RATES = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
-MOST_RATES = 14                                      # of a setting
+MOST_RATES = 14                                      # of a setting, unless --lrs has more
 PROSE_EXAMPLES = 400                                 # of other text over the demo's base
 
 
@@ -59,7 +59,7 @@ class Sweep:
     """What the runs of all settings have in common.
 
     rates: learning rates to begin with.  also: file of other text; None for the demo's prose.
-    pool: the processes that train.
+    pool: the processes that train, as many as n_processes.
     """
     table: Table
     task: Task
@@ -67,11 +67,12 @@ class Sweep:
     seeds: list
     also: str | None
     pool: ProcessPoolExecutor
+    n_processes: int
 
     def curve(self, name: str, flags: dict) -> "Curve":
         """Find the best learning rate of a setting.  flags: train.py's."""
         survey = self.widened(name, flags, self.rates, self.seeds[:1])
-        near = neighbourhood(list(survey), best_rate(survey))
+        near = neighbours(list(survey), best_rate(survey))
         return Curve(survey, self.widened(name, flags, near, self.seeds))
 
     def widened(self, name: str, flags: dict, rates: list, seeds: list) -> dict:
@@ -86,22 +87,38 @@ class Sweep:
     def results(self, name: str, flags: dict, rates: list, seeds: list) -> dict:
         """Return {rate: [what `train_and_score` finds with each seed]}."""
         pairs = list(product(rates, seeds))
-        runs = [self.begun(flags | {"lr": rate, "seed": seed}) for rate, seed in pairs]
+        self.run_all([self.argv(flags, rate, seed) for rate, seed in pairs])
         found = {rate: [] for rate in rates}
-        for (rate, seed), finish in zip(pairs, runs, strict=True):
-            result = finish()
+        for rate, seed in pairs:
+            result = self.table.cell(self.settings(self.argv(flags, rate, seed)), None)
             found[rate].append(result)
             report(f"{name}, lr {rate:g}, seed {seed}: held-out loss {loss_of(result):.4f}")
         return found
 
-    def begun(self, flags: dict) -> Callable:
-        """Begin a run, unless its cell is saved; return a function that waits for its result."""
-        argv = [*self.task.flags(), *flag_words(flags)]
-        settings = {"flags": argv, "questions": self.task.questions, "also": self.also}
-        if self.table.is_saved(settings):
-            return lambda: self.table.cell(settings, None)
-        run = self.pool.submit(run_within_memory, train_and_score, argv, self.task, self.also)
-        return lambda: self.table.cell(settings, run.result)
+    def run_all(self, argvs: list):
+        """Run those whose cells are not saved yet, and save each cell as soon as its run ends.
+
+        No run waits in the pool: after an error or Ctrl-C the pool would still begin it.
+        """
+        waiting = [argv for argv in argvs if not self.table.is_saved(self.settings(argv))]
+        running = {}                                 # {future: argv}
+        while waiting or running:
+            while waiting and len(running) < self.n_processes:
+                argv = waiting.pop(0)
+                run = self.pool.submit(run_within_memory, train_and_score, argv, self.task,
+                                       self.also)
+                running[run] = argv
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for run in sorted(ended, key=has_failed):          # An error must not lose the others.
+                self.table.cell(self.settings(running.pop(run)), run.result)
+
+    def argv(self, flags: dict, rate: float, seed: int) -> list:
+        """Return train.py's words for a run."""
+        return [*self.task.flags(), *flag_words(flags | {"lr": rate, "seed": seed})]
+
+    def settings(self, argv: list) -> dict:
+        """Return what the cell of a run is found by."""
+        return {"flags": argv, "questions": self.task.questions, "also": self.also}
 
     def base_loss(self) -> float | None:
         """Return the base's loss on the other text, a cell; None if there is no such text."""
@@ -111,6 +128,10 @@ class Sweep:
                            "precision": self.task.precision})
         return self.table.cell(settings, lambda: run_fresh(loss_on_other, base, self.task,
                                                            self.also))
+
+
+def has_failed(run: Future) -> bool:
+    return run.exception() is not None
 
 
 def add_flags(parser, seeds: list):
@@ -128,7 +149,7 @@ def add_flags(parser, seeds: list):
          help="runs side by side (default: 1)")
     flag("--also", metavar="FILE", type=text,
          help='other text, rows of {"text": ...}, for what an adapter forgets (default: new prose '
-              "of the demo's world; with --checkpoint none)")
+              "of the demo's world; with --checkpoint nothing is measured)")
 
 
 @contextmanager
@@ -140,15 +161,16 @@ def sweeping(args, table: Table) -> Iterator[Sweep]:
     task = task_of(args)
     read_examples(task.questions)                    # Refuse a wrong file before the first run.
     with worker_processes(args.processes) as pool:
-        yield Sweep(table, task, args.lrs, args.seeds, args.also, pool)
+        yield Sweep(table, task, args.lrs, args.seeds, args.also, pool, args.processes)
 
 
 def train_and_score(argv: list, task: Task, also: str | None) -> dict:
     """Run train.py; return {parameters, loss, exact_match, other_loss} of what it leaves.
 
     parameters: the trained ones.  exact_match: the share of answers that are right to the letter.
-    All but the parameters are None if the run leaves no result, because its last steps were
-    skipped; other_loss is None if there is no other text.
+    All but the parameters are None if the run diverged: it leaves no result, because its last
+    steps were skipped, or one whose logits are not numbers.  other_loss is None if there is no
+    other text.
     """
     with tempfile.TemporaryDirectory() as out:
         options, _ = finish_run([*argv, "--out", out, "--overwrite"])
@@ -159,11 +181,15 @@ def train_and_score(argv: list, task: Task, also: str | None) -> dict:
         if (Path(out) / ADAPTER).exists():
             flags["adapter"] = Path(out) / ADAPTER
         elif (Path(out) / PARAMS).exists():          # of --method full
-            flags |= {"checkpoint": out, "adapter": "none"}
+            # Its weights are in fp32; 16 bits would round most updates away.
+            flags = {"checkpoint": out, "adapter": "none", "precision": "fp32"}
         else:
             return found
         words = flag_words(flags)
-        values = examine(words, read_examples(task.questions))
+        try:
+            values = examine(words, read_examples(task.questions))
+        except BrokenWeights:                        # The run diverged in its last steps.
+            return found
         return found | {"loss": finite(values["loss"]), "exact_match": values["exact_match"],
                         "other_loss": loss_on_other(words, task, also)}
 
@@ -215,16 +241,13 @@ class Curve:
         return self.near[self.rate]
 
     @property
-    def rate_text(self) -> str:
-        """Return the best rate as text, and whether no worse one stands on a side of it."""
-        at_end = self.rate in (min(self.near), max(self.near))
-        return f"{self.rate:g}{' (at an end)' if at_end else ''}"
+    def is_bracketed(self) -> bool:
+        """Whether a worse rate stands on either side of the best one."""
+        return min(self.near) < self.rate < max(self.near)
 
     @property
-    def share_right(self) -> float | None:
-        """Return the mean share of right answers at the best rate; None if a seed diverged."""
-        shares = [result["exact_match"] for result in self.best]
-        return None if None in shares else statistics.mean(shares)
+    def rate_text(self) -> str:
+        return f"{self.rate:g}{'' if self.is_bracketed else ' (at an end)'}"
 
 
 def loss_of(result: dict) -> float:
@@ -236,12 +259,19 @@ def mean_loss(results: list) -> float:
     return statistics.mean(map(loss_of, results))
 
 
+def share_right(results: list) -> float | None:
+    """Return the mean share of answers that are right to the letter; None if a seed diverged."""
+    if math.isinf(mean_loss(results)):
+        return None
+    return statistics.mean(result["exact_match"] for result in results)
+
+
 def best_rate(results: dict) -> float:
     """Return the rate of the lowest mean held-out loss."""
     return min(results, key=lambda rate: mean_loss(results[rate]))
 
 
-def neighbourhood(rates: list, best: float) -> list:
+def neighbours(rates: list, best: float) -> list:
     """Return the best of some rates in order, with the one before and the one after it."""
     i = rates.index(best)
     return rates[max(0, i - 1):i + 2]
@@ -299,10 +329,12 @@ def difference(results: list, reference: list, measure: str) -> str:
 
 
 def note(args) -> str:
-    """Return how the rates were chosen, and what the numbers are; without the last bracket."""
+    """Return how the rates were chosen, and what the numbers are."""
     n_seeds = "1 seed" if len(args.seeds) == 1 else f"{len(args.seeds)} seeds"
-    return (f"({n_seeds}; best rate: seed {args.seeds[0]} tries {len(args.lrs)} rates from "
+    return (f"{n_seeds}; best rate: seed {args.seeds[0]} tries {len(args.lrs)} rates from "
             f"{min(args.lrs):g} to {max(args.lrs):g} and, if an outer one is best, more; then all "
-            "seeds try the best one and its neighbours, and the lowest mean held-out loss decides; "
-            "±: the largest distance of a seed from the mean; forgotten: how far the loss on "
-            "other text is above the base's")
+            "seeds try the best one and its neighbours, and the lowest mean held-out loss decides. "
+            "The same examples and seeds choose the rate and give the numbers, so the best results "
+            "are a little too good, and intervals are for the chosen rates; ±: the largest "
+            "distance of a seed from the mean; forgotten: how far the loss on other text is above "
+            "the base's")

@@ -39,6 +39,10 @@ ANSWERED_AT_ONCE = 8                                 # prompts
 RESAMPLES = 2000
 
 
+class BrokenWeights(ValueError):
+    """A model's logits are not numbers."""
+
+
 class Question(NamedTuple):
     """A prompt and the answers to score after it, all lists of ids.
 
@@ -374,12 +378,12 @@ class Exam:
         "ended": 1 if the answer ended with eos before the limit.  "exact_match": 1 if it also
         equals the example's answer; white space at both ends does not count.
         report(n) is called with the number of examples that are answered so far.
-        Raises ValueError for a model whose weights are broken.
+        Raises BrokenWeights.
         """
         table = score_answers(model, self.rows, self.choice_ids)
         if table["nats"].isnan().any():
-            raise ValueError("the model's logits are not numbers: are its weights, or the "
-                             "adapter's?")
+            raise BrokenWeights("the model's logits are not numbers: are its weights, or the "
+                                "adapter's?")
         exact = []
         ended = []
         pool = NgramPool()                           # Earlier answers help to guess later ones.

@@ -452,7 +452,7 @@ def method_line(job) -> str:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     answers = sum(count_answer(labels) for _, labels in job.train_set.rows)
     line = (f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %), "
-            f"{trained / answers:,.2f} per answer token")
+            f"which is {trained / answers:,.2f} per answer token")
     if not job.lora:
         return line
     lora = job.lora

@@ -365,7 +365,7 @@ def test_a_sweep_goes_on_until_the_best_rate_is_between_worse_ones(monkeypatch, 
 
     monkeypatch.setattr(sweep.Sweep, "results", results)
     rates = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2]
-    curve = sweep.Sweep(None, None, rates, [0, 1, 2], None, None).curve("lora", {})
+    curve = sweep.Sweep(None, None, rates, [0, 1, 2], None, None, 1).curve("lora", {})
     assert list(curve.survey) == tried and list(curve.near) == near
     assert curve.rate == best and curve.rate_text == f"{best:g}"
     assert all(len(results) == 3 for results in curve.near.values())
@@ -381,7 +381,7 @@ def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
     assert sweep.Curve({}, more).rate_text == "1 (at an end)"
     diverged = {rate: [{"loss": None, "exact_match": None}] for rate in (1e-3, 2e-3)}
     assert sweep.rates_to_add(diverged) == []
-    assert sweep.Curve({}, diverged).share_right is None
+    assert sweep.share_right(diverged[1e-3]) is None
     assert sweep.quality(diverged[1e-3]) == ["diverged, 1 of 1 seeds", ""]
     assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
 

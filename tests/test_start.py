@@ -349,7 +349,7 @@ def far_from(expected, model, rows):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_demo_starts_nearer_to_its_base_with_loftq():
-    """At all tokens of the held-out examples; `pytest -s -m slow` prints the figures of docs/methods.md."""
+    """At all tokens of the held-out examples; prints the figures of docs/methods.md."""
     def demo(kind, **given):
         config = LoRAConfig(targets=EVERY_LAYER, dropout=0.0, **given) if given else None
         model, tokenizer = load_checkpoint(DEMO, dtype=torch.float32,
