@@ -11,6 +11,7 @@ import train
 from finetune.answers import ANSWERED_AT_ONCE
 from finetune.dataset import encode_prompt
 from finetune.examples import read_examples
+from finetune.job import load_model, prepare
 from finetune.preflight import MIB, largest_batch_rows
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
@@ -54,8 +55,8 @@ def measure_cost(argv: list, task: Task) -> list:
         adapter = Path(out) / ADAPTER
         if not adapter.exists():
             raise ValueError("the run that is timed diverged, and the same run before did not")
-        job = train.prepare(options, SINGLE_PROCESS)
-        shapes, _ = train.load_model(job, torch.device("cpu"), "random")
+        job = prepare(options, SINGLE_PROCESS, train.build_optimizer)
+        shapes, _ = load_model(job, torch.device("cpu"), "random")
         batch = job.collate(largest_batch_rows(job.train_set, job.plan))
         work = count_work(shapes, [batch], contextlib.nullcontext())
         flags = {"adapter": adapter, "precision": task.precision}

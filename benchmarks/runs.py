@@ -22,6 +22,7 @@ from finetune.arguments import add_hardware_flags, number, text
 from finetune.batches import example_indices
 from finetune.dataset import IGNORE, SupervisedDataset, count_answer, read_examples
 from finetune.hardware import pick_hardware
+from finetune.job import META, Job, load_model, mixed_precision, prepare
 from finetune.loss import answer_loss
 from finetune.options import DEMO, Options, parse_options
 from finetune.pictures import read_metrics
@@ -236,29 +237,29 @@ def next_batches(indices: Iterator, options: Options) -> list:
     return batches
 
 
-def job_of(workload: Workload, ranks: Ranks, *flags) -> train.Job:
+def job_of(workload: Workload, ranks: Ranks, *flags) -> Job:
     """Return train.py's Job for a workload, with shapes in place of weights.
 
     Its rows are in file order, and nothing is held out.
     """
     options = workload.options(*flags)
-    job = train.prepare(options, ranks)
+    job = prepare(options, ranks, train.build_optimizer)
     rows = Rows(rows_of(workload))
     plan = plan_in_file_order(len(rows), workload, options, ranks.size)
     job = replace(job, train_set=rows, val_set=None, plan=plan)
-    model, adapter_paths = load(workload, job, train.META, "random")
+    model, adapter_paths = load(workload, job, META, "random")
     if workload.autocast:
-        precision = train.mixed_precision(job.precision.name, job.precision.device, None)
+        precision = mixed_precision(job.precision.name, job.precision.device, None)
         job = replace(job, precision=precision)
     return replace(job, model=model, adapter_paths=adapter_paths)
 
 
-def load(workload: Workload, job: train.Job, device: torch.device, init: str):
+def load(workload: Workload, job: Job, device: torch.device, init: str):
     """Return train.py's (model, paths of its adapter layers); with autocast the base is fp32."""
     if workload.autocast:
-        fp32 = train.mixed_precision("fp32", job.precision.device, job.lora)
+        fp32 = mixed_precision("fp32", job.precision.device, job.lora)
         job = replace(job, precision=fp32)
-    return train.load_model(job, device, init)
+    return load_model(job, device, init)
 
 
 def measure_run(workload: Workload) -> dict | None:
@@ -310,7 +311,7 @@ def seconds_of(rows: list) -> float:
     return sum(row["tokens"] / row["tokens_per_second"] for row in rows)
 
 
-def counts_of(job: train.Job, n_bytes: dict, n_tokens: int) -> dict:
+def counts_of(job: Job, n_bytes: dict, n_tokens: int) -> dict:
     """Return bytes by kind, and FLOP per token, of the first rank's last step.
 
     n_bytes: those of gradients and optimizer.  n_tokens: of all ranks in that step.

@@ -21,6 +21,7 @@ from finetune.demo.make import base_text
 from finetune.evaluate import BrokenWeights, Exam, measures, score_answers
 from finetune.examples import read_examples
 from finetune.forgetting import OtherText
+from finetune.job import prepare
 from finetune.options import DEMO
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
@@ -174,7 +175,7 @@ def train_and_score(argv: list, task: Task, also: str | None) -> dict:
     """
     with tempfile.TemporaryDirectory() as out:
         options, _ = finish_run([*argv, "--out", out, "--overwrite"])
-        job = train.prepare(options, SINGLE_PROCESS)
+        job = prepare(options, SINGLE_PROCESS, train.build_optimizer)
         trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
         found = {"parameters": trained, "loss": None, "exact_match": None, "other_loss": None}
         flags = {"precision": task.precision}

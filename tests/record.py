@@ -24,6 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import finetune.job
 import train
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
 from finetune.batches import plan_epoch
@@ -200,14 +201,14 @@ def run_base():
 @functools.cache
 def trained_by_us():
     """Return (rows of metrics.jsonl, adapter) of the run through the command line."""
-    load_model = train.load_model
+    load_model = finetune.job.load_model
 
     def load_and_fill(*args):                        # What torch's generator drew is replaced.
         model, adapter_paths = load_model(*args)
         start_adapter(lora_state_dict(model).items())
         return model, adapter_paths
 
-    patched = mock.patch.object(train, "load_model", load_and_fill)
+    patched = mock.patch.object(finetune.job, "load_model", load_and_fill)
     with tempfile.TemporaryDirectory() as name, patched:
         folder = Path(name)
         save_checkpoint(run_base(), Tokenizer(TOKENIZER), folder / "base")

@@ -36,14 +36,15 @@ def noting_windows(data, collate, *rest):            # The pre-flight's batch is
 train.windows = noting_windows
 """
 CHANGE_LOSS = """
-answer_loss = train.answer_loss
+import finetune.job
+answer_loss = finetune.job.answer_loss
 calls = []
 def changed_loss(model, batch):
     calls.append(1)
     loss, n = answer_loss(model, batch)
     return change(loss, len(calls)), n
-train.answer_loss = changed_loss
-train.check_gradients = lambda *_: None
+finetune.job.answer_loss = changed_loss
+finetune.job.check_gradients = lambda *_: None
 """
 
 

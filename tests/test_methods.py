@@ -725,11 +725,11 @@ def test_any_method_can_be_deleted(gone, tmp_path, base, data):
     name = gone.replace("-", "_")
     (tmp_path / f"lora/methods/{name}.py").unlink()
     if gone == "lora-plus":
-        page = tmp_path / "train.py"
         call = "groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)"
-        assert call in page.read_text()
-        code = page.read_text().replace(call, 'groups = [{"params": trainable}]')
-        page.write_text(re.sub(r".*lora_plus.*\n", "", code))
+        assert call in (tmp_path / "train.py").read_text()
+        for page in (tmp_path / "train.py", tmp_path / "finetune/job.py"):
+            code = page.read_text().replace(call, 'groups = [{"params": trainable}]')
+            page.write_text(re.sub(r".*lora_plus.*\n", "", code))
     else:
         page = tmp_path / "lora/methods/__init__.py"
         code, n_lines = re.subn(rf".*\b{name}\b.*\n", "", page.read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import finetune.job
 import train
 from finetune import printed
 from finetune.batches import example_indices, indices_as_dealt_to, plan_epoch
@@ -42,7 +43,7 @@ def sitting(place, monkeypatch):
     """
     steps = {"now": 0, "until": None}
     begin_step = train.begin_step
-    answer_loss = train.answer_loss
+    answer_loss = finetune.job.answer_loss
 
     def noting(model, step, loss):
         steps["now"] = step
@@ -64,7 +65,7 @@ def sitting(place, monkeypatch):
         assert [ended(pid) for pid in pids] == [code] * n_ranks
 
     monkeypatch.setattr(train, "begin_step", noting)
-    monkeypatch.setattr(train, "answer_loss", loss_of)
+    monkeypatch.setattr(finetune.job, "answer_loss", loss_of)
     return sitting
 
 
@@ -121,7 +122,8 @@ def test_memory_is_estimated_for_the_ranks_that_there_are(place):
     """On more ranks a micro-batch of the same flags can be smaller: 4 examples in parts of 2."""
     flags = given_once([*FLAGS, "--batch-size", "4", "--accumulation-steps", "1"])
     for n_ranks, n_examples in ((1, 4), (2, 2)):
-        job = train.prepare(parse_options(flags), Ranks(0, n_ranks, begun_with=1))
+        job = finetune.job.prepare(parse_options(flags), Ranks(0, n_ranks, begun_with=1),
+                                 train.build_optimizer)
         _, step = job.plan[0]
         assert len(step) == n_ranks
         for batches in step:

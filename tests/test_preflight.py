@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import finetune.job
 import train
 from finetune.batches import Batch
 from finetune.dataset import IGNORE
@@ -84,7 +85,7 @@ def two_steps(model, batch, precision, lora, optimizer):
 
 def estimate(model, adapter_paths, batch, precision, device="cpu", **settings):
     size = Size(batch.tokens.numel(), batch.n_answer, 0)
-    mixed = train.mixed_precision(precision, torch.device(device), LoRAConfig())
+    mixed = finetune.job.mixed_precision(precision, torch.device(device), LoRAConfig())
     return estimate_memory(model, adapter_paths, size, mixed, **settings)
 
 

@@ -181,7 +181,7 @@ PLANTED = {
     "an adapter in fp32": ("lora/layers.py",
         "inner = F.linear(self.dropout(x), A.to(x.dtype))",
         "inner = F.linear(self.dropout(x).float(), A).to(x.dtype)", [TRAIN]),
-    "a base in fp32": ("train.py",
+    "a base in fp32": ("finetune/job.py",
         "job.precision.dtype if job.lora else torch.float32", "torch.float32", [TRAIN]),
     "masks on the CPU": ("llama/layout.py",
         "torch.zeros_like(visible, dtype=keys.dtype)",

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune.job
 import train
 from finetune import signals
 from finetune.options import parse_options
@@ -128,7 +129,7 @@ def die(*_):
 
 def changed_loss(change):
     """Return an answer_loss whose loss is change(loss, number of the training call, model)."""
-    answer_loss = train.answer_loss
+    answer_loss = finetune.job.answer_loss
     calls = []
 
     def loss_of(model, batch):
@@ -149,7 +150,7 @@ def stopped_in(argv, step, then=stop):
         return loss
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "answer_loss", changed_loss(change))
+        patch.setattr(finetune.job, "answer_loss", changed_loss(change))
         try:
             main(argv)
         except SystemExit as error:
@@ -485,8 +486,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(flags, capsys, monkeypat
         seen.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
         return loss * math.nan if n_calls in (2, 4) else loss
 
-    monkeypatch.setattr(train, "answer_loss", changed_loss(change))
-    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+    monkeypatch.setattr(finetune.job, "answer_loss", changed_loss(change))
+    monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
     main([*flags, "--out", "nan"])
     rows, _ = left("nan")
     assert [row.get("skipped") for row in rows] == [None, 1, None, 2, None, None]
@@ -503,8 +504,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(flags, capsys, monkeypat
 
 
 def test_too_many_bad_steps_end_the_run(flags, capsys, monkeypatch):
-    monkeypatch.setattr(train, "answer_loss", changed_loss(lambda loss, *_: loss * math.inf))
-    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+    monkeypatch.setattr(finetune.job, "answer_loss", changed_loss(lambda loss, *_: loss * math.inf))
+    monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
     line = refused([*flags, "--out", "bad", "--max-bad-steps", "2"], capsys, 3)
     assert line.startswith("train.py: no finite loss and gradient in 2 steps in a row, the last at "
                            "step 2: try a lower --lr")
@@ -519,8 +520,8 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "check_gradients", lambda *_: None)
-        patch.setattr(train, "answer_loss", full)
+        patch.setattr(finetune.job, "check_gradients", lambda *_: None)
+        patch.setattr(finetune.job, "answer_loss", full)
         line = refused(argv, capsys, 3)
     assert line.startswith("train.py: CUDA out of memory. Tried to allocate 20.00 GiB; try --")
     sizes = [float(size) for size in re.findall(r"by estimate ([\d.]+) MiB less", line)]
@@ -707,7 +708,7 @@ def test_torchrun_starts_again_by_itself(two_ranks, place, monkeypatch):
     Path("dying.py").write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch, train
+import finetune.job, torch, train
 from tests.test_resume import changed_loss, die, dying_in_a_save
 life = os.environ["RANK"] + os.environ["TORCHELASTIC_RESTART_COUNT"]
 def change(loss, n_calls, model):
@@ -719,7 +720,7 @@ def dying_gather(*args):
     gathers.append(1)
     if life == "12" and len(gathers) == 11:
         die()
-train.answer_loss = changed_loss(change)
+finetune.job.answer_loss = changed_loss(change)
 torch.distributed.all_gather_object = dying_gather
 if life == "01":
     dying_in_a_save("between the renames", 5)()

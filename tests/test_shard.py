@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import finetune.job
 import generate
 import train
 from finetune.options import parse_options
@@ -38,6 +39,7 @@ import gc, json, os, signal, sys, time
 from contextlib import contextmanager, redirect_stdout
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import finetune.job
 import generate
 import train
 from finetune import printed, ranks, run
@@ -329,8 +331,8 @@ def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypa
 
 def test_shard_is_advised_where_memory_ends():
     """On the demo, whose base has four blocks: two of them are gathered at a time."""
-    job = train.prepare(parse_options([]), Ranks(0, 8))
-    advice = dict(memory_advice(job, train.estimate_step_bytes))
+    job = finetune.job.prepare(parse_options([]), Ranks(0, 8), train.build_optimizer)
+    advice = dict(memory_advice(job, finetune.job.estimate_step_bytes))
     base = cut_bytes(job.model, 8, False)
     assert advice["--shard 8"] == base.whole - base.share - base.gathered > 0
 
@@ -366,7 +368,7 @@ def planned(size, method):
 def test_what_fits_where(size, method, n, gigabytes):
     """The table of docs/sharding.md."""
     model, wrapped = planned(size, method)
-    precision = train.mixed_precision("fp32" if method == "full" else "bf16",
+    precision = finetune.job.mixed_precision("fp32" if method == "full" else "bf16",
                                       torch.device("cuda"), LoRAConfig())
     kinds, _ = estimate_memory(model, wrapped, Size(1, 1, 0), precision, n)
     kinds = Sharding(Ranks(size=n), n, method == "full").bytes_of_rank(kinds, model)
@@ -493,14 +495,14 @@ def test_201_examples(place):
 
 # Both ranks die in a forward of step 3, whose second micro-batch is the sixth with the check's.
 KILL_BOTH = """
-answer_loss = train.answer_loss
+answer_loss = finetune.job.answer_loss
 calls = []
 def dying_loss(model, batch):
     calls.append(1)
     if len(calls) == 6:
         os.kill(os.getpid(), signal.SIGKILL)
     return answer_loss(model, batch)
-train.answer_loss = dying_loss
+finetune.job.answer_loss = dying_loss
 """
 
 
@@ -527,18 +529,18 @@ def test_a_run_whose_ranks_are_killed_goes_on_with_and_without_shard(place, meth
 
 
 OVERFLOW = """
-answer_loss = train.answer_loss
+answer_loss = finetune.job.answer_loss
 calls = []
 def changed_loss(model, batch):
     calls.append(1)
     loss, n = answer_loss(model, batch)
     return loss * float("inf") if rank == 1 and len(calls) == 3 else loss, n
-train.answer_loss = changed_loss
-check_gradients = train.check_gradients
+finetune.job.answer_loss = changed_loss
+check_gradients = finetune.job.check_gradients
 def first_check(*given):
     calls.clear()
     check_gradients(*given)
-train.check_gradients = first_check
+finetune.job.check_gradients = first_check
 """
 
 
@@ -564,12 +566,12 @@ def broken(self, layer, path, *rest):
 StoredWeights.fill = broken
 """,
     "the adapter": """
-load_adapter = train.load_adapter
+load_adapter = finetune.job.load_adapter
 def broken(*given):
     if rank == 1:
         raise ValueError("planted")
     load_adapter(*given)
-train.load_adapter = broken
+finetune.job.load_adapter = broken
 """,
     "a missing file": """
 from llama import checkpoint

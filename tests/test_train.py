@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import finetune.evaluate
+import finetune.job
 import generate
 import train
 from finetune.batches import DataCollatorForSupervisedDataset
@@ -39,8 +40,8 @@ def watch(monkeypatch):
             seen.append(see(model, batch))
             return function(model, batch)
 
-        monkeypatch.setattr(train, "check_gradients", lambda *_: None)
-        for module, name in ((train, "answer_loss"), (finetune.evaluate, "log_likelihoods")):
+        monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
+        for module, name in ((finetune.job, "answer_loss"), (finetune.evaluate, "log_likelihoods")):
             monkeypatch.setattr(module, name, partial(watched, getattr(module, name)))
         return seen
 
@@ -171,8 +172,8 @@ def test_bf16_stays_close_to_fp32(run, method):
 def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base, flags,
                                                                                  frozen):
     options = parse_options(["--checkpoint", str(base), "--r", "2", *flags])
-    job = train.prepare(options, SINGLE_PROCESS)
-    model, _ = train.load_model(job, torch.device("cpu"), "checkpoint")
+    job = finetune.job.prepare(options, SINGLE_PROCESS, train.build_optimizer)
+    model, _ = finetune.job.load_model(job, torch.device("cpu"), "checkpoint")
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
@@ -183,7 +184,7 @@ def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, monke
              "--accumulation-steps", "3"]
     plain = run("plain", *flags)
     assert column(plain, "loss_scale") == [65536.0] * 4
-    answer_loss = train.answer_loss
+    answer_loss = finetune.job.answer_loss
     weights = []
 
     def planted(model, batch):
@@ -192,8 +193,8 @@ def test_fp16_scales_the_loss_and_a_step_that_overflows_moves_nothing(run, monke
         weights.append(torch.cat(parameters))
         return loss * math.inf if len(weights) == 5 else loss, n
 
-    monkeypatch.setattr(train, "answer_loss", planted)
-    monkeypatch.setattr(train, "check_gradients", lambda *_: None)
+    monkeypatch.setattr(finetune.job, "answer_loss", planted)
+    monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
     rows = run("planted", *flags)
     assert column(rows, "loss_scale") == [65536.0, 65536.0, 32768.0, 32768.0]
     first, second, third, fourth = weights[::3]

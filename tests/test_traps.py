@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import finetune.job
 import generate
 import train
 from finetune.batches import Batch, DataCollatorForSupervisedDataset
@@ -462,8 +463,8 @@ def test_reentrant_checkpointing():
 
 def bf16_job(base):
     options = parse_options(["--checkpoint", str(base), "--r", "2", "--precision", "bf16"])
-    job = train.prepare(options, SINGLE_PROCESS)
-    return job, train.load_model(job, torch.device("cpu"), "checkpoint")[0]
+    job = finetune.job.prepare(options, SINGLE_PROCESS, train.build_optimizer)
+    return job, finetune.job.load_model(job, torch.device("cpu"), "checkpoint")[0]
 
 
 def test_copies_of_frozen_weights(base):
@@ -489,7 +490,7 @@ def test_norms_under_autocast(base):
     nothing."""
     job, model = bf16_job(base)
     for device in ("cpu", "cuda"):                   # No GPU is asked for anything.
-        precision = train.mixed_precision("bf16", torch.device(device), job.lora)
+        precision = finetune.job.mixed_precision("bf16", torch.device(device), job.lora)
         assert not precision.autocast._enabled
     seen = set()
     for layer in model.modules():
@@ -524,7 +525,7 @@ def test_schedule_on_skipped_steps(run, monkeypatch):
     """A step that fp16 skips for an overflow moves no weight, yet the schedule moves on."""
     flags = ["--precision", "fp16", "--epochs", "1", "--warmup-steps", "1"]
     right = [row["lr"] for row in run(*flags)]
-    answer_loss = train.answer_loss
+    answer_loss = finetune.job.answer_loss
     calls = []
 
     def overflowing(model, batch):
@@ -532,7 +533,7 @@ def test_schedule_on_skipped_steps(run, monkeypatch):
         calls.append(n)                              # The first call is the pre-flight's.
         return loss * (math.inf if len(calls) == 2 else 1), n
 
-    monkeypatch.setattr(train, "answer_loss", overflowing)
+    monkeypatch.setattr(finetune.job, "answer_loss", overflowing)
     assert [row["lr"] for row in run(*flags)] == [right[0], right[0]] != right
 
 
