@@ -98,8 +98,8 @@ def make(args, table: Table) -> list:
         for name, curve in curves.items():
             if share_right(curve.best) is not None:
                 costs[name] = cost_of(runs, settings[name] | {"lr": curve.rate})
-    table.draw([panel("Held-out loss by learning rate", "learning rate", "nats per answer token",
-                      {name: curve.losses for name, curve in curves.items()}),
+    losses = {name: curve.losses for name, curve in curves.items()}
+    table.draw([sweep.losses_panel("Held-out loss by learning rate", losses),
                 panel("Held-out answers right to the letter, each method at its best rate", "",
                       "share of answers",
                       {"mean of the seeds": [(name, share_right(curve.best))

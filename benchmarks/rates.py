@@ -12,8 +12,8 @@ from finetune.options import DEMO
 
 from . import sweep
 from .paper import highest_rank, matrices_of
-from .sweep import Curve, Sweep, difference, forgotten, quality
-from .tables import ROOT, Table, list_of, markdown, panel
+from .sweep import Curve, Sweep, difference, forgotten, losses_panel, quality
+from .tables import ROOT, Table, list_of, markdown
 from .training import STEP_EXAMPLES, run_flags
 
 FILES = [ROOT / "benchmarks/sweep.py", ROOT / "benchmarks/claims.py"]
@@ -117,8 +117,7 @@ def panels_of(curves: dict, by_rank: list, by_batch: list) -> list:
     of_batch = {f"{setting.name}, {setting.batch} a step": curves[setting].losses
                 for setting in by_batch}
     for title, lines in (("ranks on all seven", of_rank), ("examples per step", of_batch)):
-        panels.append(panel(f"Held-out loss by learning rate: {title}", "learning rate",
-                            "nats per answer token", lines))
+        panels.append(losses_panel(f"Held-out loss by learning rate: {title}", lines))
     return panels
 
 

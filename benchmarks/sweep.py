@@ -23,6 +23,7 @@ from finetune.examples import read_examples
 from finetune.forgetting import OtherText
 from finetune.job import prepare
 from finetune.options import DEMO
+from finetune.pictures import Panel
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
 from llama.checkpoint import PARAMS
@@ -302,7 +303,7 @@ def next_rate(rate: float, direction: int) -> float:
     return max(value for value in series if value < rate)
 
 
-# ---- Columns of a table -----------------------------------------------------
+# ---- Columns and panels of a table ------------------------------------------
 
 def quality(results: list) -> list:
     """Return [held-out loss, right to the letter] over the seeds, as text."""
@@ -327,6 +328,11 @@ def difference(results: list, reference: list, measure: str) -> str:
     if None in chain(*values):
         return ""
     return interval_of([a - b for a, b in values]).text(".3f")
+
+
+def losses_panel(title: str, lines: dict) -> Panel:
+    """Return the panel of {setting: Curve.losses}."""
+    return Panel(title, "learning rate", "nats per answer token", lines, log_y=True)
 
 
 def note(args) -> str:
