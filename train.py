@@ -82,7 +82,8 @@ def train(job: Job, run: Run):
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = lora_plus_groups(model, options.lr, options.lora_plus_ratio)    # one group by default
     optimizer = build_optimizer(groups, options)
-    peak_rates = [group["lr"] for group in optimizer.param_groups]      # before attach, see there
+    # Read before run.attach, which with --resume loads the schedule's rates at the last save.
+    peak_rates = [group["lr"] for group in optimizer.param_groups]
     follow_optimizer(model, optimizer)                        # A method may act after a step.
     n_steps = len(job.plan)
     warmup = round(0.03 * n_steps) if options.warmup_steps is None else options.warmup_steps
@@ -90,7 +91,6 @@ def train(job: Job, run: Run):
     evaluate_held_out = functools.partial(
         evaluate, model, job.val_set, min(tokens_per_batch, SCORING_TOKENS), precision.autocast,
         ranks.rank, ranks.size)
-    # With --resume this loads the states, among them the schedule's rates at the last save.
     with one_line_errors("train.py", ranks):
         run.attach(precision.device, functools.partial(save_best, job),
                    model=trained_part(job), optimizer=optimizer, scaler=precision.scaler)

@@ -1,7 +1,7 @@
 """The best learning rate of a setting, by held-out loss.
 
 The first seed tries all rates.  If the best one is the lowest or the highest, the next one of the
-series 1, 2, 5, 10, ... is tried too, until a worse one stands on either side.  Then all seeds try
+series 1, 2, 5, 10, ... is tried too, until a worse one stands on both sides.  Then all seeds try
 the best rate and its two neighbours, and more in the same way; the lowest mean decides.
 """
 import math
@@ -244,7 +244,7 @@ class Curve:
 
     @property
     def is_bracketed(self) -> bool:
-        """Whether a worse rate stands on either side of the best one."""
+        """Whether a worse rate stands on both sides of the best one."""
         return min(self.near) < self.rate < max(self.near)
 
     @property
