@@ -25,7 +25,9 @@ def small(monkeypatch):
     monkeypatch.setattr(soak, "N_FILES", 20)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in soak.KINDS if kind != "hangs"])
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=pytest.mark.slow) if kind == "kills of a rank" else kind
+    for kind in soak.KINDS if kind != "hangs"])
 def test_a_batch_loses_nothing(small, kind):
     result = soak.try_one(kind, 0)
     assert result["lost"] is None and result["tried"] > 0
