@@ -41,8 +41,8 @@ META = torch.device("meta")                          # tensors with shapes, but 
 class Job:
     """What a run trains, on which data and how.  It is complete before the first step.
 
-    `prepare` makes it in two stages: first what needs no model, then the plan, and the models on the
-    meta device (shapes only).  `load_weights` replaces these with models that have weights.
+    `prepare` makes it in two stages: first what needs no model, then the plan, and the models on
+    the meta device (shapes only).  `load_weights` replaces these with models that have weights.
     The output folder, with progress, metrics and saves, belongs to Run.
     """
     options: Options

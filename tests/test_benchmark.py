@@ -386,6 +386,13 @@ def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
     assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
 
 
+def test_every_row_of_the_family_is_a_run():
+    configs = [parse_options(runs.flag_words(flags)) for flags in methods.FAMILY.values()]
+    named = [(c.lora_config.method, c.lora_config.options.get("start"), c.lora_plus_ratio)
+             for c in configs]
+    assert len(set(named)) == len(named) == 10 and ("lora", "olora", 1) in named
+
+
 def test_differences_are_taken_seed_by_seed():
     """By hand: 0.1 and 0.3, mean 0.2, standard deviation 0.1414, 12.706 x 0.1 to either side."""
     results = [{"loss": 1.1}, {"loss": 2.3}]
@@ -449,13 +456,15 @@ def tabulate(monkeypatch, tmp_path, capsys):
     ("scaling", {"examples per micro-batch": 5, "tokens per example": 4, "layers": 2, "ranks": 2}),
     ("roofline", {}),
     ("growth", {"the limit that train.py sets": 1}),
-    ("methods", dict.fromkeys(methods.FAMILY, 2)),
-    ("rates", {"(full)": 3, "wq,wv": 1, "all seven": 3}),
+    ("methods", {"lora": 2, "vera": 2}),
+    ("rates", {"(full)": 2, "wq,wv": 1, "all seven": 2}),
     ("distill", {}),
     ("search", {"1": 1}),
     ("paper", {"wq": 1, "wq,wv": 3, "w1,w2,w3": 1, "Int4": 1, "wv, r 1: amplification factor": 1}),
 ])
-def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
+def test_a_table_to_the_end(base, data, tmp_path, tabulate, monkeypatch, name, expected):
+    monkeypatch.setattr(sweep, "MOST_RATES", 2)
+    monkeypatch.setattr(methods, "FAMILY", {m: methods.FAMILY[m] for m in ("lora", "vera")})
     flags = ["--checkpoint", base, "--data", data]
     also = tmp_path / "also.jsonl"
     also.write_text(json.dumps({"text": "Mia ran to the house."}))
@@ -467,7 +476,7 @@ def test_a_table_to_the_end(base, data, tmp_path, tabulate, name, expected):
     elif name in ("methods", "rates"):
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2", "--also",
                   also]
-        flags += ["--ranks", "1", "--batches", "1,32"] if name == "rates" else []
+        flags += ["--ranks", "1", "--batches", "32"] if name == "rates" else []
     elif name == "distill":
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2"]
     elif name == "growth":
