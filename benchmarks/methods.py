@@ -119,7 +119,7 @@ def quality_table(curves: dict, at_common: dict, base_loss: float | None) -> lis
               f"at {reference.rate:g}: held-out loss", f"at {reference.rate:g}: right"]
     rows = []
     for name, curve in curves.items():
-        above_lora = "" if name == LORA else difference(curve.best, reference.best, "loss")
+        above_lora = "" if name == LORA else difference(curve.best, reference.best)
         rows.append([name, f"{curve.best[0]['parameters']:,}", curve.rate_text,
                      *quality(curve.best), forgotten(curve.best, base_loss), above_lora,
                      *quality(at_common[name])])

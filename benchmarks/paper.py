@@ -14,6 +14,7 @@ reference row, seed by seed; `about the same` means within 1 % of the reference 
 """
 import math
 import statistics
+from collections.abc import Container
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +32,7 @@ from lora.adapter import last_part
 from . import claims
 from .claims import ABOUT_ZERO, ABOVE, BELOW, interval_of, side_of, verdict
 from .study import Study, directions_of, losses_of_data_types
-from .tables import ROOT, Table, list_of, markdown, panel, spread
+from .tables import ROOT, Table, add_processes_flag, list_of, markdown, panel, spread
 from .training import add_run_flags, add_training_flags, run_flags, task_of
 
 FILES = [ROOT / "benchmarks/claims.py", ROOT / "benchmarks/study.py"]
@@ -74,11 +75,15 @@ def add_flags(parser):
          help="random seeds, one run each (default: 0,1,2,3)")
     flag("--r", metavar="N", type=number(int, 1), default=4,
          help="rank on wq and wv that sets the budget of parameters (default: 4)")
+    flag("--matrices", metavar="NAMES", nargs="+", choices=TABLE_5, default=list(TABLE_5),
+         help=f"where the budget may go, of: {' '.join(TABLE_5)} (default: all; {PAIR} is always "
+              "there, as the reference)")
     flag("--ranks", metavar="N,...", type=list_of(number(int, 1)), default=list(TABLE_6),
          help="ranks to compare on wq and wv (default: 1,2,4,8,64)")
     flag("--lr", metavar="F", type=number(float, 0, open_low=True),
          help="learning rate of every run (default: train.py's)")
     add_run_flags(parser)
+    add_processes_flag(parser)
 
 
 def make(args, table: Table) -> list:
@@ -92,12 +97,9 @@ def make(args, table: Table) -> list:
     read_examples(task.questions)                    # Refuse a wrong file before the first run.
     study = Study(table, task, {"lr": args.lr} | run_flags(args), args.seeds)
     matrices = matrices_of(task.checkpoint or DEMO)
-    highest = highest_rank(matrices, PAIR)
-    for rank in (args.r, *ranks):
-        if rank > highest:
-            raise ValueError(f"rank {rank} is too large for {PAIR} of this base: --r and --ranks "
-                             f"go up to {highest}")
-    budgets = ranks_for(matrices, args.r)
+    check_ranks([args.r, *ranks], matrices, PAIR, "--r and --ranks")
+    budgets = ranks_for(matrices, args.r, {PAIR, *args.matrices})
+    study.train_all([*budgets.items(), *((PAIR, r) for r in ranks)], args.processes)
     by_targets = {(targets, r): study.results(targets, r) for targets, r in budgets.items()}
     by_rank = {(PAIR, r): study.results(PAIR, r) for r in ranks}
     data_types = losses_of_data_types(study, [*TABLE_2, claims.UNCHANGED])
@@ -106,7 +108,7 @@ def make(args, table: Table) -> list:
     measure = MCC if "mcc" in by_rank[PAIR, small][0] else RIGHT
     parts = {
         "Which matrices? (LoRA, table 5)": comparison(
-            by_targets, (PAIR, r), list(TABLE_5.values()), measure),
+            by_targets, (PAIR, r), [TABLE_5[targets] for targets in budgets], measure),
         "Which rank? (LoRA, table 6)": comparison(
             by_rank, (PAIR, small), [TABLE_6.get(r) for r in ranks], measure),
         "Which directions? (LoRA, section 7.2)": directions_table(study, small, large),
@@ -138,20 +140,32 @@ def matrices_of(checkpoint: str | Path) -> dict:
     return matrices
 
 
+def check_ranks(ranks: list, matrices: dict, targets: str, flags: str):
+    """Raise ValueError, which names the flags, for a rank that one of the targets cannot have."""
+    highest = highest_rank(matrices, targets)
+    if max(ranks) > highest:
+        raise ValueError(f"rank {max(ranks)} is too large for {targets} of this base: {flags} go "
+                         f"up to {highest}")
+
+
 def highest_rank(matrices: dict, targets: str) -> int:
     """Return the highest rank that each of the targets can have."""
     return min(min(matrices[name].weight.shape) for name in targets.split(","))
 
 
-def ranks_for(matrices: dict, r: int) -> dict:
-    """Return {targets: rank} of table 5: as near to the parameters of r on wq and wv as can be."""
+def ranks_for(matrices: dict, r: int, places: Container) -> dict:
+    """Return {targets: rank} of table 5: as near to the parameters of r on wq and wv as can be.
+
+    places: the rows of the table that are wanted.
+    """
     sizes = {}                                       # parameters of an adapter of rank 1
     for targets in TABLE_5:
         sizes[targets] = sum(sum(matrices[name].weight.shape) for name in targets.split(","))
     ranks = {}
     for targets, size in sizes.items():
-        nearest = round(r * sizes[PAIR] / size)
-        ranks[targets] = min(max(nearest, 1), highest_rank(matrices, targets))
+        if targets in places:
+            nearest = round(r * sizes[PAIR] / size)
+            ranks[targets] = min(max(nearest, 1), highest_rank(matrices, targets))
     return ranks
 
 

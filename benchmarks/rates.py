@@ -11,7 +11,7 @@ from finetune.arguments import number
 from finetune.options import DEMO
 
 from . import sweep
-from .paper import highest_rank, matrices_of
+from .paper import check_ranks, matrices_of
 from .sweep import Curve, Sweep, difference, forgotten, losses_panel, quality
 from .tables import ROOT, Table, list_of, markdown
 from .training import STEP_EXAMPLES, run_flags
@@ -57,8 +57,8 @@ def make(args, table: Table) -> list:
     for batch in args.batches:
         if batch % min(args.batch_size, batch):
             raise ValueError(f"--batches {batch} is no multiple of --batch-size {args.batch_size}")
-    refuse_high_ranks(args)
     ranks = sorted(set(args.ranks))
+    check_ranks(ranks, matrices_of(args.checkpoint or DEMO), ALL, "--ranks")
     middle = ranks[len(ranks) // 2]
     by_rank = [Setting(None, None, STEP_EXAMPLES)]
     for targets in (PAIR, ALL):
@@ -89,7 +89,7 @@ def table_of(curves: dict, settings: list, base_loss: float | None) -> list:
                f"{curve.best[0]['parameters']:,}", curve.rate_text, *quality(curve.best),
                forgotten(curve.best, base_loss)]
         row.append(factor(curve, full) if setting.r else "")
-        row.append(difference(curve.best, full.best, "loss") if setting.r else "")
+        row.append(difference(curve.best, full.best) if setting.r else "")
         rows.append(row)
     return markdown(header, rows)
 
@@ -99,14 +99,6 @@ def factor(curve: Curve, full: Curve) -> str:
     if not (curve.is_bracketed and full.is_bracketed):
         return ""
     return f"{curve.rate / full.rate:.2g}"
-
-
-def refuse_high_ranks(args):
-    """Raise ValueError if a rank is higher than a matrix of the base allows."""
-    highest = highest_rank(matrices_of(args.checkpoint or DEMO), ALL)
-    if max(args.ranks) > highest:
-        raise ValueError(f"rank {max(args.ranks)} is too large for this base: --ranks go up to "
-                         f"{highest}")
 
 
 def panels_of(curves: dict, by_rank: list, by_batch: list) -> list:

@@ -1,15 +1,12 @@
 """The runs and measurements behind paper.py: a LoRA per row and seed, and what is in it."""
 import hashlib
 import json
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
-from finetune.demo.make import base_text
-from finetune.evaluate import Exam, measures, score_answers
+from finetune.evaluate import Exam, score_answers
 from finetune.examples import read_examples
 from finetune.hardware import DTYPES
 from finetune.options import DEMO
@@ -21,8 +18,22 @@ from lora.layers import lora_layers
 
 from . import claims
 from .runs import flag_words
-from .tables import Table, report, run_fresh
-from .training import Task, examine, finish_run, load_answering_model
+from .tables import (
+    Table,
+    WholeRun,
+    measure_side_by_side,
+    report,
+    run_fresh,
+    worker_processes,
+)
+from .training import (
+    Task,
+    examine,
+    finish_run,
+    load_answering_model,
+    new_prose,
+    values_of,
+)
 
 TEXT_PARTS = 10
 EXAMPLES_PER_PART = 200                              # of the demo's prose
@@ -43,6 +54,14 @@ class Study:
     def results(self, targets: str, r: int) -> list:
         """Return the result of each seed's Run."""
         return [run.result() for run in self.runs(targets, r)]
+
+    def train_all(self, rows: list, n_processes: int):
+        """Make the cells of all Runs; rows: (targets, r)."""
+        runs = []
+        for targets, r in dict.fromkeys(rows):       # The budget's row may be one of the ranks'.
+            runs += [run.whole for run in self.runs(targets, r)]
+        with worker_processes(n_processes) as pool:
+            measure_side_by_side(self.table, runs, pool, n_processes)
 
     def cell(self, settings: dict, title: str, compute: Callable):
         """Return compute() as a cell of the table."""
@@ -71,21 +90,22 @@ class Run:
         digest = hashlib.sha256(key.encode()).hexdigest()[:12]
         return self.study.table.out / "paper" / digest / ADAPTER
 
-    def compute(self) -> dict:
+    @property
+    def whole(self) -> WholeRun:
         task = self.study.task
         flags = [*self.flags, "--out", str(self.adapter.parent), "--overwrite"]
-        return run_fresh(train_and_examine, flags, self.adapter, task.questions, task.precision)
+        return WholeRun(f"{self.targets}, r {self.r}, seed {self.seed}",
+                        {"flags": self.flags, "questions": task.questions}, train_and_examine,
+                        (flags, self.adapter, task.questions, task.precision))
 
     def result(self) -> dict:
-        """Return what `train_and_examine` finds, as a cell of the table."""
-        settings = {"flags": self.flags, "questions": self.study.task.questions}
-        title = f"{self.targets}, r {self.r}, seed {self.seed}"
-        return self.study.cell(settings, title, self.compute)
+        """Return what `train_and_examine` found; `train_all` made the cell."""
+        return self.study.table.cell(self.whole.settings, None)
 
     def kept_adapter(self) -> Path:
         """Return the adapter's file; train it again if it was deleted."""
         if not self.adapter.exists():
-            self.compute()
+            run_fresh(self.whole.function, *self.whole.arguments)
         return self.adapter
 
 
@@ -146,9 +166,7 @@ def losses_by_part(data_type: str, task: Task) -> list:
     losses = []
     for examples in parts_of_text(task):
         exam = Exam(examples, tokenizer, model.args.max_seq_len)
-        table = score_answers(model.eval(), exam.rows)
-        sums = {name: column.sum(0) for name, column in table.items()}
-        losses.append(measures(sums)["loss"].item())
+        losses.append(values_of(score_answers(model.eval(), exam.rows))["loss"])
     return losses
 
 
@@ -159,8 +177,7 @@ def parts_of_text(task: Task) -> list:
     Over another base the held-out examples are dealt out.
     """
     if not task.checkpoint:
-        return [list(islice(base_text(random.Random(1000 + i)), EXAMPLES_PER_PART))
-                for i in range(TEXT_PARTS)]
+        return [new_prose(1000 + i, EXAMPLES_PER_PART) for i in range(TEXT_PARTS)]
     examples = read_examples(task.questions)
     n_parts = min(TEXT_PARTS, len(examples))
     return [examples[i::n_parts] for i in range(n_parts)]

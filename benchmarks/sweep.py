@@ -5,20 +5,18 @@ series 1, 2, 5, 10, ... is tried too, until a worse one stands on both sides.  T
 the best rate and its two neighbours, and more in the same way; the lowest mean decides.
 """
 import math
-import random
 import statistics
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice, product
+from itertools import chain, product
 from pathlib import Path
 
 import train
 from finetune.arguments import number, text
-from finetune.demo.make import base_text
-from finetune.evaluate import BrokenWeights, Exam, measures, score_answers
+from finetune.evaluate import BrokenWeights, Exam, score_answers
 from finetune.examples import read_examples
 from finetune.forgetting import OtherText
 from finetune.job import prepare
@@ -32,10 +30,11 @@ from .claims import interval_of
 from .runs import flag_words
 from .tables import (
     Table,
+    WholeRun,
+    add_processes_flag,
     list_of,
-    report,
+    measure_side_by_side,
     run_fresh,
-    run_within_memory,
     spread,
     worker_processes,
 )
@@ -46,7 +45,9 @@ from .training import (
     examine,
     finish_run,
     load_answering_model,
+    new_prose,
     task_of,
+    values_of,
 )
 
 FIRST_RATES = [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1]
@@ -88,39 +89,17 @@ class Sweep:
 
     def results(self, name: str, flags: dict, rates: list, seeds: list) -> dict:
         """Return {rate: [what `train_and_score` finds with each seed]}."""
-        pairs = list(product(rates, seeds))
-        self.run_all([self.argv(flags, rate, seed) for rate, seed in pairs])
+        runs = {}
+        for rate, seed in product(rates, seeds):
+            argv = [*self.task.flags(), *flag_words(flags | {"lr": rate, "seed": seed})]
+            settings = {"flags": argv, "questions": self.task.questions, "also": self.also}
+            runs[rate, seed] = WholeRun(f"{name}, lr {rate:g}, seed {seed}", settings,
+                                        train_and_score, (argv, self.task, self.also))
+        measure_side_by_side(self.table, list(runs.values()), self.pool, self.n_processes)
         found = {rate: [] for rate in rates}
-        for rate, seed in pairs:
-            result = self.table.cell(self.settings(self.argv(flags, rate, seed)), None)
-            found[rate].append(result)
-            report(f"{name}, lr {rate:g}, seed {seed}: held-out loss {loss_of(result):.4f}")
+        for (rate, _), run in runs.items():
+            found[rate].append(self.table.cell(run.settings, None))
         return found
-
-    def run_all(self, argvs: list):
-        """Run those whose cells are not saved yet, and save each cell as soon as its run ends.
-
-        No run waits in the pool: after an error or Ctrl-C the pool would still begin it.
-        """
-        waiting = [argv for argv in argvs if not self.table.is_saved(self.settings(argv))]
-        running = {}                                 # {future: argv}
-        while waiting or running:
-            while waiting and len(running) < self.n_processes:
-                argv = waiting.pop(0)
-                run = self.pool.submit(run_within_memory, train_and_score, argv, self.task,
-                                       self.also)
-                running[run] = argv
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for run in sorted(ended, key=has_failed):          # An error must not lose the others.
-                self.table.cell(self.settings(running.pop(run)), run.result)
-
-    def argv(self, flags: dict, rate: float, seed: int) -> list:
-        """Return train.py's words for a run."""
-        return [*self.task.flags(), *flag_words(flags | {"lr": rate, "seed": seed})]
-
-    def settings(self, argv: list) -> dict:
-        """Return what the cell of a run is found by."""
-        return {"flags": argv, "questions": self.task.questions, "also": self.also}
 
     def base_loss(self) -> float | None:
         """Return the base's loss on the other text, a cell; None if there is no such text."""
@@ -130,10 +109,6 @@ class Sweep:
                            "precision": self.task.precision})
         return self.table.cell(settings, lambda: run_fresh(loss_on_other, base, self.task,
                                                            self.also))
-
-
-def has_failed(run: Future) -> bool:
-    return run.exception() is not None
 
 
 def add_flags(parser, seeds: list):
@@ -147,8 +122,7 @@ def add_flags(parser, seeds: list):
          default=FIRST_RATES,
          help="learning rates to begin with; if the best one is the lowest or the highest, more "
               f"are tried (default: {','.join(f'{rate:g}' for rate in FIRST_RATES)})")
-    flag("--processes", metavar="N", type=number(int, 1), default=1,
-         help="runs side by side (default: 1)")
+    add_processes_flag(parser)
     flag("--also", metavar="FILE", type=text,
          help='other text, rows of {"text": ...}, for what an adapter forgets (default: new prose '
               "of the demo's world; with --checkpoint nothing is measured)")
@@ -205,10 +179,8 @@ def loss_on_other(flags: list, task: Task, also: str | None) -> float | None:
     if also:
         rows = OtherText(also, tokenizer, context).rows
     else:
-        prose = islice(base_text(random.Random(1000)), PROSE_EXAMPLES)
-        rows = Exam(list(prose), tokenizer, context).rows
-    sums = {name: column.sum(0) for name, column in score_answers(model, rows).items()}
-    return finite(measures(sums)["loss"].item())
+        rows = Exam(new_prose(1000, PROSE_EXAMPLES), tokenizer, context).rows
+    return finite(values_of(score_answers(model, rows))["loss"])
 
 
 def finite(value: float) -> float | None:
@@ -322,9 +294,9 @@ def forgotten(results: list, base_loss: float | None) -> str:
     return spread([loss - base_loss for loss in losses], ".3f")
 
 
-def difference(results: list, reference: list, measure: str) -> str:
-    """Return the mean difference of a measure and its 95 % interval, seed by seed, as text."""
-    values = [(a[measure], b[measure]) for a, b in zip(results, reference, strict=True)]
+def difference(results: list, reference: list) -> str:
+    """Return the mean difference of the losses and its 95 % interval, seed by seed, as text."""
+    values = [(a["loss"], b["loss"]) for a, b in zip(results, reference, strict=True)]
     if None in chain(*values):
         return ""
     return interval_of([a - b for a, b in values]).text(".3f")
@@ -342,6 +314,6 @@ def note(args) -> str:
             f"{min(args.lrs):g} to {max(args.lrs):g} and, if an outer one is best, more; then all "
             "seeds try the best one and its neighbours, and the lowest mean held-out loss decides. "
             "The same examples and seeds choose the rate and give the numbers, so the best results "
-            "are a little too good, and intervals are for the chosen rates; ±: the largest "
-            "distance of a seed from the mean; forgotten: how far the loss on other text is above "
-            "the base's")
+            "are too good by an unknown amount, and intervals are for the chosen rates; ±: the "
+            "largest distance of a seed from the mean; forgotten: how far the loss on other text "
+            "is above the base's")

@@ -4,11 +4,12 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from finetune.arguments import number
 from finetune.errors import in_one_line
 from finetune.pictures import Panel, draw
 from llama.files import read_object, write_json
@@ -118,6 +120,7 @@ def worker_processes(n: int):
     Raises OutOfMemory if one is killed.  After an exception nothing that waits is begun.
     """
     context = multiprocessing.get_context("spawn")
+    handler = signal.signal(signal.SIGINT, interrupt_once)
     pool = ProcessPoolExecutor(n, context, initializer=begin_process)
     try:
         yield pool
@@ -125,6 +128,13 @@ def worker_processes(n: int):
         raise OutOfMemory("a cell's process was killed: out of memory?") from None
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
+
+
+def interrupt_once(*_):
+    """Raise KeyboardInterrupt and ignore further Ctrl-C, which would leave processes waiting."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def try_fresh(function: Callable, *args) -> dict:
@@ -137,6 +147,7 @@ def try_fresh(function: Callable, *args) -> dict:
 
 def run_within_memory(function: Callable, *args):
     """Return function(*args).  Raises OutOfMemory if torch, CUDA or Python cannot allocate."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function(*args)
     except (RuntimeError, MemoryError) as error:     # torch.OutOfMemoryError is a RuntimeError.
@@ -144,15 +155,55 @@ def run_within_memory(function: Callable, *args):
         if isinstance(error, MemoryError) or "memory" in text or "bad_alloc" in text:
             raise OutOfMemory(f"{function.__name__} ran out of memory") from None
         raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def begin_process():
     """Prepare a cell's process.
 
-    If memory runs out, Linux kills it first; it also ends when its parent ends.
+    If memory runs out, Linux kills it first; it also ends when its parent ends.  Ctrl-C ends what
+    it computes, but not a process that waits: its parent would wait for it forever.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     be_killed_first()
     threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def add_processes_flag(parser):
+    parser.add_argument("--processes", metavar="N", type=number(int, 1), default=1,
+                        help="runs side by side (default: 1)")
+
+
+@dataclass(frozen=True)
+class WholeRun:
+    """A run of train.py as a cell: function(*arguments) returns its result, which has a "loss"."""
+    title: str
+    settings: dict
+    function: Callable
+    arguments: tuple
+
+
+def measure_side_by_side(table: Table, runs: list, pool: ProcessPoolExecutor, n_processes: int):
+    """Measure the runs that are not saved yet, so many at a time; save each as soon as it ends.
+
+    None waits in the pool: after an error or Ctrl-C the pool would still begin it.
+    """
+    waiting = [run for run in runs if not table.is_saved(run.settings)]
+    running = {}                                     # {future: run}
+    while waiting or running:
+        while waiting and len(running) < n_processes:
+            run = waiting.pop(0)
+            running[pool.submit(run_within_memory, run.function, *run.arguments)] = run
+        ended, _ = wait(running, return_when=FIRST_COMPLETED)
+        for future in sorted(ended, key=has_failed):           # An error must not lose the others.
+            run = running.pop(future)
+            loss = table.cell(run.settings, future.result)["loss"]
+            report(f"{run.title}: " + ("diverged" if loss is None else f"held-out loss {loss:.4f}"))
+
+
+def has_failed(future: Future) -> bool:
+    return future.exception() is not None
 
 
 def be_killed_first():

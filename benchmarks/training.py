@@ -1,11 +1,14 @@
 """Whole runs of train.py, and how well generate.py answers with what they leave."""
+import random
 import shlex
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import generate
 import train
 from finetune.arguments import number, text
+from finetune.demo.make import base_text
 from finetune.errors import GAVE_UP
 from finetune.evaluate import Exam, measures
 from finetune.hardware import DTYPES, pick_hardware
@@ -106,7 +109,15 @@ def examine(flags: list, examples: list, rank: int | None = None) -> dict:
     if rank:
         set_rank(model, rank)
     columns = Exam(examples, tokenizer, model.args.max_seq_len).score(model)
+    return {"parameters": sum(p.numel() for p in model.parameters())} | values_of(columns)
+
+
+def values_of(columns: dict) -> dict[str, float]:
+    """Return the measures of all rows together; columns: {name: a value per row}."""
     values = measures({name: column.sum(0) for name, column in columns.items()})
-    result = {"parameters": sum(p.numel() for p in model.parameters())}
-    result |= {name: value.item() for name, value in values.items()}
-    return result
+    return {name: value.item() for name, value in values.items()}
+
+
+def new_prose(seed: int, n: int) -> list:
+    """Return n rows of the kind of text that the demo's base was trained on."""
+    return list(islice(base_text(random.Random(seed)), n))

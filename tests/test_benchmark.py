@@ -5,10 +5,13 @@ pytest -m slow tests/test_benchmark.py makes each table at a tiny size.
 import contextlib
 import json
 import math
+import os
 import random
 import re
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -386,6 +389,60 @@ def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
     assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
 
 
+def test_runs_side_by_side_are_kept_and_not_run_again(table, capsys):
+    """One fails: its error comes up, but not before those that ended beside it are saved."""
+    runs = [tables.WholeRun(f"run {i}", {"x": i}, inverse, (i,)) for i in (4, 0, 2)]
+    with tables.worker_processes(3) as pool, pytest.raises(ZeroDivisionError):
+        tables.measure_side_by_side(table, runs, pool, 2)
+    assert table.is_saved({"x": 4}) and not table.is_saved({"x": 0})
+    with tables.worker_processes(1) as pool:
+        tables.measure_side_by_side(table, [runs[0], runs[2]], pool, 1)
+    assert [cell["result"]["loss"] for cell in saved_cells(table.path)] == [0.25, 0.5]
+    assert "run 4: held-out loss 0.2500" in capsys.readouterr().err
+
+
+def inverse(x):
+    return {"loss": 1 / x}
+
+
+WAITS = """
+import time
+from benchmarks.tables import run_within_memory, worker_processes
+from finetune.console import run_command
+
+def main():
+    with worker_processes(2) as pool:
+        for _ in range(2):
+            pool.submit(run_within_memory, time.sleep, 600)
+        print("begun", flush=True)
+        time.sleep(600)
+
+if __name__ == "__main__":
+    run_command(main, "benchmarks", "interrupted")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gap", [0, 0.3])
+@pytest.mark.parametrize("delay", [0, 8])
+def test_ctrl_c_twice_ends_all_processes_without_a_traceback(tmp_path, delay, gap):
+    """`timeout -s INT` signals twice.  The processes may still be starting, or compute."""
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    process = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": ROOT},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(delay)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(gap)
+    _, errors = process.communicate(timeout=60)
+    # The second one may also come when Python's own handler is gone already.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert errors == "benchmarks: interrupted\n"
+
+
 def test_every_row_of_the_family_is_a_run():
     configs = [parse_options(runs.flag_words(flags)) for flags in methods.FAMILY.values()]
     named = [(c.lora_config.method, c.lora_config.options.get("start"), c.lora_plus_ratio)
@@ -397,8 +454,8 @@ def test_differences_are_taken_seed_by_seed():
     """By hand: 0.1 and 0.3, mean 0.2, standard deviation 0.1414, 12.706 x 0.1 to either side."""
     results = [{"loss": 1.1}, {"loss": 2.3}]
     reference = [{"loss": 1.0}, {"loss": 2.0}]
-    assert sweep.difference(results, reference, "loss") == "+0.200 [-1.071, +1.471]"
-    assert sweep.difference([{"loss": None}], [{"loss": 1.0}], "loss") == ""
+    assert sweep.difference(results, reference) == "+0.200 [-1.071, +1.471]"
+    assert sweep.difference([{"loss": None}], [{"loss": 1.0}]) == ""
     assert sweep.forgotten([{"other_loss": 0.5}, {"other_loss": 0.7}], 0.2) == "0.400 ± 0.100"
 
 

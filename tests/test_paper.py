@@ -210,13 +210,15 @@ def test_each_data_type_replaces_the_weight():
 
 def test_a_budget_of_parameters_goes_where_the_paper_puts_it():
     """The feed-forward matrices of the demo are too wide to have just as many."""
-    assert paper.ranks_for(paper.matrices_of(DEMO), 4) == {
+    matrices = paper.matrices_of(DEMO)
+    assert paper.ranks_for(matrices, 4, paper.TABLE_5) == {
         "wq": 8, "wk": 8, "wv": 8, "wo": 8, "wq,wk": 4, "wq,wv": 4, "wq,wk,wv,wo": 2, "w1,w2,w3": 1}
+    assert paper.ranks_for(matrices, 4, {"w1,w2,w3", "wq,wv"}) == {"wq,wv": 4, "w1,w2,w3": 1}
 
 
 def test_no_rank_is_above_the_smaller_side_of_a_matrix(base):
     """The base has keys of 16 numbers and queries of 32."""
-    ranks = paper.ranks_for(paper.matrices_of(base), 1000)
+    ranks = paper.ranks_for(paper.matrices_of(base), 1000, paper.TABLE_5)
     assert (ranks["wq"], ranks["wk"], ranks["wq,wk"]) == (32, 16, 16)
 
 
