@@ -25,8 +25,9 @@ from finetune.errors import one_line_errors
 from finetune.evaluate import SCORING_TOKENS, evaluate
 from finetune.hardware import Precision, peak_memory_mb
 from finetune.job import Job, check_gradient_paths, estimate_step_bytes, load_weights, prepare
+from finetune.memory import OutOfMemoryAdvice
 from finetune.options import Options, parse_options
-from finetune.preflight import OutOfMemoryAdvice, describe
+from finetune.preflight import describe
 from finetune.printed import held_out_columns, progress_line, report_end, saved_line
 from finetune.ranks import Ranks, connected_ranks
 from finetune.run import ADAPTER, Run

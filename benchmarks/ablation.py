@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
-from finetune.preflight import MIB, mib
+from finetune.memory import MIB, mib
 
 from . import runs
 from .measure import flop_per_token
@@ -186,7 +186,7 @@ def variants_panel(title: str, y: str, results: dict, measure: Callable):
 
 
 def note(results: dict) -> str:
-    text = "estimate: by finetune/preflight.py, of tensors alone"
+    text = "estimate: by finetune/memory.py, of tensors alone"
     all_peaks = [result["peaks"] for result in results.values() if completed(result)]
     starts = [peaks["start"] for peaks in all_peaks if "start" in peaks]
     if starts:

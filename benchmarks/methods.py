@@ -12,7 +12,7 @@ from finetune.answers import ANSWERED_AT_ONCE
 from finetune.dataset import encode_prompt
 from finetune.examples import read_examples
 from finetune.job import load_model, prepare
-from finetune.preflight import MIB, largest_batch_rows
+from finetune.memory import MIB, largest_batch_rows
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
 from llama.sampling import generate as generate_ids

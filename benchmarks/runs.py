@@ -26,7 +26,7 @@ from finetune.job import META, Job, load_model, mixed_precision, prepare
 from finetune.loss import answer_loss
 from finetune.options import DEMO, Options, parse_options
 from finetune.pictures import read_metrics
-from finetune.preflight import memory_of_a_step
+from finetune.memory import memory_of_a_step
 from finetune.ranks import Ranks, connect
 from finetune.run import METRICS, Run
 from llama.checkpoint import TOKENIZER, read_params
@@ -384,7 +384,7 @@ class LoopPhases:
 def estimate_costs(workload: Workload) -> dict:
     """Return {estimate: bytes by kind, P}, which need no weights.
 
-    The estimate is finetune/preflight.py's, and P is multiplied_weights.
+    The estimate is finetune/memory.py's, and P is multiplied_weights.
     """
     job = job_of(workload, Ranks(size=workload.ranks))
     bytes_by_kind, _ = memory_of_a_step(job)

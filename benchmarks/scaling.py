@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from finetune.preflight import MIB, mib
+from finetune.memory import MIB, mib
 from llama.checkpoint import read_params
 
 from . import runs
@@ -15,7 +15,7 @@ HEADER = ["along", "", "tokens per step", "tokens/s", "seconds per step", "peak,
           "estimate, MiB"]
 NOTE = ("(one micro-batch of 4 examples per step unless the line says otherwise; along tokens per "
         "example, 1,024 tokens per micro-batch; peak: of rank 0's whole process, or of the GPU's "
-        "allocations; estimate: by finetune/preflight.py, of tensors alone)")
+        "allocations; estimate: by finetune/memory.py, of tensors alone)")
 
 
 @dataclass(frozen=True)

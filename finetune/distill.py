@@ -1,7 +1,7 @@
 """Distillation: learn from a larger model's probabilities and from the right answers.
 
 For the training loop it is another loss_fn.  To remove it, delete this file and the lines that name
-the teacher or the distillation in job.py, options.py, preflight.py and run.py.
+the teacher or the distillation in job.py, memory.py, options.py, preflight.py and run.py.
 """
 import hashlib
 

@@ -21,15 +21,10 @@ from .dataset import SupervisedDataset, load_datasets
 from .distill import Distillation, check_teacher, load_teacher
 from .hardware import DTYPES, Precision, check_compiler, fit_to_cpu, pick_hardware
 from .loss import answer_loss
+from .memory import largest_batch_rows, memory_of_a_step, optimizer_state_bytes
 from .neftune import add_embedding_noise
 from .options import Options
-from .preflight import (
-    check_data,
-    check_gradients,
-    largest_batch_rows,
-    memory_of_a_step,
-    optimizer_state_bytes,
-)
+from .preflight import check_data, check_gradients
 from .ranks import Ranks
 from .shard import Sharding
 from .templates import template_name
@@ -251,5 +246,5 @@ def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) ->
     """
     is_16_bit = name != "fp32"
     autocast = torch.autocast(device.type, DTYPES[name], enabled=is_16_bit and lora is None)
-    scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-    return Precision(name, device, autocast, scaler)
+    return Precision(name, device, autocast,
+                     scaler=torch.amp.GradScaler(device.type, enabled=name == "fp16"))

@@ -128,9 +128,9 @@ def n_statements(path):
     return sum(isinstance(node, ast.stmt) for node in ast.walk(tree(path)))
 
 
-def test_the_core_is_443_statements_and_what_makes_a_job_144():
+def test_the_core_is_444_statements_and_what_makes_a_job_144():
     counts = {path: n_statements(path) for path in CORE}
-    assert sum(counts.values()) <= 443, counts
+    assert sum(counts.values()) <= 444, counts
     assert n_statements("finetune/job.py") <= 144
 
 

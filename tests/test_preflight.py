@@ -1,4 +1,4 @@
-"""finetune/preflight.py: what cannot learn is stopped before step 1, and memory is estimated."""
+"""Before step 1: what cannot learn is stopped, memory is estimated (preflight.py, memory.py)."""
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +11,8 @@ import train
 from finetune.batches import Batch
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
-from finetune.preflight import Size, check_gradients, estimate_memory
+from finetune.memory import Size, estimate_memory
+from finetune.preflight import check_gradients
 from llama import ModelArgs, Transformer
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora

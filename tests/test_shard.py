@@ -19,7 +19,7 @@ import finetune.job
 import generate
 import train
 from finetune.options import parse_options
-from finetune.preflight import Size, estimate_memory, memory_advice
+from finetune.memory import Size, estimate_memory, memory_advice
 from finetune.ranks import Ranks
 from finetune.shard import RANKS_OF_MACHINE, Sharding, cut_bytes, share_like
 from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
