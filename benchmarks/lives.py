@@ -26,7 +26,7 @@ from finetune.resume import STATE, Progress, read_last_save
 from finetune.run import ARGS, METRICS
 from llama import ModelArgs, Tokenizer, Transformer, files, save_checkpoint
 from llama.files import write_json
-from lora import adapter
+from lora import files as adapter_files
 
 from .tables import ROOT, be_killed_first
 
@@ -305,7 +305,7 @@ class DyingSave:
         self.moment = moment
 
     def install(self):
-        for module in (files, adapter):              # Their name goes before Python's own.
+        for module in (files, adapter_files):        # Their name goes before Python's own.
             module.open = self.opened
         os.fsync = self.around("fsync", os.fsync)
         os.replace = self.around("replace", os.replace)

@@ -43,7 +43,7 @@ from llama.peft import adapter_at, save_peft
 from llama.rnn import RNNArgs
 from llama.tokenizer import Tokenizer
 from lora import load_adapter, lora_state_dict, merge_report, read_adapter
-from lora.adapter import all_blocks
+from lora.files import all_blocks
 from lora.loftq import check_export, quantizer
 from lora.matrices import replace_matrices
 from lora.quantize import dequantize, in_int8

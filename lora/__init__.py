@@ -5,15 +5,13 @@ from .adapter import (
     add_lora,
     begin_step,
     follow_optimizer,
-    load_adapter,
     lora_disabled,
     lora_state_dict,
     mark_only_lora_as_trainable,
     merge_lora,
     merge_report,
     method_options,
-    read_adapter,
-    save_adapter,
     unmerge_lora,
 )
+from .files import load_adapter, read_adapter, save_adapter
 from .layers import LoRAEmbedding, LoRALinear

@@ -19,7 +19,7 @@ import train
 from benchmarks.lives import Place, Trial, leavings
 from finetune.run import Run
 from llama import Tokenizer, files, save_checkpoint
-from lora import adapter
+from lora import files as adapter_files
 
 from .helpers import ROOT, contents, metrics, tiny
 
@@ -88,7 +88,7 @@ def read_only():
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     files.open = refuse
-    adapter.open = refuse
+    adapter_files.open = refuse
 
 
 @pytest.mark.parametrize("misfortune, reason", [

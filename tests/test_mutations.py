@@ -107,7 +107,7 @@ MUTATIONS = {
         "encode_prompt(example, self.tokenizer, self.template)",
         'encode_prompt(example, self.tokenizer, self.template) + self.tokenizer.encode("\\n")'),
     "alpha_over_r": ("lora/lora_layer.py", "self.alpha / self.r", "self.alpha"),
-    "alpha_and_r_lost": ("lora/adapter.py",
+    "alpha_and_r_lost": ("lora/files.py",
         'LoRAConfig(**content["config"])', 'LoRAConfig(r=content["config"]["r"])'),
     "merge_in_16_bit": ("lora/lora_layer.py",
         "(weight + delta).to(reference_tensor(self.base).dtype)",
@@ -122,7 +122,7 @@ MUTATIONS = {
             raise ValueError("the adapter is already merged; a second merge would add it twice")
         """,
         "pass"),
-    "adapter_silently_not_loaded": ("lora/adapter.py", "in_model or in_file", "False"),
+    "adapter_silently_not_loaded": ("lora/files.py", "in_model or in_file", "False"),
     "adapter_file_that_holds_the_base": ("lora/adapter.py",
         """
         if is_lora(name):
@@ -165,7 +165,7 @@ MUTATIONS = {
     "shards_along_the_wrong_side": ("llama/checkpoint.py", "range(len(shape))", "(0,)"),
     "a_pickle_in_a_file[checkpoint]": ("llama/files.py",
         "pickled = read_pickle(path, summed)", "return torch.load(path, weights_only=False)"),
-    "a_pickle_in_a_file[adapter]": ("lora/adapter.py", "weights_only=True", "weights_only=False"),
+    "a_pickle_in_a_file[adapter]": ("lora/files.py", "weights_only=True", "weights_only=False"),
     "mean_of_rank_means": ("finetune/batches.py",
         """
         n_tokens = sum(len(tokens) for tokens, _ in rows)
