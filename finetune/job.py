@@ -215,7 +215,8 @@ def load_model(job: Job, device: torch.device, init: str):
                                convert=quantizer(job.quantize, job.adapter or job.lora))
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
-    adapter_paths = add_lora(model, job.lora) if job.lora else []
+    values_follow = bool(job.adapter) and not job.adapter.get("from_base")
+    adapter_paths = add_lora(model, job.lora, values_follow) if job.lora else []
     add_embedding_noise(model, options.neftune_alpha)         # None: no noise
     if options.compile:
         for block in model.layers:
@@ -244,7 +245,6 @@ def mixed_precision(name: str, device: torch.device, lora: LoRAConfig | None) ->
     Then autocast would only cost memory: on CUDA it returns the result of each norm in fp32, and
     every layer that reads the result casts it and keeps the copy.
     """
-    is_16_bit = name != "fp32"
-    autocast = torch.autocast(device.type, DTYPES[name], enabled=is_16_bit and lora is None)
+    autocast = torch.autocast(device.type, DTYPES[name], enabled=name != "fp32" and lora is None)
     return Precision(name, device, autocast,
                      scaler=torch.amp.GradScaler(device.type, enabled=name == "fp16"))

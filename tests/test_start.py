@@ -219,6 +219,16 @@ def test_train_resume_generate_and_convert(trained_adapter, name, kind, base, an
     assert answered("--adapter", adapter).out == answered("--adapter", adapter, "--merge").out
 
 
+@FROM_WEIGHT
+def test_a_run_from_an_adapter_does_not_factor_the_weights_again(
+        trained_adapter, name, base, data, monkeypatch):
+    """All SVDs of a 7B take minutes, and the file's values replace them."""
+    adapter = trained_adapter("--method-options", f"start={name}")
+    monkeypatch.setattr(start, "FROM_WEIGHT", dict.fromkeys(start.FROM_WEIGHT))      # Not called.
+    train.main(["--checkpoint", str(base), "--data", str(data), "--adapter", adapter,
+                "--max-steps", "1", "--out", "further"])
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--method-options", "start=best"], "start is 'best', must be random, pissa, olora or loftq"),
     (["--method", "dora", "--method-options", "start=pissa"], "dora: unknown option 'start'"),
