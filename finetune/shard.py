@@ -7,7 +7,7 @@ call, the others wait for ever.  docs/sharding.md has the whole picture.
 import itertools
 import math
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,8 +103,9 @@ class Sharding:
             buffers_to_parameters(block)
             block.requires_grad_(False)
         uncut = {parameter for parameter in block.parameters() if parameter.dim() == 0}
-        fully_shard(block, mesh=self.mesh_to_cut(), reshard_after_forward=True,
-                    ignored_params=uncut)
+        with codes_as_parameters():
+            fully_shard(block, mesh=self.mesh_to_cut(), reshard_after_forward=True,
+                        ignored_params=uncut)
 
     def cut_root(self, model: nn.Module):
         """Make a model the root of its blocks, when all of them are cut.
@@ -211,6 +212,25 @@ def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.contiguous()
     dist.broadcast(tensor, 0)
     return tensor
+
+
+@contextmanager
+def codes_as_parameters():
+    """Let torch 2.11 cut codes too: its FSDP asks for a gradient of whole numbers, then not.
+
+    Later versions do not ask.
+    """
+    new = nn.Parameter.__new__
+
+    def without_gradient_of_codes(cls, data=None, requires_grad=True):
+        return new(cls, data, requires_grad and data.is_floating_point())
+
+    if torch.__version__ < "2.12":
+        nn.Parameter.__new__ = without_gradient_of_codes
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = new
 
 
 def buffers_to_parameters(block: nn.Module):
