@@ -153,17 +153,17 @@ def highest_rank(matrices: dict, targets: str) -> int:
     return min(min(matrices[name].weight.shape) for name in targets.split(","))
 
 
-def ranks_for(matrices: dict, r: int, places: Container) -> dict:
+def ranks_for(matrices: dict, r: int, wanted: Container) -> dict:
     """Return {targets: rank} of table 5: as near to the parameters of r on wq and wv as can be.
 
-    places: the rows of the table that are wanted.
+    wanted: the rows of the table that are measured.
     """
     sizes = {}                                       # parameters of an adapter of rank 1
     for targets in TABLE_5:
         sizes[targets] = sum(sum(matrices[name].weight.shape) for name in targets.split(","))
     ranks = {}
     for targets, size in sizes.items():
-        if targets in places:
+        if targets in wanted:
             nearest = round(r * sizes[PAIR] / size)
             ranks[targets] = min(max(nearest, 1), highest_rank(matrices, targets))
     return ranks

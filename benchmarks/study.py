@@ -19,8 +19,8 @@ from lora.layers import lora_layers
 from . import claims
 from .runs import flag_words
 from .tables import (
+    CellRun,
     Table,
-    WholeRun,
     measure_side_by_side,
     report,
     run_fresh,
@@ -59,7 +59,7 @@ class Study:
         """Make the cells of all Runs; rows: (targets, r)."""
         runs = []
         for targets, r in dict.fromkeys(rows):       # The budget's row may be one of the ranks'.
-            runs += [run.whole for run in self.runs(targets, r)]
+            runs += [run.as_cell for run in self.runs(targets, r)]
         with worker_processes(n_processes) as pool:
             measure_side_by_side(self.table, runs, pool, n_processes)
 
@@ -91,21 +91,21 @@ class Run:
         return self.study.table.out / "paper" / digest / ADAPTER
 
     @property
-    def whole(self) -> WholeRun:
+    def as_cell(self) -> CellRun:
         task = self.study.task
         flags = [*self.flags, "--out", str(self.adapter.parent), "--overwrite"]
-        return WholeRun(f"{self.targets}, r {self.r}, seed {self.seed}",
+        return CellRun(f"{self.targets}, r {self.r}, seed {self.seed}",
                         {"flags": self.flags, "questions": task.questions}, train_and_examine,
                         (flags, self.adapter, task.questions, task.precision))
 
     def result(self) -> dict:
-        """Return what `train_and_examine` found; `train_all` made the cell."""
-        return self.study.table.cell(self.whole.settings, None)
+        """Return what `train_and_examine` found.  `train_all` must have made the cell."""
+        return self.study.table.cell(self.as_cell.settings, None)
 
     def kept_adapter(self) -> Path:
         """Return the adapter's file; train it again if it was deleted."""
         if not self.adapter.exists():
-            run_fresh(self.whole.function, *self.whole.arguments)
+            run_fresh(self.as_cell.function, *self.as_cell.arguments)
         return self.adapter
 
 

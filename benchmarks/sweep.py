@@ -29,8 +29,8 @@ from llama.checkpoint import PARAMS
 from .claims import interval_of
 from .runs import flag_words
 from .tables import (
+    CellRun,
     Table,
-    WholeRun,
     add_processes_flag,
     list_of,
     measure_side_by_side,
@@ -93,7 +93,7 @@ class Sweep:
         for rate, seed in product(rates, seeds):
             argv = [*self.task.flags(), *flag_words(flags | {"lr": rate, "seed": seed})]
             settings = {"flags": argv, "questions": self.task.questions, "also": self.also}
-            runs[rate, seed] = WholeRun(f"{name}, lr {rate:g}, seed {seed}", settings,
+            runs[rate, seed] = CellRun(f"{name}, lr {rate:g}, seed {seed}", settings,
                                         train_and_score, (argv, self.task, self.also))
         measure_side_by_side(self.table, list(runs.values()), self.pool, self.n_processes)
         found = {rate: [] for rate in rates}

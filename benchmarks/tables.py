@@ -1,4 +1,4 @@
-"""How a table is measured: each cell in a fresh process, and saved as soon as it is measured."""
+"""How a table is measured: in processes of their own, and each cell is saved as soon as it ends."""
 import hashlib
 import json
 import multiprocessing
@@ -9,7 +9,7 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -117,22 +117,31 @@ def run_fresh(function: Callable, *args):
 def worker_processes(n: int):
     """Give a pool of n processes for `submit(run_within_memory, function, *args)`.
 
-    Raises OutOfMemory if one is killed.  After an exception nothing that waits is begun.
+    Raises OutOfMemory if one is killed: then what the others compute is lost too.  After an
+    exception nothing that waits is begun, and after Ctrl-C nothing goes on.
     """
     context = multiprocessing.get_context("spawn")
-    handler = signal.signal(signal.SIGINT, interrupt_once)
-    pool = ProcessPoolExecutor(n, context, initializer=begin_process)
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is not signal.SIG_IGN:                # as of a script's command in the background
+        signal.signal(signal.SIGINT, interrupt_once)
     try:
-        yield pool
-    except BrokenProcessPool:
-        raise OutOfMemory("a cell's process was killed: out of memory?") from None
+        pool = ProcessPoolExecutor(n, context, initializer=begin_process)
+        try:
+            yield pool
+        except BrokenProcessPool:
+            raise OutOfMemory("a cell's process was killed: out of memory?") from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():    # The signal may be ours alone.
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
     finally:
-        pool.shutdown(cancel_futures=True)
         signal.signal(signal.SIGINT, handler)
 
 
 def interrupt_once(*_):
-    """Raise KeyboardInterrupt and ignore further Ctrl-C, which would leave processes waiting."""
+    """Raise KeyboardInterrupt.  A second Ctrl-C is ignored: it would break off the clean-up."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -147,7 +156,9 @@ def try_fresh(function: Callable, *args) -> dict:
 
 def run_within_memory(function: Callable, *args):
     """Return function(*args).  Raises OutOfMemory if torch, CUDA or Python cannot allocate."""
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    is_idle = signal.getsignal(signal.SIGINT) is stay_idle
+    if is_idle:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return function(*args)
     except (RuntimeError, MemoryError) as error:     # torch.OutOfMemoryError is a RuntimeError.
@@ -156,18 +167,24 @@ def run_within_memory(function: Callable, *args):
             raise OutOfMemory(f"{function.__name__} ran out of memory") from None
         raise
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if is_idle:
+            signal.signal(signal.SIGINT, stay_idle)
 
 
 def begin_process():
     """Prepare a cell's process.
 
-    If memory runs out, Linux kills it first; it also ends when its parent ends.  Ctrl-C ends what
-    it computes, but not a process that waits: its parent would wait for it forever.
+    If memory runs out, Linux kills it first; it also ends when its parent ends.  Ctrl-C ends a cell
+    that runs.  An idle process ignores it: its parent would wait for it forever.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, stay_idle)
     be_killed_first()
     threading.Thread(target=exit_with_parent, daemon=True).start()
+
+
+def stay_idle(*_):
+    """Handle a Ctrl-C between cells by doing nothing."""
 
 
 def add_processes_flag(parser):
@@ -176,7 +193,7 @@ def add_processes_flag(parser):
 
 
 @dataclass(frozen=True)
-class WholeRun:
+class CellRun:
     """A run of train.py as a cell: function(*arguments) returns its result, which has a "loss"."""
     title: str
     settings: dict
@@ -185,25 +202,36 @@ class WholeRun:
 
 
 def measure_side_by_side(table: Table, runs: list, pool: ProcessPoolExecutor, n_processes: int):
-    """Measure the runs that are not saved yet, so many at a time; save each as soon as it ends.
+    """Measure the runs that are not saved yet, n_processes at a time; save each as soon as it ends.
 
-    None waits in the pool: after an error or Ctrl-C the pool would still begin it.
+    After an error no further run is begun, and those that run are saved before it is raised.  No
+    run waits in the pool: after an error or Ctrl-C the pool would still begin it.
     """
     waiting = [run for run in runs if not table.is_saved(run.settings)]
     running = {}                                     # {future: run}
-    while waiting or running:
-        while waiting and len(running) < n_processes:
+    error = None
+    while running or (waiting and not error):
+        while waiting and not error and len(running) < n_processes:
             run = waiting.pop(0)
             running[pool.submit(run_within_memory, run.function, *run.arguments)] = run
         ended, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in sorted(ended, key=has_failed):           # An error must not lose the others.
+        for future in ended:
             run = running.pop(future)
+            if future.exception():
+                error = error or named(future.exception(), run.title)
+                continue
             loss = table.cell(run.settings, future.result)["loss"]
             report(f"{run.title}: " + ("diverged" if loss is None else f"held-out loss {loss:.4f}"))
+    if error:
+        raise error
 
 
-def has_failed(future: Future) -> bool:
-    return future.exception() is not None
+def named(error: BaseException, title: str) -> BaseException:
+    """Return an error about the input as one that names its run; any other error as it is."""
+    if not isinstance(error, ValueError):
+        return error
+    kind = OutOfMemory if isinstance(error, OutOfMemory) else ValueError
+    return kind(f"{title}: {error}")
 
 
 def be_killed_first():

@@ -389,26 +389,34 @@ def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
     assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
 
 
-def test_runs_side_by_side_are_kept_and_not_run_again(table, capsys):
-    """One fails: its error comes up, but not before those that ended beside it are saved."""
-    runs = [tables.WholeRun(f"run {i}", {"x": i}, inverse, (i,)) for i in (4, 0, 2)]
-    with tables.worker_processes(3) as pool, pytest.raises(ZeroDivisionError):
-        tables.measure_side_by_side(table, runs, pool, 2)
-    assert table.is_saved({"x": 4}) and not table.is_saved({"x": 0})
-    with tables.worker_processes(1) as pool:
-        tables.measure_side_by_side(table, [runs[0], runs[2]], pool, 1)
+def test_runs_side_by_side_are_kept_and_not_run_again(table, tmp_path, capsys):
+    """The second one fails while the first runs: this one is kept, and the third not begun."""
+    log = tmp_path / "begun"
+    first, second, third = (tables.CellRun(f"run {x}", {"x": x}, inverse, (x, log))
+                            for x in (4, 0, 2))
+    with tables.worker_processes(2) as pool:
+        with pytest.raises(ValueError, match="^run 0: nothing to divide by$"):
+            tables.measure_side_by_side(table, [first, second, third], pool, 2)
+        assert sorted(log.read_text()) == ["0", "4"]
+        tables.measure_side_by_side(table, [first, third], pool, 2)
+    assert sorted(log.read_text()) == ["0", "2", "4"]
     assert [cell["result"]["loss"] for cell in saved_cells(table.path)] == [0.25, 0.5]
-    assert "run 4: held-out loss 0.2500" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("run 4: held-out loss 0.2500") == 1
 
 
-def inverse(x):
+def inverse(x, log):
+    with log.open("a") as file:
+        file.write(str(x))
+    if x == 0:
+        raise ValueError("nothing to divide by")
+    time.sleep(3)                                    # until the second one has failed
     return {"loss": 1 / x}
 
 
 WAITS = """
+from finetune.console import run_command
 import time
 from benchmarks.tables import run_within_memory, worker_processes
-from finetune.console import run_command
 
 def main():
     with worker_processes(2) as pool:
@@ -423,24 +431,43 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gap", [0, 0.3])
-@pytest.mark.parametrize("delay", [0, 8])
-def test_ctrl_c_twice_ends_all_processes_without_a_traceback(tmp_path, delay, gap):
-    """`timeout -s INT` signals twice.  The processes may still be starting, or compute."""
+@pytest.mark.parametrize("delay, gap, signalled", [
+    (0.5, 0, os.killpg), (8, 0, os.killpg), (8, 0.3, os.killpg), (8, 0.3, os.kill)])
+def test_ctrl_c_twice_ends_all_processes_without_a_traceback(tmp_path, delay, gap, signalled):
+    """`timeout -s INT` signals twice.  The processes may still be starting; with `kill -INT` they
+    get no signal."""
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
     process = subprocess.Popen([sys.executable, script], env=os.environ | {"PYTHONPATH": ROOT},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
-    assert process.stdout.readline() == "begun\n"
-    time.sleep(delay)
-    for _ in range(2):
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(gap)
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(delay)
+        for _ in range(2):
+            signalled(process.pid, signal.SIGINT)
+            time.sleep(gap)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     # The second one may also come when Python's own handler is gone already.
     assert process.returncode in (130, -signal.SIGINT)
     assert errors == "benchmarks: interrupted\n"
+
+
+@pytest.mark.slow
+def test_where_ctrl_c_is_ignored_it_stays_so(tmp_path):
+    """As for a command that a script began with `&`."""
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS.replace("600", "4"))
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' INT; exec {sys.executable} {script}"], start_new_session=True,
+        env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
 
 
 def test_every_row_of_the_family_is_a_run():
@@ -487,7 +514,10 @@ def test_students_learn_from_the_teacher_of_their_data(base, data, tmp_path, mon
 
 @pytest.fixture
 def tabulate(monkeypatch, tmp_path, capsys):
-    """Return a function (table, flags) -> its lines; cells are measured in this process."""
+    """Return a function (table, flags) -> its lines.
+
+    Cells are measured in this process, but for runs side by side.
+    """
     for page in (tables, roofline, methods, sweep, search, ranks, distill, study):
         monkeypatch.setattr(page, "run_fresh", tables.run_within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
@@ -529,7 +559,7 @@ def test_a_table_to_the_end(base, data, tmp_path, tabulate, monkeypatch, name, e
         flags += ["--val-data", data, "--candidates", "4", "--budget", "24", "--lrs", "1e-3,1e-1"]
     elif name == "paper":
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0,1,2", "--r", "1", "--ranks",
-                  "1,2"]
+                  "1,2", "--processes", "2"]
     elif name in ("methods", "rates"):
         flags += ["--val-data", data, "--epochs", "1", "--seeds", "0", "--lrs", "1e-2", "--also",
                   also]

@@ -695,7 +695,7 @@ def test_files_from_before_there_were_options_load(tmp_path):
 def test_layers_say_nothing_of_methods():
     """The shared pages and train.py's loop name none."""
     words = re.compile(r"rslora|lora.fa\b|vera\b|delta.lora|dora\b|dylora", re.I)
-    for name in ("layers.py", "lora_layer.py", "adapter.py"):
+    for name in ("layers.py", "lora_layer.py", "adapter.py", "files.py"):
         assert not words.search((ROOT / "lora" / name).read_text()), name
     loop = re.search(r"^def train.*?^def ", (ROOT / "train.py").read_text(), re.M | re.S)
     assert not words.search(loop[0])

@@ -147,7 +147,7 @@ MUTATIONS = {
     "copies_of_frozen_weights": ("finetune/job.py",
         "job.precision.dtype if job.lora else torch.float32", "torch.float32"),
     "norms_under_autocast": ("finetune/job.py",
-        "enabled=is_16_bit and lora is None", "enabled=is_16_bit"),
+        'enabled=name != "fp32" and lora is None', 'enabled=name != "fp32"'),
     "unscaling_fp16_gradients": ("lora/lora_layer.py", "at_least_fp32(base.dtype)", "base.dtype"),
     "clip_before_unscale": ("train.py", "precision.scaler.unscale_(optimizer)", "pass"),
     "schedule_on_skipped_steps": ("train.py", "run.progress.updates", "step - 1"),
