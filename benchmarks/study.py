@@ -95,8 +95,8 @@ class Run:
         task = self.study.task
         flags = [*self.flags, "--out", str(self.adapter.parent), "--overwrite"]
         return CellRun(f"{self.targets}, r {self.r}, seed {self.seed}",
-                        {"flags": self.flags, "questions": task.questions}, train_and_examine,
-                        (flags, self.adapter, task.questions, task.precision))
+                       {"flags": self.flags, "questions": task.questions}, train_and_examine,
+                       (flags, self.adapter, task.questions, task.precision))
 
     def result(self) -> dict:
         """Return what `train_and_examine` found.  `train_all` must have made the cell."""

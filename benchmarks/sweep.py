@@ -94,7 +94,7 @@ class Sweep:
             argv = [*self.task.flags(), *flag_words(flags | {"lr": rate, "seed": seed})]
             settings = {"flags": argv, "questions": self.task.questions, "also": self.also}
             runs[rate, seed] = CellRun(f"{name}, lr {rate:g}, seed {seed}", settings,
-                                        train_and_score, (argv, self.task, self.also))
+                                       train_and_score, (argv, self.task, self.also))
         measure_side_by_side(self.table, list(runs.values()), self.pool, self.n_processes)
         found = {rate: [] for rate in rates}
         for (rate, _), run in runs.items():

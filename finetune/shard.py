@@ -216,17 +216,19 @@ def from_rank_0(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def codes_as_parameters():
-    """Let torch 2.11 cut codes too: its FSDP asks for a gradient of whole numbers, then not.
+    """Let torch 2.11 cut codes too, within the block; later versions can by themselves.
 
-    Later versions do not ask.
+    Its FSDP first makes a parameter that needs a gradient, which whole numbers cannot have.
     """
+    if torch.__version__ >= "2.12":
+        yield
+        return
     new = nn.Parameter.__new__
 
     def without_gradient_of_codes(cls, data=None, requires_grad=True):
         return new(cls, data, requires_grad and data.is_floating_point())
 
-    if torch.__version__ < "2.12":
-        nn.Parameter.__new__ = without_gradient_of_codes
+    nn.Parameter.__new__ = without_gradient_of_codes
     try:
         yield
     finally:
