@@ -409,7 +409,9 @@ def inverse(x, log):
         file.write(str(x))
     if x == 0:
         raise ValueError("nothing to divide by")
-    time.sleep(3)                                    # until the second one has failed
+    while "0" not in log.read_text():
+        time.sleep(0.1)
+    time.sleep(1)                                    # until that failure has arrived
     return {"loss": 1 / x}
 
 
