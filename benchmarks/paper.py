@@ -248,9 +248,10 @@ def directions_table(study: Study, small: int, large: int) -> list:
         of_ranks = f"{target}, A of r {small} and r {large}"
         top, whole = zip(*(cell[target] for cell in ranks), strict=True)
         rows.append(claim_row(f"{of_ranks}: phi(1, 1)", "above 0.5", top, 0.5))
-        rest = [a - b for a, b in zip(top, whole, strict=True)]
-        rows.append(claim_row(f"{of_ranks}: phi(1, 1) - {phi}",
-                              "above 0: other directions are not shared", rest, 0))
+        if small > 1:                                # Rank 1 has no other directions.
+            rest = [a - b for a, b in zip(top, whole, strict=True)]
+            rows.append(claim_row(f"{of_ranks}: phi(1, 1) - {phi}",
+                                  "above 0: other directions are not shared", rest, 0))
         _, both = zip(*(cell[target] for cell in seeds), strict=True)
         by_seed[target] = claims.pseudo_values(dict(zip(seed_pairs, both, strict=True)))
         rows.append(claim_row(f"{target}, A of r {large}, two seeds: {phi}",
