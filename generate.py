@@ -22,10 +22,11 @@ import torch
 from finetune.answer_options import parse_args
 from finetune.answers import Answerer, Decoding, QuestionFile
 from finetune.errors import BAD_INPUT, exit_with_line, one_line_errors, short_path
-from finetune.evaluate import Exam, intervals
+from finetune.exam import Exam
 from finetune.examples import read_rows, to_examples
 from finetune.forgetting import OtherText
 from finetune.hardware import DTYPES, limit_threads, pick_hardware
+from finetune.measures import intervals
 from finetune.options import DEMO
 from finetune.preflight import plural
 from finetune.ranks import Ranks, connected_ranks, exit_now
@@ -77,7 +78,7 @@ def main(argv=None):
                 other = OtherText(args.also, tokenizer, model.args.max_seq_len)
         elif args.data:
             questions = QuestionFile(args.data, rows, examples, answerer)
-        else:
+        elif not args.interactive:
             tokens_left(model, [answerer.prompt(example) for example in examples],
                         args.max_new_tokens)
         ranks.exchange()                     # If a rank has failed so far, all ranks stop here.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.arguments import text
 from finetune.examples import read_examples
-from finetune.evaluate import Exam
+from finetune.exam import Exam
 from finetune.options import DEMO
 from finetune.pictures import Panel, draw, panels_of_a_run, read_metrics
 from finetune.run import METRICS

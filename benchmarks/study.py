@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.evaluate import Exam, score_answers
+from finetune.evaluate import score_answers
+from finetune.exam import Exam
 from finetune.examples import read_examples
 from finetune.hardware import DTYPES
 from finetune.options import DEMO

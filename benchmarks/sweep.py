@@ -16,7 +16,8 @@ from pathlib import Path
 
 import train
 from finetune.arguments import number, text
-from finetune.evaluate import BrokenWeights, Exam, score_answers
+from finetune.evaluate import score_answers
+from finetune.exam import BrokenWeights, Exam
 from finetune.examples import read_examples
 from finetune.forgetting import OtherText
 from finetune.job import prepare

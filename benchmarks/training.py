@@ -10,8 +10,9 @@ import train
 from finetune.arguments import number, text
 from finetune.demo.make import base_text
 from finetune.errors import GAVE_UP
-from finetune.evaluate import Exam, measures
+from finetune.exam import Exam
 from finetune.hardware import DTYPES, pick_hardware
+from finetune.measures import measures
 from finetune.options import DEMO, Options, parse_options
 from finetune.pictures import read_metrics
 from finetune.run import METRICS
@@ -101,7 +102,7 @@ def load_answering_model(flags: list):
 
 
 def examine(flags: list, examples: list, rank: int | None = None) -> dict:
-    """Return {parameters, and finetune.evaluate.measures} of generate.py's answers to examples.
+    """Return {parameters, and finetune.measures.measures} of generate.py's answers to examples.
 
     flags: generate.py's.  rank: what a DyLoRA is cut to; None leaves it whole.
     """

@@ -14,7 +14,7 @@ from llama.tokenizer import Tokenizer
 
 from .batches import split
 from .dataset import encode_prompt
-from .evaluate import ANSWERED_AT_ONCE
+from .exam import ANSWERED_AT_ONCE
 from .preflight import plural
 from .templates import Template
 
@@ -133,8 +133,9 @@ def free_fields(rows: Sequence[dict], path: str) -> tuple[str, str]:
         names = (f"{prefix}answer", f"{prefix}error")
         if not used_fields.intersection(names):
             return names
-    raise ValueError(f"{path} has fields of its own named answer and model_answer, or error and "
-                     "model_error; rename one of the two")
+    taken = sorted(used_fields & {"answer", "error", "model_answer", "model_error"})
+    raise ValueError(f"{path} has the fields {' and '.join(taken)}, which leave no name for the "
+                     "model's answer or error; rename one of them")
 
 
 def length_problems(answerer: Answerer, examples: Sequence[dict], path: str) -> dict[int, str]:

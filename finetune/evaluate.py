@@ -1,11 +1,10 @@
-"""How good are a model's answers to examples it was not trained on, and is the gain chance?
+"""How likely are the right answers to examples that the model was not trained on?
 
-The right answers of the data are scored by their likelihood, exactly and in batches; the model's
-own answers are generated greedily.  Each result is a table with one row per example.  Every measure
-is computed from column sums, so ranks and bootstrap samples use the same code.
+They are scored exactly and in batches.  The result is a table with one row per example, and
+measures.py makes accuracy and the like of its columns.
 """
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from os.path import commonprefix
 from typing import NamedTuple
@@ -13,34 +12,15 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from llama.guesses import NgramPool
 from llama.layout import MIN_SHARED, Layout
-from llama.sampling import generate, tokens_left
-from llama.tokenizer import Tokenizer
 
-from .batches import split
-from .dataset import (
-    IGNORE,
-    SupervisedDataset,
-    answer_piece,
-    answer_spans,
-    count_answer,
-    encode_answer,
-    encode_example,
-)
+from .dataset import IGNORE, SupervisedDataset, answer_spans
 from .loss import CHUNK
+from .measures import measures
 from .ranks import sum_over_ranks
-from .templates import DEFAULT, Template
-from .templates.conversation import last_answer_text
 
 MAX_CLASSES = 20                                     # More different answers count as text.
 SCORING_TOKENS = 2048                                # per forward that scores answers
-ANSWERED_AT_ONCE = 8                                 # prompts
-RESAMPLES = 2000
-
-
-class BrokenWeights(ValueError):
-    """A model's logits are not numbers."""
 
 
 class Question(NamedTuple):
@@ -258,42 +238,6 @@ def score_answers(model: nn.Module, rows: Sequence, choices: list | None = None,
     return table
 
 
-def measures(sums: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return {measure: value} from the sums of a table's columns.
-
-    Sums may have one more axis in front, which the values keep; it counts bootstrap samples.
-    """
-    values = {}
-    values["loss"] = sums["nats"] / sums["tokens"]
-    values["perplexity"] = values["loss"].exp()
-    values["token_accuracy"] = sums["hits"] / sums["tokens"]
-    for name in ("exact_match", "ended"):
-        if name in sums:
-            values[name] = sums[name] / sums["examples"]
-    if "confusion" in sums:
-        values |= class_measures(sums["confusion"], sums["examples"])
-    return values
-
-
-def class_measures(confusion: torch.Tensor, n: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return accuracy, macro F1 and Matthews correlation of confusion counts (..., C, C).
-
-    confusion[..., i, k]: how often the answer is class i and the model chooses k.  n: their sum.
-    Macro F1 is the mean over classes of 2 TP / (2 TP + FP + FN), without classes that are neither
-    an answer nor chosen.  The correlation is R_K (Gorodkin 2004), which for two classes is the
-    usual one.  It is 0 if all answers are one class, or if the model chooses one class only.
-    """
-    right = confusion.diagonal(dim1=-2, dim2=-1)                               # (..., C)
-    expected = confusion.sum(-1)
-    chosen = confusion.sum(-2)
-    n_right = right.sum(-1)
-    covariance = n * n_right - (expected * chosen).sum(-1)
-    variances = (n ** 2 - (expected ** 2).sum(-1)) * (n ** 2 - (chosen ** 2).sum(-1))
-    return {"accuracy": n_right / n,
-            "macro_f1": (2 * right / (expected + chosen)).nanmean(-1),
-            "mcc": torch.where(variances > 0, covariance / variances.sqrt(), 0.0)}
-
-
 def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
              autocast: AbstractContextManager, rank: int = 0,
              world_size: int = 1) -> dict[str, float]:
@@ -316,166 +260,3 @@ def evaluate(model: nn.Module, dataset: SupervisedDataset, tokens: int,
     values = measures({name: sum_over_ranks(column.sum(0)) for name, column in table.items()})
     names = [name for name in ("loss", "accuracy", "mcc") if name in values]
     return {f"val_{name}": values[name].item() for name in names}
-
-
-class Exam:
-    """Examples to test several models on, which must have the same tokenizer and context length.
-
-    An example with several answers is asked for the last one, which is its "output", after all that
-    stands before; the likelihoods count all its answers.
-    choices: texts to compare as answers; by default the examples' own answers if they are classes.
-    limit: the most tokens that a greedy answer may have.  It is lowered to twice the length of the
-    longest answer of the examples.  name: what an error calls the data.
-    Raises ValueError for an answer that is not among the choices, choices for several answers, or
-    an example that is too long.
-    """
-
-    def __init__(self, examples: Sequence[dict], tokenizer: Tokenizer, max_seq_len: int,
-                 choices: Sequence[str] | None = None, limit: int = 128, name: str = "the data", *,
-                 template: Template = DEFAULT):
-        answers = [last_answer_text(example) for example in examples]
-        answers = as_written_once(choices or (), answers, template)
-        self.answers = answers
-        if choices:
-            check_among(answers, choices, name)
-        self.tokenizer = tokenizer
-        self.rows = [encode_example(example, tokenizer, template) for example in examples]
-        self.choices = choices
-        if all(map(has_one_answer, self.rows)):
-            self.choices = choices or distinct_classes(answers)
-        elif choices:
-            raise ValueError(f"{name}: --choices compares single answers, and there are examples "
-                             "with several; leave --choices out")
-        self.choice_ids = [encode_answer(choice, tokenizer, template)
-                           for choice in self.choices or ()]
-        encoded = [last_answer(row) for row in self.rows]
-        self.prompts = [prompt for prompt, _ in encoded]
-        self.answer_lengths = [len(answer) for _, answer in encoded]
-        longest_choice = max(map(len, self.choice_ids), default=0)
-        lengths = zip(map(len, self.prompts), self.answer_lengths, strict=True)
-        for n, (n_prompt, n_answer) in enumerate(lengths, 1):
-            total = n_prompt + max(n_answer, longest_choice)
-            if total > max_seq_len:
-                raise ValueError(f"{name}, example {n}: prompt and answer have {total} tokens and "
-                                 f"the model takes {max_seq_len}")
-        self.limit = min(limit, 2 * max(self.answer_lengths))
-
-    def about(self) -> dict:
-        """Return facts about the examples that need no model."""
-        n_targets = sum(count_answer(labels) for _, labels in self.rows)
-        facts = {"examples": len(self.answers), "answer_tokens": n_targets,
-                 "limit": self.limit, "choices": self.choices}
-        if self.choices:
-            majority = max(self.choices, key=self.answers.count)
-            share = self.answers.count(majority) / len(self.answers)
-            facts["majority"] = {"answer": majority, "accuracy": share}
-        return facts
-
-    def score(self, model: nn.Module,
-             report: Callable[[int], None] | None = None) -> dict[str, torch.Tensor]:
-        """Return the table of score_answers with two more columns about the model's own answers.
-
-        "ended": 1 if the answer ended with eos before the limit.  "exact_match": 1 if it also
-        equals the example's answer; white space at both ends does not count.
-        report(n) is called with the number of examples that are answered so far.
-        Raises BrokenWeights.
-        """
-        table = score_answers(model, self.rows, self.choice_ids)
-        if table["nats"].isnan().any():
-            raise BrokenWeights("the model's logits are not numbers: are its weights, or the "
-                                "adapter's?")
-        exact = []
-        ended = []
-        pool = NgramPool()                           # Earlier answers help to guess later ones.
-        for indices in split(range(len(self.rows)), ANSWERED_AT_ONCE):
-            prompts = [self.prompts[i] for i in indices]
-            answers = [[] for _ in indices]
-            for k, token in generate(model, prompts, self.limit, self.tokenizer.end_ids, pool=pool):
-                answers[k].append(token)
-            limits = tokens_left(model, prompts, self.limit)
-            for i, answer, limit in zip(indices, answers, limits, strict=True):
-                text = self.tokenizer.decode(answer)
-                exact.append(text.strip() == self.answers[i].strip())
-                ended.append(len(answer) < limit)
-            if report:
-                report(len(ended))
-        table["ended"] = torch.tensor(ended, dtype=torch.float64)
-        table["exact_match"] = torch.tensor(exact, dtype=torch.float64) * table["ended"]
-        return table
-
-
-def as_written_once(choices: Sequence[str], answers: Sequence[str],
-                    template: Template) -> list[str]:
-    """Return the answers; those that the template writes alike have all the first one's text.
-
-    Choices come before answers.  Raises ValueError for two choices that it writes alike.
-    """
-    first_text = {}                                  # {what the template writes: the first text}
-    for choice in choices:
-        other = first_text.setdefault(answer_piece(choice, template).text, choice)
-        if other != choice:
-            raise ValueError(f"--choices: {other!r} and {choice!r} are one answer in this template")
-    return [first_text.setdefault(answer_piece(answer, template).text, answer)
-            for answer in answers]
-
-
-def check_among(answers: Sequence[str], choices: Sequence[str], name: str):
-    """Raise ValueError for an answer that is not one of the choices."""
-    for n, answer in enumerate(answers, 1):
-        if answer not in choices:
-            raise ValueError(f"{name}, example {n}: its output {answer!r} is not one of the "
-                             f"choices {', '.join(map(repr, choices))}")
-
-
-def intervals(tables: dict[str, dict[str, torch.Tensor]], seed: int = 0,
-              resamples: int = RESAMPLES) -> dict[str, dict[str, list]]:
-    """Return {name: {measure: [value, low, high]}} of tables by name.
-
-    If there are tables named "base" and "adapter", the result also has their "difference".  Between
-    low and high lie the middle 95 % of a measure's values over `resamples` samples.  A sample has
-    as many examples as a table, drawn with replacement (the percentile bootstrap, Efron &
-    Tibshirani 1993, chapter 13).  All tables use the same samples, so an example that is equally
-    hard for both adds nothing to the difference.
-    A value that is not a finite number is None.
-    """
-    any_table = next(iter(tables.values()))
-    n = len(any_table["examples"])
-    whole = weighted_measures(tables, torch.ones(1, n, dtype=torch.float64))
-    generator = torch.Generator().manual_seed(seed)
-    samples = []
-    for numbers in split(range(resamples), 100):     # so that the weights need little memory
-        drawn = torch.randint(n, (len(numbers), n), generator=generator)
-        times_drawn = torch.zeros(len(numbers), n, dtype=torch.float64)
-        times_drawn.scatter_add_(1, drawn, torch.ones_like(times_drawn))
-        samples.append(weighted_measures(tables, times_drawn))
-    result = {}
-    for name, values in whole.items():
-        result[name] = {}
-        for measure, value in values.items():
-            draws = torch.cat([sample[name][measure] for sample in samples])
-            result[name][measure] = finite_or_none([value.item(), *middle_95_percent(draws)])
-    return result
-
-
-def weighted_measures(tables: dict[str, dict[str, torch.Tensor]],
-                      weights: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-    """Return {name: {measure: (R,)}} for weights (R, n): how often each example counts."""
-    result = {}
-    for name, table in tables.items():
-        sums = {column: torch.tensordot(weights, values, 1) for column, values in table.items()}
-        result[name] = measures(sums)
-    if result.keys() >= {"base", "adapter"}:
-        base = result["base"]
-        result["difference"] = {measure: value - base[measure]
-                                for measure, value in result["adapter"].items()}
-    return result
-
-
-def middle_95_percent(draws: torch.Tensor) -> list[float]:
-    """Return [low, high]: 2.5 % of the draws lie below and 2.5 % above."""
-    return draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-
-
-def finite_or_none(values: Iterable[float]) -> list[float | None]:
-    """Return the values, with None for one that is not finite: JSON has no NaN."""
-    return [value if math.isfinite(value) else None for value in values]

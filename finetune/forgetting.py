@@ -4,7 +4,8 @@ import torch.nn as nn
 from llama.tokenizer import Tokenizer
 
 from .dataset import load_datasets
-from .evaluate import intervals, score_answers
+from .evaluate import score_answers
+from .measures import intervals
 
 ROW_TOKENS = 512                                     # A longer text goes on in another row.
 

@@ -1,4 +1,4 @@
-"""finetune/evaluate.py: exact likelihoods in any batch, measures by hand, honest intervals.
+"""evaluate.py, measures.py, exam.py: exact likelihoods in any batch, honest intervals.
 
 pytest -s tests/test_evaluate.py        prints how much faster scoring is than the slow reference
 """
@@ -9,13 +9,15 @@ import time
 import pytest
 import torch
 
-import finetune.evaluate as module
+import finetune.evaluate
+import finetune.exam
 import generate as command
 from finetune.dataset import IGNORE, SupervisedDataset, encode_prompt
-from finetune.evaluate import (Exam, Question, class_answers, distinct_classes, evaluate,
-                               intervals, lay_out, log_likelihoods, measures,
-                               score_answers)
+from finetune.evaluate import (Question, class_answers, distinct_classes, evaluate, lay_out,
+                               log_likelihoods, score_answers)
+from finetune.exam import Exam
 from finetune.examples import read_examples
+from finetune.measures import intervals, measures
 from llama import load_checkpoint
 
 from .helpers import ROOT, random_ids, tiny
@@ -57,7 +59,7 @@ def fp64(values):
 
 def test_a_row_written_out_by_hand(monkeypatch):
     """Two prompts that begin with 1 5, with two answers each; eos is predicted, never read."""
-    monkeypatch.setattr(module, "MIN_SHARED", 2)
+    monkeypatch.setattr(finetune.evaluate, "MIN_SHARED", 2)
     tokens, layout, places, targets = lay_out([Question([1, 5, 5, 6], [[8, 9, 2], [2]]),
                                                Question([1, 5, 5], [[8, 2], [7, 2]])])
     # A prompt's last token is never shared.
@@ -289,8 +291,8 @@ def test_greedy_answers_are_right_when_they_are_the_same_and_end(monkeypatch, to
             pairs += [(k, token) for token in tokenizer.encode(answers[number])]
         return pairs
 
-    monkeypatch.setattr(module, "generate", scripted)
-    monkeypatch.setattr(module, "ANSWERED_AT_ONCE", 3)
+    monkeypatch.setattr(finetune.exam, "generate", scripted)
+    monkeypatch.setattr(finetune.exam, "ANSWERED_AT_ONCE", 3)
     columns = exam.score(tiny(), heard.append)
     assert columns["exact_match"].tolist() == [1, 0, 0, 0]
     assert columns["ended"].tolist() == [1, 1, 0, 1]
@@ -325,7 +327,7 @@ def test_the_ranks_shares_add_up(monkeypatch, tokenizer, world_size):
         columns.append(column)
         return column
 
-    monkeypatch.setattr(module, "sum_over_ranks", noting)
+    monkeypatch.setattr(finetune.evaluate, "sum_over_ranks", noting)
     for rank in range(world_size):
         evaluate(model, data, 100, NO_AUTOCAST, rank, world_size)
     names = list(score_answers(model, data.rows, class_answers(data, 512)))

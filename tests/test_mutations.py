@@ -57,7 +57,7 @@ MUTATIONS = {
         table["nats"][i] = (
             -answer_scores[right].log_p / sum(len(questions[j].answers[0]) for j in group))
         """),
-    "accuracy_of_free_text": ("finetune/evaluate.py",
+    "accuracy_of_free_text": ("finetune/measures.py",
         'values |= class_measures(sums["confusion"], sums["examples"])',
         """
         values |= class_measures(sums["confusion"], sums["examples"])

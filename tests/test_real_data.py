@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import finetune.dataset
-import finetune.evaluate
+import finetune.exam
 import finetune.preflight
 import generate
 import train
 from finetune.batches import DataCollatorForSupervisedDataset, first_target, pack
 from finetune.dataset import IGNORE, SupervisedDataset, answer_spans, load_datasets
 from finetune.distill import Distillation
-from finetune.evaluate import Exam, class_answers, evaluate, score_answers
+from finetune.evaluate import class_answers, evaluate, score_answers
+from finetune.exam import Exam
 from finetune.examples import read_examples
 from finetune.loss import answer_loss
 from llama import load_checkpoint, save_checkpoint
@@ -114,7 +115,7 @@ def encode_turns(example, tokenizer, template=None):
 def turns(monkeypatch):
     """Every example has two answers and a masked tail."""
     monkeypatch.setattr(finetune.dataset, "encode_example", encode_turns)
-    monkeypatch.setattr(finetune.evaluate, "encode_example", encode_turns)
+    monkeypatch.setattr(finetune.exam, "encode_example", encode_turns)
 
 
 def test_a_dataset_of_several_answers(turns, tokenizer):
@@ -157,7 +158,7 @@ def test_an_exam_asks_for_the_last_answer_and_scores_all(turns, tokenizer, monke
             for token in tokenizer.encode(outputs[k]):
                 yield k, token
 
-    monkeypatch.setattr(finetune.evaluate, "generate", answer_rightly)
+    monkeypatch.setattr(finetune.exam, "generate", answer_rightly)
     exam = Exam(examples, tokenizer, 512)
     model = tiny(tokenizer.vocab_size)
     table = exam.score(model)
@@ -300,7 +301,7 @@ def test_answers_of_the_file_are_kept_or_fields_of_both_names_refused(answered, 
     assert found[0].keys() == {"instruction", "error", "model_answer"}
     with pytest.raises(SystemExit):
         answered([{"instruction": "a", "answer": "x"}, {"instruction": "a", "model_answer": "x"}])
-    assert "rename one of the two" in capsys.readouterr().err
+    assert "rename one of them" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_too_long_is_named_and_the_others_are_answered(answered, capsys):

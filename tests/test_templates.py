@@ -15,7 +15,8 @@ from finetune import convert
 from finetune.answers import Answerer
 from finetune.dataset import (SupervisedDataset, count_answer, encode_example, encode_prompt,
                               load_datasets)
-from finetune.evaluate import Exam, class_answers, evaluate
+from finetune.evaluate import class_answers, evaluate
+from finetune.exam import Exam
 from finetune.examples import read_examples
 from finetune.options import DEMO
 from finetune.preflight import fit_line

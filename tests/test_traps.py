@@ -20,8 +20,9 @@ from finetune.dataset import (IGNORE, SupervisedDataset, count_answer, encode_ex
                               encode_prompt, truncate)
 from finetune.templates.alpaca import format_prompt
 from finetune.distill import Distillation
-from finetune.evaluate import Exam, measures
+from finetune.exam import Exam
 from finetune.loss import answer_loss
+from finetune.measures import measures
 from finetune.options import parse_options
 from finetune.ranks import SINGLE_PROCESS
 from llama import load_checkpoint
