@@ -175,11 +175,8 @@ def questions_of(args, template: Template) -> tuple[list, list]:
 def load(args, saved: Saved, device: torch.device, precision: str,
          sharding: Sharding = UNSHARDED):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
-    base_info = saved.base_info
-    folder = args.checkpoint or base_info.get("folder", str(DEMO))
-    layers = args.layers or base_info.get("layers")
-    check_base(args, base_info, folder, layers)
-    quantize = args.quantize or base_info.get("quantize", "none")
+    folder, layers = base_of(args, saved.base_info)
+    quantize = args.quantize or saved.base_info.get("quantize", "none")
     sharding = sharding.connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
                                        convert=quantizer(quantize, saved.content),
@@ -212,16 +209,23 @@ def load(args, saved: Saved, device: torch.device, precision: str,
 def sharding_of(args, saved: Saved, ranks: Ranks) -> Sharding:
     """Return how the ranks share the base.  Raises ValueError for ranks that share nothing."""
     if args.shard:
-        folder = args.checkpoint or saved.base_info.get("folder", DEMO)
-        return Sharding.planned(ranks.size, ranks, read_params(folder)[0])
+        with default_adapter_explained(args):
+            folder, _ = base_of(args, saved.base_info)
+            model_args, _ = read_params(folder)
+        return Sharding.planned(ranks.size, ranks, model_args)
     if ranks.size > 1:
         raise ValueError(f"{ranks.size} processes would give the same answers: --shard cuts the "
                          "base over them; without it, start generate.py without torchrun")
     return UNSHARDED
 
 
-def check_base(args, base_info: dict, folder, layers):
-    """Raise ValueError or FileNotFoundError if the adapter's base cannot be loaded."""
+def base_of(args, base_info: dict) -> tuple[str, int | None]:
+    """Return (folder, number of blocks; None: all) of the base that the flags or the adapter name.
+
+    Raises ValueError or FileNotFoundError for one that cannot be loaded.
+    """
+    folder = args.checkpoint or base_info.get("folder", str(DEMO))
+    layers = args.layers or base_info.get("layers")
     if not isinstance(folder, str) or not isinstance(layers, int | None):
         raise ValueError(f"{args.adapter} is not an adapter file: it names its base by {folder!r} "
                          f"and {layers!r}")
@@ -231,6 +235,7 @@ def check_base(args, base_info: dict, folder, layers):
     if not args.checkpoint and base_info and not os.path.isdir(folder):
         raise FileNotFoundError(f"no checkpoint folder at {folder}, which {args.adapter} names as "
                                 "its base; if it has moved, name its folder with --checkpoint")
+    return folder, layers
 
 
 def show_answers(answerer: Answerer, examples: list):

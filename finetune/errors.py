@@ -1,7 +1,10 @@
 """Errors for people: one line on stderr that says what, where and what to do, and an exit code."""
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from .ranks import SINGLE_PROCESS, RankError, exit_together, exit_now
 
@@ -33,9 +36,17 @@ def in_one_line(error) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
+def is_out_of_memory(error) -> bool:
+    """Return whether this is an out-of-memory error; torch often raises a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = "out of memory|allocate memory|ALLOC_FAILED"
+    return isinstance(error, RuntimeError) and bool(re.search(words, str(error).split("\n")[0]))
+
+
 @contextmanager
 def one_line_errors(program: str, ranks=SINGLE_PROCESS):
-    """Turn an error about the input into one line on stderr and exit code 2.
+    """Turn an error about the input, or too little memory for it, into one line and exit code 2.
 
     Every rank must run this block.  An error on one ends all, and rank 0 prints it.
     """
@@ -46,7 +57,10 @@ def one_line_errors(program: str, ranks=SINGLE_PROCESS):
         raise
     except RankError as failure:                     # All ranks have received this error.
         exit_after_rank_error(failure, ranks)
-    except (ValueError, OSError, MemoryError, RecursionError) as error:
+    except Exception as error:
+        is_about_input = isinstance(error, (ValueError, OSError, RecursionError))
+        if not is_about_input and not is_out_of_memory(error):
+            raise                                    # It is a fault of the program.
         line = f"{program}: {in_one_line(error)}"
     try:
         ranks.exchange(error=line)

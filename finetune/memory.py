@@ -1,5 +1,4 @@
 """How much memory a step takes, by arithmetic on shapes; and what helps when it is not enough."""
-import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 from llama.layout import SHORT_CONTEXT
 
 from .dataset import count_answer
-from .errors import GAVE_UP, exit_with_line
+from .errors import GAVE_UP, exit_with_line, is_out_of_memory
 from .loss import CHUNK
 
 MIB = 2 ** 20
@@ -90,7 +89,8 @@ def estimate_memory(model, adapter_paths, size: Size, precision, world_size: int
     state_bytes: of the optimizer, per trained number (8 for AdamW's two moments).
 
     The peak is at the logits or in a block.  At the logits backward holds them, their gradient and
-    three fp32 tensors of a chunk's size (logits, log-softmax, its gradient).  In a block it holds
+    two fp32 tensors of a chunk's size (log-softmax, its gradient), and in 16 bit a third (the
+    logits in fp32).  In a block it holds
     three gradients of SwiGLU's width and, with checkpointing, what that block has just computed
     again.  What the process itself takes, some 300 MiB on a CPU, is not counted.
     """
@@ -242,19 +242,22 @@ def memory_advice(job, estimate: Callable) -> list:
         candidates.append({"checkpointing": True})
     if job.precision.name == "fp32":
         candidates.append({"precision": "bf16"})
+    # About the same examples per step, in smaller parts.
     if options.tokens_per_batch:
-        candidates.append({"tokens_per_batch": max(1, options.tokens_per_batch // 2)})
-    elif options.batch_size > 1:                     # The same examples per step, in smaller parts.
+        candidates.append({"tokens_per_batch": max(1, options.tokens_per_batch // 2),
+                           "accumulation_steps": 2 * options.accumulation_steps})
+    elif options.batch_size > 1:
         smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
         micro_batches = options.accumulation_steps * options.batch_size // smaller
         candidates.append({"batch_size": smaller, "accumulation_steps": micro_batches})
     is_recurrent = hasattr(job.model, "block_bytes")
-    if job.ranks.size > 1 and job.sharding.size == 1 and not is_recurrent:
-        candidates.append({"shard": job.ranks.size})
-    if not job.lora:
-        candidates.append({"method": "lora"})
-    elif job.quantize == "none" and job.lora.method != "delta-lora":
-        candidates.append({"quantize": "nf4"})
+    if not is_recurrent:                             # An RNN can use none of these.
+        if job.ranks.size > 1 and job.sharding.size == 1:
+            candidates.append({"shard": job.ranks.size})
+        if not job.lora:
+            candidates.append({"method": "lora"})
+        elif job.quantize == "none" and job.lora.method != "delta-lora":
+            candidates.append({"quantize": "nf4"})
     now = estimate(job)
     advice = [(as_flags(changes), now - estimate(job, **changes)) for changes in candidates]
     helpful = [item for item in advice if item[1] > 0]
@@ -269,14 +272,6 @@ def as_flags(changes: dict) -> str:
         if value is not True:
             words.append(str(value))
     return " ".join(words)
-
-
-def is_out_of_memory(error) -> bool:
-    """Return whether this is an out-of-memory error; torch often raises a plain RuntimeError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    words = "out of memory|allocate memory|ALLOC_FAILED"
-    return isinstance(error, RuntimeError) and bool(re.search(words, str(error).split("\n")[0]))
 
 
 def mib(size) -> str:

@@ -15,7 +15,7 @@ DEMO = Path(__file__).parent / "demo"
 TEMPERATURE = 2.0                                    # of distillation
 WEIGHT = 0.5                                         # of the teacher in the loss
 # Settings that are stored in --adapter: these flags cannot be given with it.
-ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets")
+ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets", "method_options")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def check_combinations(args, parser):
     if args.adapter:
         for name in ADAPTER_SETTINGS:
             if getattr(args, name) != parser.get_default(name):
-                parser.error("--adapter brings its own settings; leave out "
-                             f"--{', --'.join(ADAPTER_SETTINGS)}")
+                flags = ", ".join("--" + each.replace("_", "-") for each in ADAPTER_SETTINGS)
+                parser.error(f"--adapter brings its own settings; leave out {flags}")
     if args.method == "full" and args.quantize not in (None, "none"):
         parser.error(f"--quantize {args.quantize} needs a frozen base, and --method full trains "
                      "the base")
@@ -284,8 +284,8 @@ def add_cost_flags(group):
 def add_saving_flags(group):
     flag = group.add_argument
     flag("--save-every", metavar="N", type=number(int, 0), default=100,
-         help="save every N optimizer steps; 0: only at the end and on SIGTERM, SIGHUP or Ctrl-C "
-              "(default: 100)")
+         help="save every N optimizer steps, and with each best.pt; 0: only at the end and on "
+              "SIGTERM, SIGHUP or Ctrl-C (default: 100)")
     flag("--resume", action="store_true",
          help="continue the run in --out from its last save; start it if there is none")
     flag("--overwrite", action="store_true", help="replace the run in --out")

@@ -313,7 +313,7 @@ class Run:
         listed = ", ".join(map(str, numbers[:8]))
         if len(numbers) > 8:
             listed += f" and {len(numbers) - 8} more"
-        what = "overflow" if overflow else "not finite"
+        what = "overflow" if overflow and progress.loss is not None else "not finite"
         return (f" | {what}, step skipped, {progress.bad} in a row, {progress.skipped} in all: "
                 f"examples {listed}")
 
@@ -356,7 +356,10 @@ class Run:
                   f"{progress.worse} measurements")
             return True
         save_every = self.options.save_every
-        if self.must_stop or save_every and progress.step % save_every == 0:
+        # A resumed run must know of best.pt.
+        is_due = save_every and (progress.step % save_every == 0
+                                 or progress.step == progress.best_step)
+        if self.must_stop or is_due:
             self.save()
         if self.must_stop:
             print(f"stopped   after step {progress.step} of {n_steps}: saved {self.out / STATE}; "
@@ -434,7 +437,8 @@ def prepare_folder(options, out: Path, resumes: bool):
     kind = "folder" if obstacle.is_dir() else "device"
     teachers = [Path(options.teacher).resolve()] if options.teacher else []
     if options.teacher_adapter:
-        teachers.append(Path(options.teacher_adapter).resolve().parent)
+        adapter = Path(options.teacher_adapter).resolve()
+        teachers.append(adapter if adapter.is_dir() else adapter.parent)
     cases = [                                        # (condition, error message)
         (out.resolve() in teachers,
          f"{out} holds the teacher and a run replaces what is there; name another folder with "

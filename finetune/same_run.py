@@ -6,12 +6,12 @@ import torch
 
 from .resume import Save
 
-# Settings that may differ when a run is resumed: paths, what is printed and kept, and how the
-# examples of a step are cut into micro-batches.
+# Settings that may differ when a run is resumed: paths, what is printed and kept, when it gives up,
+# and how a step is computed: its micro-batches, and on which devices.
 MAY_CHANGE = {
     "checkpoint", "adapter", "teacher", "teacher_adapter", "data", "val_data", "out", "device",
     "log_every", "save_every", "max_bad_steps", "early_stop", "batch_size", "accumulation_steps",
-    "tokens_per_batch", "share_prefix", "checkpointing", "compile", "shard"}
+    "share_prefix", "checkpointing", "compile", "shard"}
 NOT_COMPARED = {"resume", "overwrite", "dry_run"}
 # Paths may differ between machines, and each rank has a device of its own.
 MAY_DIFFER_BETWEEN_RANKS = {

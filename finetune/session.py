@@ -32,7 +32,8 @@ class Session:
     def run(self):
         """Read lines from stdin until it ends, and obey or answer each.
 
-        A line that fails is explained, and the session goes on.
+        A line that fails is explained, and the session goes on.  Raises OSError if stdout cannot be
+        written.
         """
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")  # Invalid UTF-8 does not end the session.
@@ -44,7 +45,7 @@ class Session:
                 return
             try:
                 self.obey_or_answer(line.strip())
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 hint = "; :new begins a new conversation" if self.turns else ""
                 print(f"generate.py: {in_one_line(error)}{hint}", file=sys.stderr, flush=True)
 
@@ -55,7 +56,10 @@ class Session:
         elif line.startswith(":"):
             command, *rest = line.split(maxsplit=1)
             if command == ":adapter" and rest:
-                self.switch_adapter(rest[0])
+                try:
+                    self.switch_adapter(rest[0])
+                except OSError as error:             # of its file; elsewhere it is stdout's
+                    raise ValueError(error) from error
             else:
                 print(COMMANDS, file=sys.stderr, flush=True)
         elif line:
@@ -90,7 +94,8 @@ class Session:
             unmerge_lora(model)
         if source:
             load_adapter(model, source)
-            warn_of_quantisation(base_info.get("quantize", "none"), model.origin["quantize"])
+            if base_info:                            # PEFT does not record its base.
+                warn_of_quantisation(base_info.get("quantize", "none"), model.origin["quantize"])
         if template is not self.answerer.template:
             print("the template is another one: a new conversation begins", file=sys.stderr)
             self.turns = []

@@ -59,6 +59,8 @@ def here(made, refused, monkeypatch):
     ("--device=cuda:99", "--device cuda:99 cannot be used here"),
     ("--out=examples.json", "cannot write to --out examples.json"),
     ("--out=examples.json/deeper", "cannot write to --out examples.json/deeper"),
+    ("--adapter=one/adapter.pt --method-options=start=pissa",
+     "leave out --method, --r, --alpha, --dropout, --targets, --method-options"),
     ("--data=", "argument --data: is empty"),
     ("--data=\udcff.json", "argument --data: is not UTF-8 text"),
     ("--lay=1", "unrecognized arguments: --lay=1"),

@@ -4,10 +4,12 @@ import json
 import math
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+import finetune.job
 import generate
 import train
 from finetune.batches import Batch, DataCollatorForSupervisedDataset, pack
@@ -15,11 +17,13 @@ from finetune.dataset import IGNORE, load_datasets
 from finetune.distill import Distillation
 from finetune.evaluate import score_answers
 from finetune.loss import CHUNK, answer_loss
+from finetune.options import parse_options
+from finetune.run import prepare_folder
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
 
-from .helpers import GivenLogits, adapt, metrics, tiny, torchrun
+from .helpers import GivenLogits, adapt, given_once, metrics, tiny, torchrun
 from .memory import LiveBytes
 from .test_layout import drawn
 from .test_preflight import batch_of, estimate
@@ -320,6 +324,18 @@ def test_what_cannot_teach_ends_in_one_line(run, tmp_path, data, tokenizer, refu
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
+def test_a_run_may_replace_what_no_teacher_needs(tmp_path, monkeypatch):
+    """A folder of PEFT is the teacher's adapter itself; a file stands in the folder of a run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/peft").mkdir(parents=True)
+    for adapter, out in (("out/peft", "out/peft"), ("out/adapter.pt", "out")):
+        flags = ["--teacher", "teacher", "--teacher-adapter", adapter, "--overwrite", "--out", out]
+        with pytest.raises(ValueError, match=f"{out} holds the teacher"):
+            prepare_folder(parse_options(flags), Path(out), resumes=False)
+    flags = ["--teacher", "teacher", "--teacher-adapter", "out/peft", "--out", "out"]
+    prepare_folder(parse_options(flags), Path("out"), resumes=False)
+
+
 @pytest.mark.slow
 def test_two_ranks_learn_what_one_does(run, base, data, tmp_path):
     flags = ["--checkpoint", str(base), "--data", str(data), "--r", "4", "--lr", "1e-2",
@@ -395,6 +411,23 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, data,
     assert loss == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
     generate.main(["--checkpoint", "whole", "--adapter", "none", "--instruction", "Say cold.",
                    "--max-new-tokens", "3"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "lora", "--targets", "output"]])
+def test_a_recurrent_student_out_of_memory_ends_in_one_line(lstm, data, tmp_path, monkeypatch,
+                                                            capsys, flags):
+    """Which offers only what an RNN can use."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune.job, "answer_loss", full)
+    with pytest.raises(SystemExit) as left:
+        train.main(given_once([*lstm, "--data", str(data), *flags]))
+    line = capsys.readouterr().err
+    assert left.value.code == 3 and line.count("\n") == 1
+    assert "--batch-size 6 --accumulation-steps 2 (by" in line
+    assert "--method" not in line and "nf4" not in line
 
 
 @pytest.mark.parametrize("params, message", [

@@ -3,12 +3,16 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import finetune.session
 import generate as command
 import train
+from finetune.session import Session
+from finetune.templates import DEFAULT
 from llama import load_checkpoint, save_checkpoint
 
 from .helpers import EXAMPLES, given_once, tiny
@@ -170,6 +174,65 @@ def test_interactive_answers_lines_and_switches_adapters_on_one_base(trained, ba
     alone = trained(*BLUE, "--adapter", "none", "--checkpoint", str(base)).out
     assert alone.endswith(f"\n{bare}\n")
     assert trained(*BLUE, "--adapter", "other/adapter.pt").out.endswith(f"\n{other}\n")
+
+
+@pytest.mark.parametrize("error", [
+    BrokenPipeError("the reader has gone"), OSError("standard output cannot be written")])
+def test_a_session_ends_with_its_output(monkeypatch, error):
+    """It does not compute answers that nobody can read."""
+    asked = []
+
+    def show(example):
+        asked.append(example)
+        raise error
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    session = Session(SimpleNamespace(show=show, template=DEFAULT), None, has_adapter=True)
+    with pytest.raises(OSError, match=str(error)):
+        session.run()
+    assert asked == [{"instruction": "one"}]
+
+
+@pytest.mark.parametrize("base, warned", [({"quantize": "none"}, 1), ({"quantize": "nf4"}, 0),
+                                          ({}, 1), (None, 0)])
+def test_a_session_warns_of_another_quantisation(monkeypatch, capsys, base, warned):
+    """base: what the adapter says of its base; PEFT's folders say nothing."""
+    model = torch.nn.Linear(1, 1)
+    model.args = None
+    model.origin = {"quantize": "nf4"}
+    base = base if base is None else {"folder": "base", **base}
+    monkeypatch.setattr(finetune.session, "adapter_at", lambda *_: "adapter")
+    monkeypatch.setattr(finetune.session, "read_adapter", lambda _: {"base": base})
+    monkeypatch.setattr(finetune.session, "load_adapter", lambda *_: None)
+    Session(SimpleNamespace(model=model, template=DEFAULT), None, True).switch_adapter("adapter")
+    assert capsys.readouterr().err.count("warning: trained over a base with quant") == warned
+
+
+def test_only_what_is_asked_must_fit(say, base, monkeypatch):
+    """--interactive does not ask the six built-in questions."""
+    monkeypatch.setattr(command, "INSTRUCTIONS", [{"instruction": "long " * 5000}])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say\n"))
+    flags = ["--checkpoint", str(base), "--adapter", "none"]
+    assert "### " in say(*flags, "--interactive").out
+    with pytest.raises(SystemExit):
+        command.main(flags)
+
+
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "generate.py: CUDA out of memory. Tried"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "generate.py: DefaultCPUAlloc"),
+    (RuntimeError("a fault of ours"), None),
+])
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error, line):
+    def load(*_):
+        raise error
+
+    monkeypatch.setattr(command, "load", load)
+    with pytest.raises(SystemExit if line else RuntimeError) as left:
+        command.main(["--adapter", "none"])
+    if line:
+        assert left.value.code == 2
+        assert capsys.readouterr().err.startswith(line)
 
 
 @pytest.mark.parametrize("flags, n_lines", [

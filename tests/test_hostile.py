@@ -409,7 +409,9 @@ def test_a_base_that_an_adapter_names(refused, here):
     wrong = [{"folder": name} for name in names]
     for changes in (*wrong, {"layers": "x"}, {"layers": [1]}):
         torch.save(content | {"base": content["base"] | changes}, here / "adapter.pt")
-        assert refused(generate.main, "--adapter", "adapter.pt").strip().isprintable()
+        for flags in ([], ["--shard"]):
+            line = refused(generate.main, "--adapter", "adapter.pt", *flags)
+            assert line.strip().isprintable()
 
 
 def varint(value):

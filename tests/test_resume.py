@@ -302,6 +302,7 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
             (["--lr", "0.02", "--epochs", "3", "--log-every", "5"],
              f"{folder} was begun with --epochs 2, now 3; --lr 0.01, now 0.02: a resumed run"),
             (["--batch-size", "1"], "its steps would not hold the same examples"),
+            (["--tokens-per-batch", "60"], "begun with no --tokens-per-batch, now 60: a resumed"),
             (["--data", "other.json"], "the examples are not those"),
             (["--checkpoint", "other"], "it was begun over another base")):
         assert message in refused([*argv, *changes], capsys)
@@ -503,6 +504,16 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(flags, capsys, monkeypat
     assert message in capsys.readouterr().out
 
 
+def test_a_loss_that_is_not_finite_is_no_overflow(flags, capsys, monkeypatch):
+    """In fp16 either one makes gradients that are not finite."""
+    monkeypatch.setattr(finetune.job, "answer_loss", changed_loss(
+        lambda loss, n_calls, _: loss * math.nan if n_calls == 2 else loss))
+    monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
+    main([*flags, "--out", "nan16", "--precision", "fp16"])
+    line, = re.findall("step 2/6.*", capsys.readouterr().out)
+    assert "loss nan" in line and " | not finite, step skipped, 1 in a row" in line
+
+
 def test_too_many_bad_steps_end_the_run(flags, capsys, monkeypatch):
     monkeypatch.setattr(finetune.job, "answer_loss", changed_loss(lambda loss, *_: loss * math.inf))
     monkeypatch.setattr(finetune.job, "check_gradients", lambda *_: None)
@@ -532,6 +543,16 @@ def test_out_of_memory_ends_in_one_line(flags, half, capsys, monkeypatch):
     assert left(argv[-2]) == left("whole")
 
 
+def test_less_memory_for_the_same_tokens_a_step(flags, capsys, monkeypatch):
+    """Half of --tokens-per-batch comes with twice the micro-batches."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(finetune.job, "answer_loss", full)
+    line = refused([*flags, "--out", "tokens", "--tokens-per-batch", "200"], capsys, 3)
+    assert "--tokens-per-batch 100 --accumulation-steps 2 (by estimate" in line
+
+
 def test_best_and_last(flags, monkeypatch, capsys):
     """best.pt has the lowest held-out loss, adapter.pt is the last; --early-stop ends a run."""
     flags += ["--out", "early", "--epochs", "9", "--early-stop", "2"]
@@ -555,6 +576,20 @@ def test_best_and_last(flags, monkeypatch, capsys):
     assert "best      early/best.pt: held-out loss 3.0000, after step 6" in printed
     main([*flags, "--resume"])
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_save_knows_of_best(flags, monkeypatch, capsys):
+    """Also where the run is killed before the next save is due."""
+    losses = iter([5.0, 4.0, 3.0])                               # before step 1, then each epoch's
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": next(losses)})
+    flags += ["--out", "known", "--epochs", "9", "--save-every", "1000"]
+    with pytest.raises(StopIteration):
+        main(flags)
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"val_loss": 3.5})
+    main([*flags, "--resume"])
+    printed = capsys.readouterr().out
+    assert "resume    known/state.pt: 6 of 27 steps are done\n" in printed
+    assert "best      known/best.pt: held-out loss 3.0000, after step 6" in printed
 
 
 def test_a_full_disk(flags, capfd):
