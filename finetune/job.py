@@ -101,7 +101,8 @@ def prepare(options: Options, ranks: Ranks, build_optimizer: Callable) -> Job:
         tokenizer=tokenizer,
         train_set=train_set,
         val_set=val_set,
-        collate=functools.partial(pack, share_prefix=options.share_prefix),
+        collate=functools.partial(pack, share_prefix=options.share_prefix,
+                                  pinned=device.type == "cuda"),
         optimizer_bytes_per_parameter=state_bytes))
     fit_to_cpu(job.model, job.plan)
     # Called for its check only: it raises ValueError if the method has no --lora-plus-ratio.

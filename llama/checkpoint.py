@@ -245,6 +245,9 @@ class StoredWeights:
         tensor = join(parts, shape, dtype, device)
         if not tensor.is_meta and not all(map(is_finite, parts)):
             raise ValueError(f"{self.folder} has values that are not finite, in {file_name}")
+        if dtype == torch.float16 and not tensor.is_meta and not is_finite(tensor):
+            raise ValueError(f"{self.folder} has values that are too large for fp16, in "
+                             f"{file_name}; bf16 holds them")
         if self.is_huggingface:
             return huggingface.as_pairs(tensor, huggingface.heads_in_rows(name, self.args))
         return tensor

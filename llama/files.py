@@ -287,6 +287,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         # The package puts another file in the place of this one, which its owner alone may read.
         package.torch.save_file(tensors, file.name, {"format": "pt"})
         os.chmod(file.name, os.fstat(file.fileno()).st_mode)
+        with open(file.name, "rb+") as written:
+            os.fsync(written.fileno())
 
     try:
         write_whole(path, write)
@@ -378,5 +380,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             path.rmdir()
         folder.rename(path)
+        sync_folder(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

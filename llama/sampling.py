@@ -93,7 +93,7 @@ def next_logits(model: nn.Module, rows: list[list[int]], trees=None) -> list[tor
     All rows stand in one packed row, each with its tree after it, and a common beginning is stored
     once.  A token of a tree sees its row and the tokens that it follows, so each row
     gets the logits that it would get alone.
-    Raises ValueError if a logit is not finite, for example because weights are damaged.
+    Raises ValueError if a logit is nan or +inf, for example because weights are damaged.
     """
     trees = trees or [None] * len(rows)
     guessed = [tree.tokens if tree else [] for tree in trees]
@@ -189,8 +189,9 @@ def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int,
             ban(row, repeats(answer, no_repeat_ngram))
         log_p = logits.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
         scores = log_p + torch.tensor([[score] for score, _ in unfinished], device=log_p.device)
-        # Twice as many as there are beams: half of them may end with eos.
-        best, places = scores.flatten().topk(min(2 * beams, scores.numel()))
+        # Each beam may end, once per end id, and as many as there are beams must still go on.
+        n_best = beams * (1 + len(ends_of_text))
+        best, places = scores.flatten().topk(min(n_best, scores.numel()))
         extended = []
         for score, place in zip(best.tolist(), places.tolist(), strict=True):
             if score == -torch.inf:

@@ -154,7 +154,7 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
     with unchanged_on_error(model) as layers:
         if any(layer.merged for layer in layers.values()):
             raise ValueError("an adapter is merged into the weights; unmerge it first")
-        if not layers or model.lora_config != saved["config"]:
+        if not layers or model.lora_config != saved["config"] or lacks_start(model, saved):
             remove_lora(model)
             add_lora(model, saved["config"], values_follow=not saved["from_base"])
         expected = lora_state_dict(model)
@@ -166,6 +166,15 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
                              f"expects {in_model or 'none'}; the file has {in_file or 'none'}")
         # strict=True would raise an error, because the base's weights are not in the file.
         model.load_state_dict(tensors, strict=False)
+
+
+def lacks_start(model: nn.Module, saved: dict) -> bool:
+    """Return whether a tensor that this adapter takes from the base is zero in the model.
+
+    The adapter before it may have left out that block.
+    """
+    return any(last_part(name) in saved["from_base"] and not tensor.any()
+               for name, tensor in lora_state_dict(model).items())
 
 
 def all_blocks(saved: dict, expected: dict) -> dict:

@@ -137,6 +137,7 @@ class Pretended(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.is_busy = False                         # in a micro-batch
+        self.pinned = set()                          # addresses
         self.reset()
 
     def reset(self):
@@ -170,6 +171,10 @@ class Pretended(TorchDispatchMode):
                 self.is_busy = False
                 self.kernels.append((self.n_kernels - before) // len(window.batches))
         return watched
+
+    def pin(self, tensor):
+        self.pinned.add(tensor.data_ptr())
+        return tensor
 
     def fused(self, function, **_):
         """Return a function whose kernels count as one, as after torch.compile."""
@@ -216,6 +221,8 @@ class Pretended(TorchDispatchMode):
             self.count(func, args)
             return args[0]
         if not is_here:                              # from the CPU to the device
+            if packet is aten._to_copy and args[0].data_ptr() not in self.pinned:
+                self.wait("a copy from memory that is not pinned")
             args = tree_map(self.arrived, args)
         out = func(*args, **kwargs)
         self.count(func, args)
@@ -308,7 +315,7 @@ def pretend(mode):
         },
         torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
         torch.Tensor: {
-            "pin_memory": lambda tensor, *_: tensor,
+            "pin_memory": lambda tensor, *_: mode.pin(tensor),
             "numpy": as_numpy,
             "__format__": lambda tensor, form: format(tensor.item(), form),
         },

@@ -1,6 +1,7 @@
 """Other tools' folders in and out, to the bit, or refused: Hugging Face's, PEFT's, and convert."""
 import io
 import json
+import os
 import random
 import resource
 import struct
@@ -15,6 +16,7 @@ import generate
 import train
 from finetune import convert
 from llama import ModelArgs, Tokenizer, huggingface, load_checkpoint, save_checkpoint
+from llama.files import write_tensors
 from llama.huggingface import args_with_hidden_dim, as_halves, as_pairs
 from llama.peft import adapter_at
 from lora import load_adapter, lora_disabled, merge_lora, read_adapter, save_adapter
@@ -454,6 +456,26 @@ def test_generate_takes_a_peft_folder(base, tmp_path, monkeypatch, capsys):
     assert answered(*alone, *asked).out != file.out
     monkeypatch.setattr(sys, "stdin", io.StringIO(":adapter peft\nName a colour.\n"))
     assert file.out.split("\n")[2] in answered(*alone, "--interactive").out
+
+
+@IN_BOTH_KINDS_OF_FILE
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch, suffix):
+    """The safetensors package writes a file of its own, and leaves it to the system to flush."""
+    flushed = set()
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.add(os.fstat(fd).st_ino))
+    path = tmp_path / f"model{suffix}"
+    write_tensors(path, {"weight": torch.ones(2)})
+    assert path.stat().st_ino in flushed and tmp_path.stat().st_ino in flushed
+
+
+def test_weights_that_fp16_cannot_hold(tmp_path, tokenizer):
+    model = tiny(tokenizer.vocab_size)
+    with torch.no_grad():
+        model.output.weight[0, 0] = 1e5
+    save_checkpoint(model, tokenizer, tmp_path / "base")
+    load_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="too large for fp16, in output.weight; bf16 holds them"):
+        load_checkpoint(tmp_path / "base", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("name", ["peft", "peft.pt"])

@@ -257,6 +257,13 @@ def test_beam_search_by_hand(beams, script, best):
     assert beam_search(Table(script), [3], 8, 0, beams) == best
 
 
+def test_ends_take_no_beams_place_however_many_there_are():
+    """After [1], log .4, the three ends are likelier than 2; yet 2 leads to the best answer."""
+    script = {(): [0.2, 0.4, 0.12, 0.15, 0.13], (1,): [0.2] * 5,
+              (2,): [0.99, 0.0025, 0.0025, 0.0025, 0.0025]}
+    assert beam_search(Table(script), [3], 8, (0, 3, 4), 2) == [2]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_search_finds_what_exhaustive_search_finds(seed):
     model = tiny(vocab_size=5, dim=8, n_heads=2, n_layers=1)

@@ -474,6 +474,24 @@ def test_a_folder_of_peft_gives_its_logits(name, is_converted, tmp_path):
             assert torch.equal(model(tokens), plain)
 
 
+@FROM_WEIGHT
+def test_an_adapter_after_one_that_leaves_out_blocks(name):
+    """Both as PEFT's readers return them: without A0 and B0, the first for one layer of two."""
+    def as_peft(model, layers):
+        tensors = {each: tensor for each, tensor in trained(model).items()
+                   if each.startswith(layers)}
+        return {"path": name, "config": vars(model.lora_config), "base": None, "tensors": tensors,
+                "from_base": ("lora_A0", "lora_B0"), "skips_blocks": True}
+
+    first = as_peft(started(name, step=0.1), "up")
+    expected = started(name, step=0.2)
+    second = as_peft(expected, ("up", "down"))
+    model = Small()
+    for source in (second, first, first, second):
+        load_adapter(model, source)
+    assert close(model(TOKENS), expected(TOKENS), 1e-6)
+
+
 # --- several ranks, and without this page
 
 

@@ -20,7 +20,7 @@ class Template(NamedTuple):
 
     pieces(example): the list of Pieces; it raises ValueError for an example that the format cannot
     express.  An example without its last answer, as generation has it, ends with the prompt.
-    fields: the names in an example that `pieces` reads.
+    fields: the names that may hold a prompt's text in a row of a file.
     holds_turns: whether it can hold several questions and answers, as `messages`.
     continues: whether an example that is too long goes on in a further row.  Otherwise it loses its
     tail.
