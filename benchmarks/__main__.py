@@ -102,13 +102,14 @@ def parse_args(argv=None):
 def make_table(args, page, argv: list) -> Table:
     """Return the Table of these arguments.
 
-    Its conditions name the machine, the code and, by their content, the examples and other text.
+    Its conditions name the machine, the code and, by their content, the examples, other text, and
+    an adapter.
     """
     files = [page.__file__, *getattr(page, "FILES", ())]
-    for name in ("data", "val_data", "also"):
-        path = getattr(args, name, None)
-        if path and Path(path).is_file():
-            files.append(path)
+    for name in ("data", "val_data", "also", "adapter"):
+        path = Path(getattr(args, name, None) or "")
+        folder = sorted(path.iterdir()) if name == "adapter" and path.is_dir() else [path]
+        files += [file for file in folder if file.is_file()]
     conditions = f"{machine()}, code {code_digest(*files)}"
     command = f"`python -m benchmarks {shlex.join(argv)}` on {conditions}"
     return Table(args.table, Path(args.out), conditions, command)

@@ -17,7 +17,9 @@ from finetune.arguments import text
 
 from .tables import ROOT, Table, list_of, markdown, report
 
-FILES = (ROOT / "benchmarks/on_gpu.py",)
+# Its cells run these too.
+FILES = [ROOT / "benchmarks/on_gpu.py", ROOT / "benchmarks/peers.py",
+         ROOT / "benchmarks/request.py", *sorted(ROOT.glob("tests/*.py"))]
 HEADER = ["cell", "what", "measured", "estimate"]
 # The allocator then grows its segments, so that rows of other lengths find a place.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}

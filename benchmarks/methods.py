@@ -18,6 +18,7 @@ from finetune.run import ADAPTER
 from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.methods import METHODS
+from lora.prepack import prepack
 
 from . import sweep
 from .measure import count_work
@@ -66,6 +67,7 @@ def measure_cost(argv: list, task: Task) -> list:
     speeds = [rows[-1]["epoch"] * len(job.train_set) / seconds_of(rows)]
     speeds.append(generating_speed(model, prompts))
     merge_lora(model)
+    prepack(model)                                   # as generate.py --merge does
     speeds.append(generating_speed(model, prompts))
     return [*speeds, (work["copies"] + work["activations"]) / MIB]
 

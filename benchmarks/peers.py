@@ -5,6 +5,7 @@ The peers' side is tests/peers.py, run by a Python that has them.  Every run is 
 own, and a run of 50 steps: the memory of a process grows over the first of them.
 """
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
@@ -148,7 +149,8 @@ def make(args, table: Table) -> list:
     lines = []
     for header, rows in tables.items():
         lines += [*markdown(["", *header], rows), ""]
-    return [*lines, note(setup, versions)]
+    warm = sorted({warm_steps(COMPARISONS[name], setup) for name in names})
+    return [*lines, note(setup, warm, versions)]
 
 
 def chosen_comparisons(patterns: list) -> list:
@@ -169,7 +171,10 @@ def check_peers(names: list):
 
 
 def find_pythons(peers: list, pythons: list) -> dict:
-    """Return {peer: path of a Python that has it}, without peers that no Python has."""
+    """Return {peer: (path of a Python that has it, digest)}, without peers that no Python has.
+
+    The digest changes with the versions of the packages there.
+    """
     pythons_by_peer = {}
     for peer in peers:
         python = peer_python(pythons, peer)
@@ -182,15 +187,18 @@ def find_pythons(peers: list, pythons: list) -> dict:
     return pythons_by_peer
 
 
-def peer_python(pythons: list, peer: str) -> str | None:
-    """Return the path of the first Python that has this peer, or None."""
+def peer_python(pythons: list, peer: str) -> tuple[str, str] | None:
+    """Return (path, digest of the packages) of the first Python that has this peer, or None."""
+    code = (f"import {peer}, importlib.metadata as metadata\n"
+            "print(sorted((each.name, each.version) for each in metadata.distributions()))")
     for python in pythons:
         try:
-            check = subprocess.run([python, "-c", f"import {peer}"], capture_output=True)
+            check = subprocess.run([python, "-c", code], capture_output=True)
         except OSError as error:
             raise ValueError(f"--peer-python {python} does not run: {error.strerror}") from None
         if check.returncode == 0:
-            return os.path.abspath(shutil.which(python))
+            digest = hashlib.sha256(check.stdout).hexdigest()[:8]
+            return os.path.abspath(shutil.which(python)), digest
     return None
 
 
@@ -203,7 +211,7 @@ def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: 
     if comparison.one_layer:
         setup = replace(setup, folder=shape_folder("7b", out), init="random", layers=1, data=None)
     steps = max(1, round(setup.steps * 4 / comparison.batch))
-    warm = setup.warm if comparison.warm is None else comparison.warm
+    warm = warm_steps(comparison, setup)
     flags = {"precision": comparison.precision, "batch_size": comparison.batch,
              "accumulation_steps": 1, "dropout": comparison.dropout,
              "checkpointing": comparison.checkpointing}
@@ -219,11 +227,15 @@ def contestants_of(comparison: Comparison, setup: Setup, prompts: int, pythons: 
         layers=setup.layers, device=setup.device, precision=comparison.precision,
         batch=comparison.batch, steps=steps, warm=warm, dropout=comparison.dropout,
         checkpointing=comparison.checkpointing, new=comparison.new, n_batches=n_batches)
-    for peer, python in pythons.items():
+    for peer, (python, packages) in pythons.items():
         for name, variant in variants_of(peer, comparison):
             contestants[peer + name] = peer_side(
-                python, replace(request, peer=peer, **variant), workload)
+                python, packages, replace(request, peer=peer, **variant), workload)
     return contestants
+
+
+def warm_steps(comparison: Comparison, setup: Setup) -> int:
+    return setup.warm if comparison.warm is None else comparison.warm
 
 
 def our_side(workload: Workload, comparison: Comparison, n_batches: int | None) -> Contestant:
@@ -235,8 +247,8 @@ def our_side(workload: Workload, comparison: Comparison, n_batches: int | None) 
     return Contestant(settings, lambda: try_fresh(time_generation, workload, batch, n_batches, new))
 
 
-def peer_side(python: str, request: Request, workload: Workload) -> Contestant:
-    settings = asdict(request) | {"data": workload.data}
+def peer_side(python: str, packages: str, request: Request, workload: Workload) -> Contestant:
+    settings = asdict(request) | {"data": workload.data, "packages": packages}
     settings["prompts"] = settings.pop("n_batches")  # its name in the cells that are saved
     return Contestant(settings, lambda: ask_peer(python, request, rows_of(workload)))
 
@@ -244,8 +256,7 @@ def peer_side(python: str, request: Request, workload: Workload) -> Contestant:
 def variants_of(peer: str, comparison: Comparison) -> list:
     """Return (suffix of the name, fields of Request) for each run of a peer; none if it cannot."""
     if peer == "trl":
-        # It trains alone, and reads weights from a folder.
-        if comparison.new is not None or comparison.one_layer:
+        if comparison.new is not None:               # It trains alone.
             return []
         return [(f", {batching}", {"batching": batching}) for batching in TRL_BATCHINGS]
     if comparison.new is None:
@@ -402,10 +413,11 @@ def add_versions(versions: dict, more: dict):
             known.append(version)
 
 
-def note(setup: Setup, versions: dict) -> str:
+def note(setup: Setup, warm: list, versions: dict) -> str:
+    """Return a line about all runs.  warm: the numbers of steps that warmed them up."""
     packages = ", ".join(f"{name} {' and '.join(known)}" for name, known in versions.items())
-    warm = plural(setup.warm, "step")
+    steps = " or ".join(plural(n, "step") for n in warm)
     return (f"(medians of {setup.repeats} runs each, alternated, every run a process of its own, "
-            f"after {warm} or one prompt to warm up; tokens are real, never padding; "
+            f"after {steps} or one batch of prompts to warm up; tokens are real, never padding; "
             f"MiB: the peak of the whole process, or of the GPU's allocations; {packages}, not "
             "compiled)")

@@ -33,7 +33,7 @@ from llama.checkpoint import TOKENIZER, read_params
 from llama.files import write_json
 
 from .measure import Peaks, count_work, multiplied_weights
-from .tables import Table, report, try_fresh
+from .tables import Table, report, run_fresh, try_fresh
 
 # In the words of Hugging Face's config.json, which the peers read too.
 SHAPES = {
@@ -410,7 +410,8 @@ def measure_cell(table: Table, name: str, workload: Workload,
     If memory is too small, only the estimate.
     """
     def compute():
-        return estimate_costs(workload) | try_fresh(measure, workload)
+        # Both in new processes: the plan of the first cell would set oneDNN's limit for all.
+        return run_fresh(estimate_costs, workload) | try_fresh(measure, workload)
 
     result = table.cell(asdict(workload), compute)
     report_speed(name, result)

@@ -57,12 +57,12 @@ def train(request: Request, rows: list, peaks: Peaks) -> dict:
     """Train on the rows in their order; return {tokens_per_second, loss: the last}."""
     if request.peer == "trl":
         from tests.peers_trl import train_by_trl     # TRL has a loop of its own.
-        return train_by_trl(request, rows, peaks)
+        return train_by_trl(request, rows, peaks, transformers_model(request))
     load = transformers_training if request.peer == "transformers" else litgpt_training
     model, loss_of = load(request)
     peaks.end("weights")
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0)
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, weight_decay=0, fused=True)
     model.train()
     endless_rows = cycle(rows)
     n_tokens = 0

@@ -3,12 +3,11 @@ import time
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.measure import Peaks
@@ -16,7 +15,6 @@ from benchmarks.request import Request
 
 ROW_TOKENS = 512                                     # of a packed row
 EXAMPLES_PER_ROW = 4                                 # as many as Alpaca's rows of 512 tokens hold
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -45,15 +43,12 @@ class StepTimes(TrainerCallback):
         return collate_and_count
 
 
-def train_by_trl(request: Request, rows: list, peaks: Peaks) -> dict:
+def train_by_trl(request: Request, rows: list, peaks: Peaks, model) -> dict:
     """Train on the rows in their order; return {tokens_per_second, loss: the last logged}.
 
     request.batching: "padded" is TRL's default.  Weights are in request.precision, without autocast
     over them, as for the other peers.
     """
-    config = LlamaConfig.from_pretrained(request.folder, attn_implementation="sdpa")
-    model = LlamaForCausalLM.from_pretrained(request.folder, config=config,
-                                             dtype=DTYPES[request.precision])
     peaks.end("weights")
     times = StepTimes(peaks)
     is_packing = request.batching == "packing"

@@ -102,6 +102,31 @@ def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path)
     assert benchmark.make_table(args, search, []).conditions != conditions[2]
 
 
+@pytest.mark.parametrize("name", ["adapter.pt", "peft"])
+def test_figures_depend_on_the_content_of_an_adapter(tmp_path, name):
+    """A teacher that was trained again is another one; PEFT's adapter is a folder."""
+    path = tmp_path / name
+    file = path
+    if name == "peft":
+        path.mkdir()
+        file = path / "adapter_config.json"
+    args = benchmark.parse_args(["distill", "--checkpoint", "base", "--adapter", str(path)])
+    conditions = []
+    for content in ("first", "second"):
+        file.write_text(content)
+        conditions.append(benchmark.make_table(args, distill, []).conditions)
+    assert conditions[0] != conditions[1]
+
+
+def test_no_cell_sets_the_next_ones_limits(table, monkeypatch):
+    """A plan sets oneDNN's in the environment, which each process takes from its parent."""
+    monkeypatch.setattr(runs, "run_fresh", lambda function, *_: {"estimate": function.__name__})
+    monkeypatch.setattr(runs, "try_fresh", lambda function, *_: {"measured": function.__name__})
+    workload = runs.Workload([], None, warm=0, steps=1, repeats=1)
+    assert runs.measure_cell(table, "cell", workload) == {
+        "estimate": "estimate_costs", "measured": "measure_run"}
+
+
 # Memory
 
 
@@ -276,7 +301,7 @@ def test_both_sides_do_the_same(base):
     def ask(python, request, rows):
         asked.append((request, rows))
 
-    pythons = {"transformers": "python"}
+    pythons = {"transformers": ("python", "packages")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers, "ask_peer", ask)
         patch.setattr(peers, "try_fresh", lambda function, *arguments: arguments)
@@ -297,6 +322,19 @@ def test_trl_trains_in_three_batchings_and_does_not_answer():
     training = peers.variants_of("trl", peers.Comparison("bf16", 4))
     assert [fields["batching"] for _, fields in training] == ["padded", "padding-free", "packing"]
     assert peers.variants_of("trl", peers.Comparison("bf16", 1, new=64)) == []
+
+
+def test_a_cell_names_the_peers_packages(tmp_path):
+    """An upgraded peer is measured again."""
+    python = tmp_path / "python"
+    digests = []
+    for version in ("5.23.0", "5.24.0", "5.24.0"):
+        python.write_text(f"#!/bin/sh\necho transformers {version}\n")
+        python.chmod(0o755)
+        path, digest = peers.peer_python([str(python)], "transformers")
+        assert path == str(python)
+        digests.append(digest)
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_what_is_generated_is_what_is_counted(base, data, monkeypatch):
@@ -522,7 +560,7 @@ def tabulate(monkeypatch, tmp_path, capsys):
 
     Cells are measured in this process, but for runs side by side.
     """
-    for page in (tables, roofline, methods, sweep, search, ranks, distill, study):
+    for page in (tables, runs, roofline, methods, sweep, search, ranks, distill, study):
         monkeypatch.setattr(page, "run_fresh", tables.run_within_memory)
     monkeypatch.setattr(roofline, "matmul_peak", lambda dtype, device: 1e12)
 
