@@ -216,9 +216,7 @@ def load_model(job: Job, device: torch.device, init: str):
                                convert=quantizer(job.quantize, job.adapter or job.lora))
     model.checkpointing = options.checkpointing
     model.origin["template"] = job.template                   # Adapter files store it.
-    # The file brings all values, unless PEFT left some to be computed from the base.
-    values_follow = bool(job.adapter) and not job.adapter.get("from_base")
-    adapter_paths = add_lora(model, job.lora, values_follow) if job.lora else []
+    adapter_paths = add_lora(model, job.lora, bool(job.adapter)) if job.lora else []
     add_embedding_noise(model, options.neftune_alpha)         # None: no noise
     if options.compile:
         for block in model.layers:

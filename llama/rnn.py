@@ -110,12 +110,12 @@ class RNN(nn.Module):
         examples share is computed for each.
         """
         shape = tokens.shape
+        h = self.tok_embeddings(tokens)                                        # (B, T, D)
         if layout:
             places, indices = unpacked(layout)
             places = places.to(tokens.device, non_blocking=True)
             indices = indices.to(tokens.device, non_blocking=True)
-            tokens = tokens[0, places]                                         # (S, L)
-        h = self.tok_embeddings(tokens)                                        # (B, T, D)
+            h = h[0, places]                                                   # (S, L, D)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, use_reentrant=False)

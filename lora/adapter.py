@@ -82,7 +82,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, values_follow: bool = False) 
     values_follow: whether a file's tensors will replace all values, so that a method may leave out
     the work of computing them.
     Raises ValueError, and leaves the model as it was, if a target matches no layer, if the method
-    cannot adapt a target, if r is too large for a layer, or if the model already has an adapter.
+    cannot adapt a target, if r is too large for a layer, if the model already has an adapter, or if
+    its base was quantised for another one.
     """
     if lora_layers(model):
         raise ValueError("the model already has an adapter; load_adapter replaces it")
@@ -91,6 +92,11 @@ def add_lora(model: nn.Module, config: LoRAConfig, values_follow: bool = False) 
     settings = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout,
                 "init": "none" if values_follow else config.init, **config.options}
     bases = find_targets(model, config)
+    for path, module in model.named_modules():
+        needed = getattr(module, "adapter_options", {})
+        if needed and not (path in bases and needed.items() <= config.options.items()):
+            options = ", ".join(f"{name}={value}" for name, value in needed.items())
+            raise ValueError(f"{path}: the base was quantised for an adapter with {options}")
     layers = {}
     with unchanged_on_error(model):
         for path, base in bases.items():
@@ -227,6 +233,17 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def load_tensors(model: nn.Module, tensors: dict):
+    """Give a model the tensors of its adapter: all, or none if a layer raises ValueError."""
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    try:
+        # strict=True would raise an error, because the base's weights are not among them.
+        model.load_state_dict(tensors, strict=False)
+    except ValueError:
+        model.load_state_dict(before, strict=False)
+        raise
+
+
 class AdapterState:
     """The state of an adapter that training changes, to save and restore it with a run.
 
@@ -250,7 +267,7 @@ class AdapterState:
         same_layers = current["methods"].keys() == state["methods"].keys()
         if not same_layers or shapes(current["tensors"]) != shapes(state["tensors"]):
             raise ValueError("the saved adapter has other layers or other sizes")
-        self.model.load_state_dict(state["tensors"], strict=False)      # The base is not in it.
+        load_tensors(self.model, state["tensors"])
         for path, layer in lora_layers(self.model).items():
             layer.load_state(state["methods"][path])
 
@@ -294,7 +311,8 @@ def merge_lora(model: nn.Module, keep_base: bool = True) -> float:
         raise ValueError("the adapter is already merged")
     if not all(layer.enabled for layer in layers):
         raise ValueError("the adapter is disabled; merge it outside of lora_disabled")
-    products = [layer.merge(keep_base) for layer in layers]
+    with torch.autocast(next(model.parameters()).device.type, enabled=False):
+        products = [layer.merge(keep_base) for layer in layers]
     survived = sum(product[0] for product in products)
     total = sum(product[1] for product in products)
     return survived / total if total else 1.0
@@ -322,12 +340,12 @@ def merge_report(model: nn.Module, tokens: torch.Tensor, remedy: str,
 
 
 def unmerge_lora(model: nn.Module):
-    """Undo merge_lora, bit for bit.
+    """Undo merge_lora, bit for bit, also one that an error ended before the last layer.
 
     Raises ValueError if no adapter is merged, or if it was merged with keep_base=False.
     """
-    layers = lora_layers(model).values()
-    if not layers or not all(layer.merged for layer in layers):
+    layers = [layer for layer in lora_layers(model).values() if layer.merged]
+    if not layers:
         raise ValueError("the model has no merged adapter to unmerge")
     for layer in layers:
         layer.unmerge()

@@ -12,12 +12,13 @@ import torch.nn as nn
 from .adapter import (
     LoRAConfig,
     add_lora,
-    last_part,
+    load_tensors,
     lora_state_dict,
     path_of,
     remove_lora,
     unchanged_on_error,
 )
+from .layers import lora_layers
 from .matrices import different_matrices, names_in_file
 
 
@@ -154,44 +155,35 @@ def load_adapter(model: nn.Module, source: str | Path | dict,
     with unchanged_on_error(model) as layers:
         if any(layer.merged for layer in layers.values()):
             raise ValueError("an adapter is merged into the weights; unmerge it first")
-        if not layers or model.lora_config != saved["config"] or lacks_start(model, saved):
+        if not layers or model.lora_config != saved["config"]:
             remove_lora(model)
-            add_lora(model, saved["config"], values_follow=not saved["from_base"])
+            add_lora(model, saved["config"], values_follow=True)
         expected = lora_state_dict(model)
-        tensors = all_blocks(saved, expected)
+        tensors = all_tensors(saved, model)
         in_model = unmatched(expected, tensors)
         in_file = unmatched(tensors, expected)
         if in_model or in_file:
             raise ValueError(f"{path} does not fit; {adapted_blocks(tensors, expected)}the model "
                              f"expects {in_model or 'none'}; the file has {in_file or 'none'}")
-        # strict=True would raise an error, because the base's weights are not in the file.
-        model.load_state_dict(tensors, strict=False)
+        load_tensors(model, tensors)
 
 
-def lacks_start(model: nn.Module, saved: dict) -> bool:
-    """Return whether a tensor that this adapter takes from the base is zero in the model.
+def all_tensors(saved: dict, model: nn.Module) -> dict:
+    """Return an adapter's tensors, with zeros for the model's adapter layers that it leaves out.
 
-    The adapter before it may have left out that block.
-    """
-    return any(last_part(name) in saved["from_base"] and not tensor.any()
-               for name, tensor in lora_state_dict(model).items())
-
-
-def all_blocks(saved: dict, expected: dict) -> dict:
-    """Return an adapter's tensors, with zeros for the layers of `expected` that it leaves out.
-
-    Tensors that its file leaves to be computed from the base are those of `expected`.
+    Those that its file leaves to be computed from the base are computed.
     With A and B zero a layer computes what its base does, and their gradients are zero too.
     """
     tensors = dict(saved["tensors"])
     if saved["skips_blocks"]:
         adapted = {path_of(name) for name in tensors}
-        for name, tensor in expected.items():
+        for name, tensor in lora_state_dict(model).items():
             if path_of(name) not in adapted:
                 tensors[name] = torch.zeros(tensor.shape)
-    for name, tensor in expected.items():
-        if last_part(name) in saved["from_base"]:
-            tensors.setdefault(name, tensor)
+    for path, layer in lora_layers(model).items():
+        if any(f"{path}.{name}" not in tensors for name in saved["from_base"]):
+            for name, tensor in layer.from_base().items():
+                tensors[f"{path}.{name}"] = tensor
     return tensors
 
 

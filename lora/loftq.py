@@ -33,7 +33,7 @@ def quantizer(kind: str | None, adapter=None) -> Callable | None:
 
     def convert_for_adapter(linear: nn.Linear, path: str) -> quantize.QuantizedLinear:
         if not is_saved:
-            is_target = "all" in config["targets"] or path.rpartition(".")[2] in config["targets"]
+            is_target = path.rpartition(".")[2] in config["targets"]
             return loftq(linear, config["r"], convert) if is_target else convert(linear)
         pair = [adapter["tensors"].get(f"{path}.lora_{name}") for name in ("A0", "B0")]
         shapes = [(config["r"], linear.in_features), (linear.out_features, config["r"])]
@@ -71,6 +71,7 @@ def quantized_without(linear: nn.Linear, A0: torch.Tensor, B0: torch.Tensor,
     product = B0.to(device, torch.float64) @ A0.to(device, torch.float64)
     layer = convert(with_weight(linear, wide - product.to(wide))).to(W.dtype)
     layer.loftq_pair = A0.to(wide), B0.to(wide)      # A tuple, which no cast and no file touches.
+    layer.adapter_options = {"start": LOFTQ}
     return layer
 
 

@@ -102,8 +102,8 @@ class LoRALayer(nn.Module):
             raise ValueError("the adapter is not merged")
         if self.original_base[0] is None:
             raise ValueError("the base's original weights were not kept")
-        # The model may have been moved or cast since the merge, so the base is moved and cast too.
-        self.base = self.original_base[0].to(self.base.weight)
+        # What the model did since the merge, the base does too: move, cast, train or eval.
+        self.base = self.original_base[0].to(self.base.weight).train(self.training)
         del self.original_base
         self.merged = False
 

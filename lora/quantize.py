@@ -14,7 +14,8 @@ TINY = 1e-30                    # The least divisor: it replaces a magnitude of 
 
 
 class QuantizedLinear(nn.Module):
-    """y = W x + b, with a frozen W in fewer bits.  x (..., d_in) -> y (..., d_out) in x's dtype.
+    """y = W x + b, with a frozen W in fewer bits.  x (..., d_in) -> y (..., d_out) in x's dtype,
+    or in autocast's.
 
     A subclass keeps W in buffers and defines `dequantize`.  The buffer `dtype_holder`, one number,
     has the dtype and the device that the model computes with.  `weight` is W in that dtype,
@@ -85,7 +86,8 @@ class DequantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(ctx.dtype), None
+        # Under autocast the gradient may be in another dtype than x.
+        return (grad @ ctx.layer.dequantize(grad.dtype)).to(ctx.dtype), None
 
 
 class Int8Linear(QuantizedLinear):

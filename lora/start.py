@@ -74,17 +74,17 @@ class Start:
         if start not in (*FROM_WEIGHT, LOFTQ):
             raise ValueError(f"start is {start!r}, must be random, {', '.join(FROM_WEIGHT)} or "
                              f"{LOFTQ}")
+        if "start" in config.options and "all" in config.targets:
+            raise ValueError(f"start={start} is for matrices, and all means the embeddings too; "
+                             "name the targets, as in wq,wk,wv,wo,w1,w2,w3")
 
     def __init__(self, base: nn.Linear, r: int, alpha: float, dropout: float = 0.0,
                  init: str = "kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
         start = self.settings.get("start")
-        is_by_loftq = hasattr(base, "loftq_pair")
-        if start == LOFTQ and not is_by_loftq:
+        if start == LOFTQ and not hasattr(base, "loftq_pair"):
             raise ValueError("start=loftq needs a base that is quantised for it: --quantize int8 "
                              "or nf4, and targets inside the blocks")
-        if is_by_loftq and start != LOFTQ:
-            raise ValueError("the base was quantised for an adapter with start=loftq")
         if start:
             A, B, A0, B0 = self.at_start(start, init)
             self.lora_A = nn.Parameter(A)
@@ -98,18 +98,25 @@ class Start:
         if start == LOFTQ:
             A, B = getattr(self.base, "loftq_rest", self.base.loftq_pair)
             root = math.sqrt(self.scale)
-            return A / root, B / root, *self.base.loftq_pair
+            # Copied, as all below: what is loaded into A0 and B0 must not change the base's pair.
+            return A / root, B / root, *(tensor.clone() for tensor in self.base.loftq_pair)
         A = self.lora_A.detach()
         B = self.lora_B.detach()
         if init == "none":
             return A, B, torch.zeros_like(A), torch.zeros_like(B)
-        with gathered_weights(self.base):
-            W = self.base.weight.detach().to(A.dtype)
-            values = FROM_WEIGHT[start](W, self.r, self.scale)
         # They are copied, because a slice would keep the whole factor of W in memory.
-        A.copy_(values[0])
-        B.copy_(values[1])
+        values = self.from_base()
+        A.copy_(values["lora_A0"])
+        B.copy_(values["lora_B0"])
         return A, B, A.clone(), B.clone()
+
+    @torch.no_grad()
+    def from_base(self) -> dict[str, torch.Tensor]:
+        """Return the A0 and B0 of pissa or olora, computed from the weight as it is now."""
+        make = FROM_WEIGHT[self.settings["start"]]
+        with gathered_weights(self.base):
+            A0, B0 = make(self.base.weight.detach().to(self.lora_A.dtype), self.r, self.scale)
+        return {"lora_A0": A0, "lora_B0": B0}
 
     @classmethod
     def connect(cls, layers, config):

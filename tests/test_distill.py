@@ -411,6 +411,8 @@ def test_a_recurrent_student_is_trained_saved_asked_and_goes_on(run, lstm, data,
     assert loss == pytest.approx(rows[-1]["val_loss"], rel=1e-5)
     generate.main(["--checkpoint", "whole", "--adapter", "none", "--instruction", "Say cold.",
                    "--max-new-tokens", "3"])
+    noisy = run("noisy", *flags, "--neftune-alpha", "5")
+    assert noisy[-1]["val_loss"] < 0.8 * rows[0]["loss"] and noisy[0]["loss"] != rows[0]["loss"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "lora", "--targets", "output"]])

@@ -110,6 +110,40 @@ def test_merged_equals_unmerged_and_unmerge_restores_the_bits(tied):
     assert torch.equal(model(TOKENS), with_adapter)
 
 
+def test_a_merge_that_an_error_ends_can_be_undone(monkeypatch):
+    model = adapted()
+    with_adapter = model(TOKENS)
+    last = list(lora_layers(model).values())[-1]
+
+    def fail(keep_base):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "merge", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            merge_lora(model)
+    unmerge_lora(model)
+    assert torch.equal(model(TOKENS), with_adapter)
+    assert merge_lora(model) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_merge_under_autocast_is_that_without():
+    model, other = adapted(), adapted()
+    merge_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge_lora(other)
+    assert torch.equal(model(TOKENS), other(TOKENS))
+
+
+def test_an_unmerged_base_is_in_the_mode_of_its_model():
+    """Else the next adapter's dropout would be on in evaluation."""
+    model = adapted().train()
+    merge_lora(model)
+    model.eval()
+    unmerge_lora(model)
+    assert not any(module.training for module in model.modules())
+
+
 def test_a_merge_that_keeps_no_base_holds_one_set_of_weights_and_cannot_be_undone():
     model = adapted()
     expected = model(TOKENS)

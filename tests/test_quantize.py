@@ -324,6 +324,18 @@ def test_compiled_layers_keep_no_dequantised_weight(kind, checkpointing):
     assert torch.allclose(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@EVERY_KIND
+def test_autocast_may_round_the_product_and_its_gradient(kind):
+    layer = quantizer(kind)(linear(24, 64))
+    x = torch.randn(5, 64, requires_grad=True)
+    expected, = torch.autograd.grad(layer(x).sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    gradient, = torch.autograd.grad(y.float().sum(), x)
+    assert y.dtype == torch.bfloat16 and gradient.dtype == torch.float32
+    assert (gradient - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nf4_compiled_is_the_same_to_the_bit(dtype):

@@ -17,7 +17,7 @@ from llama import load_checkpoint
 from llama.peft import adapter_at
 from lora import (LoRAConfig, add_lora, load_adapter, lora_disabled, merge_lora, quantize,
                   read_adapter, save_adapter, start, unmerge_lora)
-from lora.adapter import lora_layers
+from lora.adapter import lora_layers, lora_state_dict
 from lora.loftq import loftq, quantizer
 from lora.start import as_plain_lora, pissa
 
@@ -236,6 +236,7 @@ def test_a_run_from_an_adapter_does_not_factor_the_weights_again(
     (["--method", "full", "--method-options", "start=pissa"], "--method full has none"),
     (["--method-options", "start=pissa", "--targets", "tok_embeddings"],
      "tok_embeddings: unknown option 'start'"),
+    (["--method-options", "start=pissa", "--targets", "all"], "all means the embeddings too"),
     (["--method-options", "start=loftq"], "start=loftq needs a base that is quantised for it"),
     (["--method-options", "start=loftq", "--quantize", "nf4", "--targets", "output"],
      "output: start=loftq needs a base that is quantised for it"),
@@ -325,10 +326,26 @@ def test_a_file_builds_loftqs_base_again_to_the_bit(base, kind, dtype, tmp_path)
               "tensors": {name: tensors[name] for name in tensors.keys() - starts}}
     with pytest.raises(ValueError, match="layers.0.attention.wq: the base was quantised for an"):
         load_adapter(model, content | random)
-    other = tensors | {name: 2 * tensors[name] for name in starts}
+    for changes in ({"method": "dora"}, {"method": "dora", "targets": ["wk"]},
+                    {"targets": ["wq"], "options": {"start": "loftq"}}):
+        other = adapted(base, LoRAConfig(**{"r": 4, "targets": config.targets} | changes), kind)
+        with pytest.raises(ValueError, match="the base was quantised for an adapter with start=l"):
+            load_adapter(model, other)
+    # All layers keep their values, also where the last alone does not fit.
+    last = [name for name in tensors if name.endswith("lora_B0")][-1]
+    other = {name: 2 * tensor if name == last or not name.endswith("0") else tensor
+             for name, tensor in tensors.items()}
     with pytest.raises(ValueError, match="the base was quantised for another adapter"):
         load_adapter(model, content | {"tensors": other})
     assert torch.equal(fresh(TOKENS), model(TOKENS))
+
+
+def adapted(base, config, kind):
+    """Return the content of a file with this adapter over the quantised base."""
+    model, _ = load_checkpoint(base, convert=quantizer(kind, config))
+    add_lora(model, config)
+    return {"path": "other", "config": vars(config), "base": None,
+            "tensors": lora_state_dict(model)}
 
 
 @EVERY_KIND
@@ -476,18 +493,25 @@ def test_a_folder_of_peft_gives_its_logits(name, is_converted, tmp_path):
 
 @FROM_WEIGHT
 def test_an_adapter_after_one_that_leaves_out_blocks(name):
-    """Both as PEFT's readers return them: without A0 and B0, the first for one layer of two."""
+    """Both as PEFT's readers return them: without A0 and B0, the first for one layer of two.
+
+    One of our own had other A0 and B0: over a quantised base, say.
+    """
     def as_peft(model, layers):
-        tensors = {each: tensor for each, tensor in trained(model).items()
-                   if each.startswith(layers)}
+        tensors = {each: tensor for each, tensor in lora_state_dict(model).items()
+                   if each.startswith(layers) and not each.endswith("0")}
         return {"path": name, "config": vars(model.lora_config), "base": None, "tensors": tensors,
                 "from_base": ("lora_A0", "lora_B0"), "skips_blocks": True}
 
     first = as_peft(started(name, step=0.1), "up")
     expected = started(name, step=0.2)
     second = as_peft(expected, ("up", "down"))
+    own = Small()
+    own.up.weight.data *= 2
+    own = as_peft(started(name, model=own), ()) | {
+        "tensors": lora_state_dict(own), "from_base": (), "skips_blocks": False}
     model = Small()
-    for source in (second, first, first, second):
+    for source in (second, first, first, own, second):
         load_adapter(model, source)
     assert close(model(TOKENS), expected(TOKENS), 1e-6)
 
