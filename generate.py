@@ -9,7 +9,7 @@
     python generate.py --data held_out.json --score        score base and adapter
 """
 # First, because it ends a Ctrl-C while torch loads quietly.
-from finetune.console import OUTPUT_CLOSED, run_command
+from finetune.console import OUTPUT_CLOSED, run_command, write_error
 
 import json
 import os
@@ -21,7 +21,13 @@ import torch
 
 from finetune.answer_options import parse_args
 from finetune.answers import Answerer, Decoding, QuestionFile
-from finetune.errors import BAD_INPUT, exit_with_line, one_line_errors, short_path
+from finetune.errors import (
+    BAD_INPUT,
+    in_one_line,
+    is_out_of_memory,
+    one_line_errors,
+    short_path,
+)
 from finetune.exam import Exam
 from finetune.examples import read_rows, to_examples
 from finetune.forgetting import OtherText
@@ -83,7 +89,7 @@ def main(argv=None):
                         args.max_new_tokens)
         ranks.exchange()                     # If a rank has failed so far, all ranks stop here.
         print(summary, file=sys.stderr, flush=True)
-        with lost_output_ends_all(ranks):
+        with failure_ends_all(ranks):
             if args.score:
                 score(model, exam, other, args)
             elif args.data:
@@ -103,16 +109,17 @@ def silence(ranks: Ranks):
 
 
 @contextmanager
-def lost_output_ends_all(ranks: Ranks):
-    """Exit at once if printing fails on rank 0: the others would wait for its next forward."""
+def failure_ends_all(ranks: Ranks):
+    """Exit at once if one rank cannot print or lacks memory: the others wait for its forward."""
     try:
         yield
-    except OSError as error:
-        if ranks.size == 1:
+    except Exception as error:
+        is_output_error = isinstance(error, OSError)
+        if ranks.size == 1 or not is_output_error and not is_out_of_memory(error):
             raise
-        if isinstance(error, BrokenPipeError):
-            exit_now(OUTPUT_CLOSED)
-        exit_with_line(f"generate.py: {error}", BAD_INPUT)
+        if not isinstance(error, BrokenPipeError):
+            write_error(f"generate.py: {in_one_line(error)}\n")      # also where silence() is
+        exit_now(OUTPUT_CLOSED if isinstance(error, BrokenPipeError) else BAD_INPUT)
 
 
 class Saved(NamedTuple):

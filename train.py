@@ -208,4 +208,5 @@ def save(job: Job, out):
 
 
 if __name__ == "__main__":
-    run_command(main, "train.py", "interrupted; the last save is intact", outlives_output=True)
+    run_command(main, "train.py", "interrupted; a save that was there is intact",
+                outlives_output=True)

@@ -5,6 +5,7 @@ is still loading.
 """
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -49,7 +50,11 @@ class Outlet(io.RawIOBase):
         if self.raw is None:
             return len(data)
         try:
-            return self.raw.write(data)
+            n_bytes = self.raw.write(data)
+            while n_bytes is None:                   # Another program has made it non-blocking.
+                select.select([], [self.raw], [])
+                n_bytes = self.raw.write(data)
+            return n_bytes
         except OSError as error:
             is_standard_output = self.raw.fileno() == 1
             self.raw = None                          # Python flushes at exit, and must not fail.

@@ -38,10 +38,17 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value) -> list:
-        """Return every rank's value, in the order of the ranks."""
+        """Return every rank's value, in the order of the ranks.
+
+        If a rank is dead, exit with one line.
+        """
         values = [value] * self.size
         if self.size > 1:
-            dist.all_gather_object(values, value)
+            try:
+                dist.all_gather_object(values, value)
+            except RuntimeError as error:
+                self.watchdog.leave_if_a_rank_is_dead(error)
+                raise
         return values
 
     def exchange(self, value=None, error: str | None = None) -> list:

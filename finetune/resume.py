@@ -18,6 +18,7 @@ import torch
 
 from llama.files import first_line, load_saved, reading, write_whole
 
+from .errors import is_out_of_memory
 from .shard import share_like, whole_state
 
 STATE = "state.pt"
@@ -199,6 +200,8 @@ def restore(save: Save, parts: dict, rank: int, device):
             check_random_state(save.random_states[rank])
             set_random_state(save.random_states[rank], device)
     except Exception as error:                       # Each part raises its own kind of error.
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{save.path} does not fit this run: {first_line(error)}") from error
 
 
@@ -318,8 +321,8 @@ def torchrun_id() -> str:
 
 
 def restarted_by_torchrun(save: Save | None) -> bool:
-    """Return whether torchrun has restarted the launch that wrote the save."""
-    return is_restart() and save is not None and save.launch == torchrun_id()
+    """Return whether torchrun has restarted the launch that wrote the save, or died before it."""
+    return is_restart() and (save is None or save.launch == torchrun_id())
 
 
 def digest(lists) -> str:

@@ -174,8 +174,10 @@ class Run:
         n_bytes = self.check_metrics()
         self.metrics = open(self.out / METRICS, "ab", buffering=0)   # one write per row
         self.lock_folder()
-        if self.last_save and self.last_save.warning:
-            (self.out / STATE).unlink(missing_ok=True)           # damaged; the previous one is used
+        if self.last_save and self.last_save.path.name == PREVIOUS:
+            # state.pt is damaged or gone, and `finish` deletes the file of this name.
+            os.replace(self.out / PREVIOUS, self.out / STATE)
+            self.last_save = replace(self.last_save, path=self.out / STATE)
         if not self.last_save:
             self.replace_old_run()
         write_json(self.out / ARGS, self.settings)

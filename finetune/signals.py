@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from .console import write_error
 from .errors import BAD_INPUT, exit_with_line
 from .resume import what_is_left
+from .watchdog import BETWEEN, DEAD_SECONDS
 
 # A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
 GRACE_SECONDS = 20
@@ -46,8 +47,9 @@ def stop_after_step_on_signals(run):
     handlers = {}
     for number in stop_signals():
         handlers[number] = signal.signal(number, run.stop_request.handle)
+    has_ended = threading.Event()
     if run.ranks.size > 1:
-        start_exit_timer_on_signal(run.ranks.watchdog)
+        start_exit_timer_on_signal(run.ranks.watchdog, has_ended)
     try:
         yield
     except OSError as error:
@@ -57,6 +59,7 @@ def stop_after_step_on_signals(run):
         run.ranks.watchdog.leave_if_a_rank_is_dead(error)
         raise
     finally:
+        has_ended.set()
         if run.ranks.is_first:
             run.metrics.close()
         signal.set_wakeup_fd(-1)
@@ -76,11 +79,11 @@ def stop_signals() -> list:
     return numbers
 
 
-def start_exit_timer_on_signal(watchdog):
-    """Start a thread that exits the process GRACE_SECONDS after a signal.
+def start_exit_timer_on_signal(watchdog, has_ended: threading.Event):
+    """Start a thread that exits the process if a step does not end GRACE_SECONDS after a signal.
 
-    If another rank is gone, NCCL blocks the main thread and no handler runs there.  The signal's
-    number still arrives in this pipe.
+    A save may take longer.  If another rank is gone, NCCL blocks the main thread and no handler
+    runs there.  The signal's number still arrives in this pipe.
     """
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
@@ -88,7 +91,13 @@ def start_exit_timer_on_signal(watchdog):
 
     def watch():
         os.read(read_fd, 1)
-        time.sleep(GRACE_SECONDS)
+        seconds = GRACE_SECONDS
+        while True:
+            if has_ended.wait(seconds):
+                return
+            if watchdog.now.state != BETWEEN or watchdog.silent_ranks(DEAD_SECONDS):
+                break
+            seconds = 1                              # It evaluates or saves, and no rank is dead.
         watchdog.leave(f"told to stop, but step {watchdog.now.step} does not end: "
                        f"{watchdog.suspects()}")
 

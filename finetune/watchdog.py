@@ -114,7 +114,11 @@ class Watchdog:
         for _ in range(DEAD_SECONDS + 2):
             time.sleep(1)
             if self.silent_ranks(DEAD_SECONDS):
-                self.leave(f"step {self.now.step}: {self.suspects()}")
+                self.leave(f"{self.place()}{self.suspects()}")
+
+    def place(self) -> str:
+        """Return the step as the beginning of a message; nothing before the first one."""
+        return f"step {self.now.step}: " if self.now.step else ""
 
     def suspects(self) -> str:
         """Say which ranks give no sign of life now."""
@@ -159,7 +163,7 @@ class Watchdog:
         self.unanswered += 1
         now = self.now
         seconds = self.tick - now.tick
-        where = f"step {now.step}: " if now.step else ""
+        where = self.place()
         silent = self.silent_ranks(SILENT_SECONDS)
         if silent:
             self.leave(f"{where}{ranks_are(silent)} silent: no sign of life for "

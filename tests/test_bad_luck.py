@@ -102,6 +102,17 @@ def test_a_disk_that_fails_at_the_last_save(trial, misfortune, reason, owner, na
     goes_on_as_if_nothing_had_been(trial)
 
 
+def test_the_last_save_fails_where_only_the_one_before_was_left(half):
+    """Of step 4's save nothing is left, and the run is at its end before another one is due."""
+    os.remove(half.out / "state.pt")
+    half.flags = [*FLAGS[:-1], str(STEPS)]
+    half.save_every = STEPS                          # The rows are as many as before.
+    code, errors = run(half, at(Run, "finish", full))
+    assert errors == f"train.py: disturbed/state.pt cannot be written: File too large{INTACT}\n"
+    assert code == 2 and half.check().step == 2
+    goes_on_as_if_nothing_had_been(half)
+
+
 @pytest.mark.parametrize("undone", ["both", "the second"])
 def test_a_power_cut_that_undoes_renamings(half, undone):
     """Of the save of step 4; the file itself is on disk, under the name that it had first."""

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 import train
+from finetune.console import through_outlet
 from finetune.resume import read_last_save
 
 from .helpers import ONE_THREAD, ROOT, given_once, metrics
@@ -120,6 +122,27 @@ def test_what_generate_does_without_a_terminal(odd_run, redirect, code, message)
                           env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == code and done.stderr.endswith(message), done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_a_terminal_that_another_program_made_non_blocking():
+    """What is printed waits until there is room, as on any other terminal."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    text = "a line of a run\n" * 20_000             # more than a pipe holds
+    received = []
+
+    def read_slowly():
+        time.sleep(0.2)
+        with open(read_fd) as file:
+            received.append(file.read())
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    with open(write_fd, "w") as raw, through_outlet(raw, "train.py", stops=False) as stream:
+        stream.write(text)
+        stream.flush()
+    reader.join()
+    assert received == [text]
 
 
 def test_ctrl_c_while_torch_loads(tmp_path):

@@ -30,7 +30,7 @@ import train
 from finetune import signals
 from finetune.options import parse_options
 from finetune.ranks import Ranks
-from finetune.resume import read_last_save
+from finetune.resume import read_last_save, restarted_by_torchrun
 from finetune.run import Run
 
 from . import helpers
@@ -315,6 +315,17 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
     assert "before    " not in printed
     assert "--batch-size 2, now 1" in re.findall("changed   (.*)", printed)
     assert column(Path(folder), "tokens") == column(Path("whole"), "tokens")
+
+
+def test_torchrun_goes_on_with_what_its_own_launch_saved(half, monkeypatch):
+    """Or begins anew where a rank died before the first save."""
+    save = read_last_save(Path(half()))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
+    assert not restarted_by_torchrun(None)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted_by_torchrun(None) and not restarted_by_torchrun(save)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", save.launch)
+    assert restarted_by_torchrun(save)
 
 
 def test_a_finished_run_changes_nothing(flags, capsys):
@@ -626,6 +637,7 @@ def test_a_rank_that_waits_for_one_that_is_gone_leaves_all_the_same(flags):
         signals.GRACE_SECONDS = 0.1
         options = parse_options([*flags, "--out", "stuck"])
         run = Run(options, Ranks(0, 2), Path("stuck"), None, False)
+        run.ranks.watchdog.begin_step(1, compiles=False)
         with signals.stop_after_step_on_signals(run):
             while True:
                 ctypes.CDLL(None).pthread_mutex_lock(mutex)

@@ -28,8 +28,8 @@ from lora import LoRAConfig, add_lora
 from lora.adapter import METHODS
 from lora.quantize import quantizer
 
-from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, metrics, stored, tiny, torchrun,
-                      untimed)
+from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, launcher, metrics, python, stored,
+                      tiny, torchrun, untimed)
 from .test_mutations import mutated, mutated_copy
 
 # Several runs in one pair of processes, because starting them takes longer than a run.  A run that
@@ -483,6 +483,31 @@ def test_rank_0_alone_prints_and_refusals_are_one_line(place, tmp_path):
         done = torchrun(tmp_path, ROOT / "generate.py", *flags, *more)
         assert done.returncode != 0 and done.stderr.count("generate.py: ") == 1
         assert "Traceback (most recent call last):\n  File \"/" not in done.stderr.split("E1")[0]
+
+
+@pytest.mark.slow
+def test_memory_that_one_rank_lacks_for_an_answer_ends_all(place, tmp_path):
+    """The other one waits for its next forward, and would for half an hour."""
+    (tmp_path / "launch.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import generate
+from llama import sampling
+next_logits = sampling.next_logits
+calls = []
+def lacking(*args):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 3:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return next_logits(*args)
+sampling.next_logits = lacking
+generate.main(sys.argv[1:])
+""")
+    done = python(tmp_path, *launcher(2), tmp_path / "launch.py", "--checkpoint", place / "base",
+                  "--adapter", "none", "--shard", timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("generate.py: CUDA out of memory.\n") == 1
 
 
 @pytest.mark.slow

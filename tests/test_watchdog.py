@@ -11,16 +11,20 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 
-from finetune import watchdog
+from finetune import signals, watchdog
+from finetune.ranks import Ranks
 from finetune.resume import read_last_save
-from finetune.watchdog import FIRST_STEP_SECONDS, SILENT_SECONDS, SLOWER, Watchdog
+from finetune.watchdog import (BETWEEN, FIRST_STEP_SECONDS, IN_STEP, SILENT_SECONDS, SLOWER, Moment,
+                               Watchdog)
 
 from .helpers import ONE_THREAD, ROOT, launcher, metrics, python
 
@@ -207,6 +211,45 @@ def test_an_error_of_this_rank_is_its_own(dogs, error, leaves):
     dogs[1].silent_for[0] = 4
     with pytest.raises(HasLeft) if leaves else nullcontext():
         dogs[1].leave_if_a_rank_is_dead(RuntimeError(error))
+
+
+def test_a_rank_that_dies_before_the_first_step(dogs, monkeypatch, capfd):
+    """While it loads, say; the others wait for it in an exchange."""
+    def fail(values, value):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_gather_object", fail)
+    dogs[1].silent_for[0] = 4
+    with pytest.raises(HasLeft):
+        Ranks(1, 3, 1, dogs[1]).exchange()
+    assert line_of(capfd) == "train.py: rank 0 is silent"
+
+
+def test_after_a_signal_a_step_must_end_in_time_and_a_save_need_not(monkeypatch):
+    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.05)
+    said = []
+    dog = SimpleNamespace(now=Moment(BETWEEN, 3), suspects=lambda: "rank 1 is silent",
+                          silent_ranks=lambda seconds: [], leave=said.append)
+    handler = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        signals.start_exit_timer_on_signal(dog, threading.Event())
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        assert said == []
+        dog.now = Moment(IN_STEP, 4)
+        until = time.monotonic() + 10
+        while not said and time.monotonic() < until:
+            time.sleep(0.05)
+        assert said == ["told to stop, but step 4 does not end: rank 1 is silent"]
+        has_ended = threading.Event()
+        signals.start_exit_timer_on_signal(dog, has_ended)
+        has_ended.set()                              # The run is over, and its picture is drawn.
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+        assert len(said) == 1
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGUSR1, handler)
 
 
 def test_a_store_that_is_gone_ends_the_watch(dogs):
