@@ -107,7 +107,10 @@ def make_table(args, page, argv: list) -> Table:
     """
     files = [page.__file__, *getattr(page, "FILES", ())]
     for name in ("data", "val_data", "also", "adapter"):
-        path = Path(getattr(args, name, None) or "")
+        given = getattr(args, name, None)
+        if not given:
+            continue
+        path = Path(given)
         folder = sorted(path.iterdir()) if name == "adapter" and path.is_dir() else [path]
         files += [file for file in folder if file.is_file()]
     conditions = f"{machine()}, code {code_digest(*files)}"

@@ -190,14 +190,15 @@ def find_pythons(peers: list, pythons: list) -> dict:
 def peer_python(pythons: list, peer: str) -> tuple[str, str] | None:
     """Return (path, digest of the packages) of the first Python that has this peer, or None."""
     code = (f"import {peer}, importlib.metadata as metadata\n"
-            "print(sorted((each.name, each.version) for each in metadata.distributions()))")
+            "print(sorted(f'{each.name} {each.version}' for each in metadata.distributions()))")
     for python in pythons:
         try:
             check = subprocess.run([python, "-c", code], capture_output=True)
         except OSError as error:
             raise ValueError(f"--peer-python {python} does not run: {error.strerror}") from None
         if check.returncode == 0:
-            digest = hashlib.sha256(check.stdout).hexdigest()[:8]
+            *_, packages = check.stdout.splitlines()             # after what an import may print
+            digest = hashlib.sha256(packages).hexdigest()[:8]
             return os.path.abspath(shutil.which(python)), digest
     return None
 

@@ -42,7 +42,7 @@ from llama.files import (
 from llama.peft import adapter_at, save_peft
 from llama.rnn import RNNArgs
 from llama.tokenizer import Tokenizer
-from lora import load_adapter, merge_report, read_adapter
+from lora import load_adapter, lora_state_dict, merge_report, read_adapter
 from lora.files import all_tensors
 from lora.loftq import check_export, quantizer
 from lora.matrices import replace_matrices
@@ -203,7 +203,10 @@ def write_peft(args: Namespace, layers: int | None, content: dict, n_layers_of_s
     model, _ = load_checkpoint(args.source, layers, device="cpu" if needs_weights else "meta")
     with warnings.catch_warnings(action="ignore"):   # torch warns that it copies nothing to meta.
         load_adapter(model, content)
-    adapter["tensors"] = all_tensors(adapter, model)
+    if needs_weights:                                # The model has what the file leaves out.
+        adapter["tensors"] = lora_state_dict(model) | adapter["tensors"]
+    else:
+        adapter["tensors"] = all_tensors(adapter, model)
     adapter = as_plain_lora(adapter)
     n_layers = model.args.n_layers
     base = None
@@ -257,7 +260,7 @@ def write_int8(content: dict, model: nn.Module, probe: torch.Tensor, folder: Pat
     adapter = read_adapter(content)
     load_adapter(model, content)
     before = model(probe).float()
-    adapter["tensors"] = all_tensors(adapter, model)
+    adapter["tensors"] = lora_state_dict(model) | adapter["tensors"]     # with what it leaves out
     adapter = as_plain_lora(adapter)
     tensors, scales = in_int8(adapter["tensors"])
     config = asdict(adapter["config"])

@@ -320,9 +320,14 @@ def torchrun_id() -> str:
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
-def restarted_by_torchrun(save: Save | None) -> bool:
-    """Return whether torchrun has restarted the launch that wrote the save, or died before it."""
-    return is_restart() and (save is None or save.launch == torchrun_id())
+def restarted_by_torchrun(save: Save | None, metrics: Path) -> bool:
+    """Return whether torchrun has restarted the launch that wrote the save.
+
+    Or, without a save, one that died before its first: then `metrics` has no rows.
+    """
+    if save is None:
+        return is_restart() and not (metrics.exists() and metrics.stat().st_size)
+    return is_restart() and save.launch == torchrun_id()
 
 
 def digest(lists) -> str:

@@ -83,7 +83,7 @@ class Run:
         """
         out = Path(options.out or "out")
         last_save = read_last_save(out) if options.resume or is_restart() else None
-        resumes = options.resume or restarted_by_torchrun(last_save)
+        resumes = options.resume or restarted_by_torchrun(last_save, out / METRICS)
         if not resumes:
             last_save = None
         if last_save:

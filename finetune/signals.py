@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from .console import write_error
 from .errors import BAD_INPUT, exit_with_line
 from .resume import what_is_left
-from .watchdog import BETWEEN, DEAD_SECONDS
+from .watchdog import BETWEEN
 
 # A rank waits so long for the others after a stop signal; torchrun sends SIGKILL after 30 s.
 GRACE_SECONDS = 20
@@ -89,16 +89,27 @@ def start_exit_timer_on_signal(watchdog, has_ended: threading.Event):
     os.set_blocking(write_fd, False)
     signal.set_wakeup_fd(write_fd)
 
-    def watch():
+    def wait():
         os.read(read_fd, 1)
-        seconds = GRACE_SECONDS
-        while True:
-            if has_ended.wait(seconds):
-                return
-            if watchdog.now.state != BETWEEN or watchdog.silent_ranks(DEAD_SECONDS):
-                break
-            seconds = 1                              # It evaluates or saves, and no rank is dead.
-        watchdog.leave(f"told to stop, but step {watchdog.now.step} does not end: "
-                       f"{watchdog.suspects()}")
+        leave_if_a_step_hangs(watchdog, has_ended)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def leave_if_a_step_hangs(watchdog, has_ended: threading.Event):
+    """Leave if a step runs for GRACE_SECONDS from now on, or another rank is dead by then.
+
+    Return when the run has ended.
+    """
+    seconds = 0                                      # from now on
+    in_step = 0                                      # of these, in the step that runs
+    step = None                                      # that runs; None: it evaluates or saves
+    while not has_ended.wait(1):
+        before = step
+        step = None if watchdog.now.state == BETWEEN else watchdog.now.step
+        seconds += 1
+        in_step = in_step + 1 if step is not None and step == before else 0
+        is_dead = seconds >= GRACE_SECONDS and watchdog.silent_ranks(GRACE_SECONDS // 2)
+        if in_step >= GRACE_SECONDS or is_dead:
+            watchdog.leave(f"told to stop, but step {watchdog.now.step} does not end: "
+                           f"{watchdog.suspects()}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .layout import Layout
@@ -115,7 +116,8 @@ class RNN(nn.Module):
             places, indices = unpacked(layout)
             places = places.to(tokens.device, non_blocking=True)
             indices = indices.to(tokens.device, non_blocking=True)
-            h = h[0, places]                                                   # (S, L, D)
+            # h[0, places] would add gradients in another order each time.
+            h = F.embedding(places, h[0])                                      # (S, L, D)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 h = checkpoint(layer, h, use_reentrant=False)

@@ -234,8 +234,13 @@ def lora_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_tensors(model: nn.Module, tensors: dict):
-    """Give a model the tensors of its adapter: all, or none if a layer raises ValueError."""
-    before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
+    """Give a model the tensors of its adapter: all, or none if a layer raises ValueError.
+
+    Only a layer over a base that was quantised for one adapter does.
+    """
+    before = {}
+    if any(hasattr(layer.base, "adapter_options") for layer in lora_layers(model).values()):
+        before = {name: tensor.clone() for name, tensor in lora_state_dict(model).items()}
     try:
         # strict=True would raise an error, because the base's weights are not among them.
         model.load_state_dict(tensors, strict=False)

@@ -82,9 +82,9 @@ class Start:
                  init: str = "kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
         start = self.settings.get("start")
-        if start == LOFTQ and not hasattr(base, "loftq_pair"):
-            raise ValueError("start=loftq needs a base that is quantised for it: --quantize int8 "
-                             "or nf4, and targets inside the blocks")
+        if start == LOFTQ and len(getattr(base, "loftq_pair", [()])[0]) != r:
+            raise ValueError("start=loftq needs a base that is quantised for it and its r: "
+                             "--quantize int8 or nf4, and targets inside the blocks")
         if start:
             A, B, A0, B0 = self.at_start(start, init)
             self.lora_A = nn.Parameter(A)
@@ -104,7 +104,6 @@ class Start:
         B = self.lora_B.detach()
         if init == "none":
             return A, B, torch.zeros_like(A), torch.zeros_like(B)
-        # They are copied, because a slice would keep the whole factor of W in memory.
         values = self.from_base()
         A.copy_(values["lora_A0"])
         B.copy_(values["lora_B0"])
@@ -116,7 +115,8 @@ class Start:
         make = FROM_WEIGHT[self.settings["start"]]
         with gathered_weights(self.base):
             A0, B0 = make(self.base.weight.detach().to(self.lora_A.dtype), self.r, self.scale)
-        return {"lora_A0": A0, "lora_B0": B0}
+        # They are copied, because a slice would keep the whole factor of W in memory.
+        return {"lora_A0": A0.clone(), "lora_B0": B0.clone()}
 
     @classmethod
     def connect(cls, layers, config):

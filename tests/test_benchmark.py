@@ -84,7 +84,7 @@ def test_a_cell_is_measured_once_for_its_settings_and_conditions(table):
     assert saved[0]["command"] == "`this`"
 
 
-def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path):
+def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path, monkeypatch):
     hashed = set()
     for pattern in tables.CODE:
         hashed |= set(ROOT.glob(pattern))
@@ -99,6 +99,9 @@ def test_figures_depend_on_all_code_that_runs_and_on_page_and_examples(tmp_path)
         data.write_text(content)
         conditions.append(benchmark.make_table(args, methods, []).conditions)
     assert conditions[0] == conditions[2] != conditions[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log").write_text("what stands beside it")
+    assert benchmark.make_table(args, methods, []).conditions == conditions[2]
     assert benchmark.make_table(args, search, []).conditions != conditions[2]
 
 

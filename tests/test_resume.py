@@ -319,13 +319,16 @@ def test_what_may_change_while_a_run_goes_on(flags, half, capsys):
 
 def test_torchrun_goes_on_with_what_its_own_launch_saved(half, monkeypatch):
     """Or begins anew where a rank died before the first save."""
-    save = read_last_save(Path(half()))
+    folder = Path(half())
+    save = read_last_save(folder)
+    rows, none = folder / "metrics.jsonl", folder / "none.jsonl"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
-    assert not restarted_by_torchrun(None)
+    assert not restarted_by_torchrun(None, none)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted_by_torchrun(None) and not restarted_by_torchrun(save)
+    assert restarted_by_torchrun(None, none) and not restarted_by_torchrun(None, rows)
+    assert not restarted_by_torchrun(save, rows)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", save.launch)
-    assert restarted_by_torchrun(save)
+    assert restarted_by_torchrun(save, rows)
 
 
 def test_a_finished_run_changes_nothing(flags, capsys):

@@ -11,7 +11,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch.distributed as dist
 from finetune import signals, watchdog
 from finetune.ranks import Ranks
 from finetune.resume import read_last_save
-from finetune.watchdog import (BETWEEN, FIRST_STEP_SECONDS, IN_STEP, SILENT_SECONDS, SLOWER, Moment,
-                               Watchdog)
+from finetune.watchdog import (BETWEEN, FIRST_STEP_SECONDS, IN_STEP, READING, SILENT_SECONDS,
+                               SLOWER, Moment, Watchdog)
 
 from .helpers import ONE_THREAD, ROOT, launcher, metrics, python
 
@@ -225,31 +224,35 @@ def test_a_rank_that_dies_before_the_first_step(dogs, monkeypatch, capfd):
     assert line_of(capfd) == "train.py: rank 0 is silent"
 
 
-def test_after_a_signal_a_step_must_end_in_time_and_a_save_need_not(monkeypatch):
-    monkeypatch.setattr(signals, "GRACE_SECONDS", 0.05)
-    said = []
-    dog = SimpleNamespace(now=Moment(BETWEEN, 3), suspects=lambda: "rank 1 is silent",
-                          silent_ranks=lambda seconds: [], leave=said.append)
-    handler = signal.signal(signal.SIGUSR1, lambda *_: None)
-    try:
-        signals.start_exit_timer_on_signal(dog, threading.Event())
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.3)
-        assert said == []
-        dog.now = Moment(IN_STEP, 4)
-        until = time.monotonic() + 10
-        while not said and time.monotonic() < until:
-            time.sleep(0.05)
-        assert said == ["told to stop, but step 4 does not end: rank 1 is silent"]
-        has_ended = threading.Event()
-        signals.start_exit_timer_on_signal(dog, has_ended)
-        has_ended.set()                              # The run is over, and its picture is drawn.
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.3)
-        assert len(said) == 1
-    finally:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGUSR1, handler)
+@pytest.mark.parametrize("moments, silent_for, leaves_after", [
+    ([Moment(IN_STEP, 3)] * 40, 0, 21),
+    ([Moment(IN_STEP, 3)] * 15 + [Moment(BETWEEN, 3)] * 40 + [Moment(IN_STEP, 4)] * 15, 0, None),
+    ([Moment(BETWEEN, 3)] * 40 + [Moment(READING, 4)] * 5 + [Moment(IN_STEP, 4)] * 30, 0, 61),
+    ([Moment(BETWEEN, 3)] * 40, 30, 20),
+], ids=["a step hangs", "a step and a save end", "the next step hangs", "a rank is dead"])
+def test_after_a_signal_a_step_must_end_in_time_and_a_save_need_not(moments, silent_for,
+                                                                    leaves_after):
+    """moments: where the run is in each second after the signal; then it ends."""
+    dog = Watchdog()
+    dog.silent_for = [0, silent_for]
+    seconds = iter(moments)
+    passed = []
+
+    def wait(_):
+        dog.now = next(seconds, None)
+        passed.append(dog.now)
+        return dog.now is None
+
+    def leave(reason):
+        raise HasLeft(reason)
+
+    dog.leave = leave
+    if leaves_after is None:
+        signals.leave_if_a_step_hangs(dog, SimpleNamespace(wait=wait))
+    else:
+        with pytest.raises(HasLeft, match=r"told to stop, but step \d does not end: "):
+            signals.leave_if_a_step_hangs(dog, SimpleNamespace(wait=wait))
+        assert len(passed) == leaves_after
 
 
 def test_a_store_that_is_gone_ends_the_watch(dogs):
