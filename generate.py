@@ -114,12 +114,12 @@ def failure_ends_all(ranks: Ranks):
     try:
         yield
     except Exception as error:
-        is_output_error = isinstance(error, OSError)
-        if ranks.size == 1 or not is_output_error and not is_out_of_memory(error):
+        if ranks.size == 1 or not (isinstance(error, OSError) or is_out_of_memory(error)):
             raise
-        if not isinstance(error, BrokenPipeError):
-            write_error(f"generate.py: {in_one_line(error)}\n")      # also where silence() is
-        exit_now(OUTPUT_CLOSED if isinstance(error, BrokenPipeError) else BAD_INPUT)
+        if isinstance(error, BrokenPipeError):
+            exit_now(OUTPUT_CLOSED)
+        write_error(f"generate.py: {in_one_line(error)}\n")      # On other ranks stderr is silent.
+        exit_now(BAD_INPUT)
 
 
 class Saved(NamedTuple):
