@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llama.layout import Layout, arrange
+from llama.layout import Layout, arrange, copy_to
 
 from .dataset import IGNORE, count_answer
 
@@ -23,17 +23,17 @@ class Batch(NamedTuple):
     layout: Layout | None = None
 
     def pin_memory(self) -> "Batch":
-        """Return a copy in pinned memory, from which a GPU copies while the host goes on."""
+        """Return a copy in pinned memory, from which CUDA copies while the host goes on."""
         layout = self.layout.copied(torch.Tensor.pin_memory) if self.layout else None
         return self._replace(tokens=self.tokens.pin_memory(), layout=layout)
 
     def to(self, device) -> "Batch":
-        """Copy tokens and layout to the device; from pinned memory this is asynchronous.
+        """Copy tokens and layout to the device; see copy_to.
 
         Labels stay on the CPU, so that picking answer rows does not wait for the GPU.
         """
         layout = self.layout.to(device) if self.layout else None
-        return self._replace(tokens=self.tokens.to(device, non_blocking=True), layout=layout)
+        return self._replace(tokens=copy_to(self.tokens, device), layout=layout)
 
 
 class Window(NamedTuple):
@@ -70,10 +70,10 @@ class DataCollatorForSupervisedDataset:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor to the device; to a GPU asynchronously, through pinned memory."""
+    """Copy a tensor to the device; to a CUDA device asynchronously, through pinned memory."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return copy_to(tensor, device)
 
 
 def pack(rows, share_prefix: bool = False, pinned: bool = False) -> Batch:

@@ -42,8 +42,8 @@ class Layout:
         self.longest = self.positions.max().item() + 1       # tokens of the longest example
 
     def to(self, device) -> "Layout":
-        """Return a copy on the device; a transfer to a GPU from pinned memory is asynchronous."""
-        return self.copied(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy on the device; from pinned memory to a CUDA device asynchronously."""
+        return self.copied(lambda tensor: copy_to(tensor, device))
 
     def copied(self, copy_of) -> "Layout":
         """Return a copy with copy_of(tensor) in place of each tensor."""
@@ -98,6 +98,14 @@ class Layout:
             mask = None
         self.masks[variant] = mask
         return mask
+
+
+def copy_to(tensor: torch.Tensor, device) -> torch.Tensor:
+    """Copy a tensor to the device; from pinned memory to a CUDA device asynchronously.
+
+    Elsewhere the host waits: Apple's GPU could read memory that has been freed since.
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def joined(parts, context: tuple, i: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .layout import Layout
+from .layout import Layout, copy_to
 from .model import RMSNorm
 
 KINDS = {"gru": nn.GRU, "lstm": nn.LSTM}
@@ -114,8 +114,8 @@ class RNN(nn.Module):
         h = self.tok_embeddings(tokens)                                        # (B, T, D)
         if layout:
             places, indices = unpacked(layout)
-            places = places.to(tokens.device, non_blocking=True)
-            indices = indices.to(tokens.device, non_blocking=True)
+            places = copy_to(places, tokens.device)
+            indices = copy_to(indices, tokens.device)
             # h[0, places] would add gradients in another order each time.
             h = F.embedding(places, h[0])                                      # (S, L, D)
         for layer in self.layers:

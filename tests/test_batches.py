@@ -1,9 +1,11 @@
 """finetune/batches.py: padding and packing by hand, the plan of an epoch, the next batch ahead."""
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from finetune.batches import DataCollatorForSupervisedDataset, fill, pack, plan_epoch, prefetch
+from finetune.batches import (DataCollatorForSupervisedDataset, fill, pack, plan_epoch, prefetch,
+                              to_device)
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
 from llama import layout
@@ -158,6 +160,25 @@ def test_a_rank_with_fewer_micro_batches_gets_masked_ones():
 
 
 # --- while the model computes
+
+
+def test_a_copy_is_waited_for_except_on_cuda(monkeypatch):
+    """Apple's GPU would read from memory that is freed by then."""
+    asynchronous = []
+    to = torch.Tensor.to
+
+    def noted(self, *args, non_blocking=False):
+        asynchronous.append(non_blocking)
+        return to(self, *args)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    for device, expected in ((torch.device("meta"), False), (torch.device("cuda"), True)):
+        asynchronous.clear()
+        with nullcontext() if torch.cuda.is_available() or not expected else pytest.raises(
+                (AssertionError, RuntimeError)):
+            copied = pack([([1, 2, 3], [IGNORE, 2, 3])]).to(device)
+            to_device(copied.labels, device)
+        assert set(asynchronous) == {expected}
 
 
 def test_made_ahead_is_the_same_and_errors_arrive():

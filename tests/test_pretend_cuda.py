@@ -165,13 +165,13 @@ SHAPES = [shape(layers=1), shape(layers=2)]
 SHAPES_NF4 = [shape("--quantize", "nf4", "--checkpointing", layers=n) for n in (1, 2)]
 PLANTED = {
     "tokens stay on the CPU": ("finetune/batches.py",
-        "tokens=self.tokens.to(device, non_blocking=True)", "tokens=self.tokens", [TRAIN]),
+        "tokens=copy_to(self.tokens, device)", "tokens=self.tokens", [TRAIN]),
     "positions stay on the CPU": ("llama/layout.py",
         "other.positions = copy_of(self.positions)", "other.positions = self.positions", [TRAIN]),
     "rows stay on the CPU": ("finetune/loss.py",
         "rows = to_device(rows, batch.tokens.device)", "pass", [TRAIN]),
     "labels on the device": ("finetune/batches.py",
-        "self._replace(tokens=self.tokens.to(device, non_blocking=True), layout=layout)",
+        "self._replace(tokens=copy_to(self.tokens, device), layout=layout)",
         "self._replace(tokens=self.tokens.to(device), labels=self.labels.to(device), "
         "layout=layout)", [TRAIN]),
     "the loss is read": ("train.py",
