@@ -24,7 +24,6 @@ from finetune.answers import Answerer, Decoding, QuestionFile
 from finetune.errors import (
     BAD_INPUT,
     in_one_line,
-    is_out_of_memory,
     one_line_errors,
     short_path,
 )
@@ -110,11 +109,11 @@ def silence(ranks: Ranks):
 
 @contextmanager
 def failure_ends_all(ranks: Ranks):
-    """Exit at once if one rank cannot print or lacks memory: the others wait for its forward."""
+    """Exit at once if one rank cannot print: the others wait for its forward."""
     try:
         yield
-    except Exception as error:
-        if ranks.size == 1 or not (isinstance(error, OSError) or is_out_of_memory(error)):
+    except OSError as error:
+        if ranks.size == 1:
             raise
         if isinstance(error, BrokenPipeError):
             exit_now(OUTPUT_CLOSED)

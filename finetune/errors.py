@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .ranks import SINGLE_PROCESS, RankError, exit_together, exit_now
+from .ranks import SINGLE_PROCESS, RankError, exit_now
 
 BAD_INPUT = 2                                        # or a file that cannot be written
 GAVE_UP = 3                                          # out of memory, or too many bad steps
@@ -48,7 +48,8 @@ def is_out_of_memory(error) -> bool:
 def one_line_errors(program: str, ranks=SINGLE_PROCESS):
     """Turn an error about the input, or too little memory for it, into one line and exit code 2.
 
-    Every rank must run this block.  An error on one ends all, and rank 0 prints it.
+    Every rank must run this block.  An error on one ends all, and rank 0 prints it.  A rank that
+    lacks memory, or loses another, prints its own line.
     """
     line = None
     try:
@@ -59,9 +60,13 @@ def one_line_errors(program: str, ranks=SINGLE_PROCESS):
         exit_after_rank_error(failure, ranks)
     except Exception as error:
         is_about_input = isinstance(error, (ValueError, OSError, RecursionError))
-        if not is_about_input and not is_out_of_memory(error):
-            raise                                    # It is a fault of the program.
         line = f"{program}: {in_one_line(error)}"
+        if not is_about_input and not is_out_of_memory(error):
+            if isinstance(error, RuntimeError):
+                ranks.watchdog.leave_if_a_rank_is_dead(error)
+            raise                                    # It is a fault of the program.
+        if is_out_of_memory(error) and ranks.size > 1:
+            exit_with_line(line, BAD_INPUT)          # The others may wait for it in a collective.
     try:
         ranks.exchange(error=line)
     except RankError as failure:
@@ -72,7 +77,7 @@ def exit_after_rank_error(failure, ranks):
     """Print a failed rank's error once and leave with all ranks."""
     if ranks.is_first:
         print(failure, file=sys.stderr)
-    exit_together(BAD_INPUT)
+    ranks.exit_together(BAD_INPUT)
 
 
 def exit_with_line(line: str, code: int):

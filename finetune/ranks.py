@@ -70,6 +70,15 @@ class Ranks:
             raise ValueError(f"the ranks were not started alike: {what} differ between ranks")
 
 
+    def exit_together(self, code: int):
+        """Exit with this code, together with all other ranks.
+
+        A rank waits for the others, so that none is killed before it has printed or saved.
+        """
+        self.gather(None)
+        exit_now(code)
+
+
 SINGLE_PROCESS = Ranks()
 
 
@@ -103,7 +112,7 @@ def connected_ranks(program: str = "train.py"):
         sys.stdout = open(os.devnull, "w")
     yield ranks
     if ranks.size > 1:
-        exit_together(0)
+        ranks.exit_together(0)
 
 
 def sum_over_ranks(tensor):
@@ -111,17 +120,6 @@ def sum_over_ranks(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
-
-
-def exit_together(code: int):
-    """Exit with this code, together with all other ranks.
-
-    A rank waits for the others, so that none is killed before it has printed or saved.
-    """
-    if dist.is_initialized():
-        dist.barrier()
-        exit_now(code)
-    sys.exit(code)
 
 
 def exit_now(code: int):

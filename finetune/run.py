@@ -23,7 +23,7 @@ from llama.files import write_json
 from .batches import example_indices, indices_as_dealt_to
 from .console import INTERRUPTED
 from .errors import GAVE_UP, in_one_line
-from .ranks import exit_together, sum_over_ranks
+from .ranks import sum_over_ranks
 from .resume import (
     PREVIOUS,
     STATE,
@@ -366,7 +366,7 @@ class Run:
         if self.must_stop:
             print(f"stopped   after step {progress.step} of {n_steps}: saved {self.out / STATE}; "
                   "the same command with --resume continues")
-            exit_together(INTERRUPTED)
+            self.ranks.exit_together(INTERRUPTED)
         return False
 
     def give_up(self):
@@ -380,7 +380,7 @@ class Run:
                   f"last at step {progress.step}: try {remedy}, or look at the examples of these "
                   f"steps in {METRICS}; the weights have not changed since step "
                   f"{progress.step - progress.bad}", file=sys.stderr)
-        exit_together(GAVE_UP)
+        self.ranks.exit_together(GAVE_UP)
 
     def finish(self):
         """Write the last save, which marks the run as finished.
@@ -437,15 +437,17 @@ def prepare_folder(options, out: Path, resumes: bool):
     not_files = [out / name for name in files if not (out / name).is_file()]
     obstacle = not_files[0] if not_files else out
     kind = "folder" if obstacle.is_dir() else "device"
-    teachers = [Path(options.teacher).resolve()] if options.teacher else []
+    # Path.resolve() may raise an error for links that form a loop.
+    real_out = os.path.realpath(out)
+    teachers = [os.path.realpath(options.teacher)] if options.teacher else []
     if options.teacher_adapter:
-        adapter = Path(options.teacher_adapter).resolve()
-        teachers.append(adapter if adapter.is_dir() else adapter.parent)
+        adapter = os.path.realpath(options.teacher_adapter)
+        teachers.append(adapter if os.path.isdir(adapter) else os.path.dirname(adapter))
     cases = [                                        # (condition, error message)
-        (out.resolve() in teachers,
+        (real_out in teachers,
          f"{out} holds the teacher and a run replaces what is there; name another folder with "
          "--out"),
-        (out.resolve() == Path(options.checkpoint).resolve(),
+        (real_out == os.path.realpath(options.checkpoint),
          f"{out} is the base's own folder and a run replaces what is there; name another with "
          "--out"),
         ((holds_results or holds_shards) and not holds_run and not is_resumable,

@@ -67,7 +67,7 @@ for i, argv in enumerate(json.load(open("questions.json"))):
     signal.alarm(seconds)
     with redirect_stdout(open(f"answers{{i}}.{{rank}}", "w")):
         generate.main(argv)
-ranks.exit_together(0)
+connected.exit_together(0)
 """
 # After loading, and after training: the bytes of all tensors that have come to life since before.
 COUNT_BYTES = """
@@ -508,6 +508,7 @@ generate.main(sys.argv[1:])
                   "--adapter", "none", "--shard")
     assert done.returncode != 0
     assert done.stderr.count("generate.py: CUDA out of memory.\n") == 1
+    assert "Traceback (most recent call last):\n  File \"/" not in done.stderr.split("E1")[0]
 
 
 @pytest.mark.slow

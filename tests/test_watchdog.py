@@ -17,9 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from finetune import signals, watchdog
+from finetune.errors import one_line_errors
 from finetune.ranks import Ranks
 from finetune.resume import read_last_save
 from finetune.watchdog import (BETWEEN, FIRST_STEP_SECONDS, IN_STEP, READING, SILENT_SECONDS,
@@ -222,6 +224,37 @@ def test_a_rank_that_dies_before_the_first_step(dogs, monkeypatch, capfd):
     with pytest.raises(HasLeft):
         Ranks(1, 3, 1, dogs[1]).exchange()
     assert line_of(capfd) == "train.py: rank 0 is silent"
+
+
+def test_a_rank_that_dies_in_another_collective(dogs, capfd):
+    """In the backward pass that is tried before step 1, say."""
+    dogs[1].silent_for[0] = 4
+    with pytest.raises(HasLeft), one_line_errors("train.py", Ranks(1, 3, 1, dogs[1])):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+    assert line_of(capfd) == "train.py: rank 0 is silent"
+
+
+def test_a_rank_that_dies_before_all_leave(dogs, monkeypatch, capfd):
+    """While rank 0 draws the picture, say."""
+    def fail(values, value):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_gather_object", fail)
+    dogs[1].silent_for[0] = 4
+    with pytest.raises(HasLeft):
+        Ranks(1, 3, 1, dogs[1]).exit_together(0)
+    assert line_of(capfd) == "train.py: rank 0 is silent"
+
+
+def test_a_rank_that_lacks_memory_waits_for_no_other(dogs, monkeypatch, capfd):
+    """The others may be in a collective, where they wait for it."""
+    def wait(values, value):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(dist, "all_gather_object", wait)
+    with pytest.raises(SystemExit) as left, one_line_errors("x", Ranks(1, 3, 1, dogs[1])):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert left.value.code == 2 and line_of(capfd) == "x: CUDA out of memory."
 
 
 @pytest.mark.parametrize("moments, silent_for, leaves_after", [
