@@ -59,6 +59,7 @@ TENSOR_NAME = re.compile(
     r"(?:\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|base_layer|"
     r"modules_to_save)(?:\.(?!weight$)[^.]+)?)?"
     r"(?:\.weight)?", re.S)
+IN_A_FILE = ("config", "base", "tensors", "scales")  # what our own adapter files hold
 WHOLE = (None, "base_layer", "modules_to_save")      # the kinds that are no part of a LoRA
 
 
@@ -117,7 +118,9 @@ def adapter_at(path: str | Path, args: ModelArgs | None = None) -> dict:
     for key in ("tensors", "scales"):
         if isinstance(content.get(key), dict):
             content[key] = plain_names(content[key], path)
-    return {**content, "path": str(path)}
+    # Other keys would count as read_peft's.
+    known = {key: content[key] for key in IN_A_FILE if key in content}
+    return {**known, "path": str(path)}
 
 
 def read_peft(folder: Path, args: ModelArgs) -> dict:

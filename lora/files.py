@@ -93,12 +93,14 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
     if from_file and not Path(path).is_file():
         raise FileNotFoundError(f"no adapter file at {path}")
     content = load(path) if from_file else source
+    # Only readers of other formats add more than a file holds; a file's own additions are ignored.
+    extras = {} if from_file else source
     with reading(path):
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not a dict")
         config = LoRAConfig(**content["config"])
         tensors = rescaled(content["tensors"], content.get("scales", {}))
-        matrices = dict(content.get("matrices", {}))
+        matrices = dict(extras.get("matrices", {}))
         base = content["base"]
         if base is not None or from_file:
             base = dict(base)
@@ -113,9 +115,9 @@ def read_adapter(source: str | Path | dict, load: Callable = load_weights_only) 
         raise ValueError(f"{path} is not an adapter file: what it says of its base is not text "
                          "or numbers")
     return {"path": str(path), "config": config, "base": base, "tensors": tensors,
-            "matrices": matrices, "names_in_file": content.get("names_in_file", {}),
-            "skips_blocks": content.get("skips_blocks", False),
-            "from_base": content.get("from_base", ())}
+            "matrices": matrices, "names_in_file": extras.get("names_in_file", {}),
+            "skips_blocks": extras.get("skips_blocks", False),
+            "from_base": extras.get("from_base", ())}
 
 
 def rescaled(tensors: dict, scales: dict) -> dict:

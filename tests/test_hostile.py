@@ -403,6 +403,21 @@ def test_an_adapter_that_lies(refused, here, key, changes, message):
         assert message in error and error.strip().isprintable() and len(error) < 1200
 
 
+@pytest.mark.parametrize("content", [
+    {"from_base": 1}, {"from_base": ("lora_A",)}, {"skips_blocks": True},
+    {"matrices": {WQ: torch.ones(2)}, "names_in_file": 3}])
+def test_what_only_peft_folders_say_is_not_believed(refused, here, content):
+    """Whole matrices, blocks left out, tensors that the base gives."""
+    known = stored(here, "adapter.pt")
+    torch.save(known | {"tensors": {}} | content, here / "adapter.pt")
+    for line in reads("adapter.pt"):
+        assert "adapter.pt does not fit" in refused(*line)
+    model = tiny()
+    model.origin = known["base"]
+    with pytest.raises(ValueError, match="does not fit"):
+        load_adapter(model, here / "adapter.pt")
+
+
 def test_a_base_that_an_adapter_names(refused, here):
     content = stored(here, "adapter.pt")
     names = ("a\0b", "\ud800", "x" * 5000, "\x1b[2J", "/proc/self/mem", "/dev", "~", "", 5)
