@@ -101,10 +101,7 @@ class DistillTable:
 
 
 def flags_with_data(task: Task) -> list:
-    """Return a task's flags with the demo's examples named, if there are no others.
-
-    train.py takes those of the demo by itself only for the demo's base.
-    """
+    """Return a task's flags, with the demo's examples named if there are no others."""
     if task.data:
         return task.flags()
     return replace(task, data=str(DEMO / "train.json"), val_data=HELD_OUT).flags()

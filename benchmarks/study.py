@@ -10,7 +10,7 @@ from finetune.evaluate import score_answers
 from finetune.exam import Exam
 from finetune.examples import read_examples
 from finetune.hardware import DTYPES
-from finetune.options import DEMO
+from finetune.options import DEMO, is_demo
 from finetune.run import ADAPTER
 from llama import load_checkpoint
 from llama.peft import adapter_at
@@ -177,7 +177,7 @@ def parts_of_text(task: Task) -> list:
     Over the demo's base each part is new prose about its world, in the form that it was trained on.
     Over another base the held-out examples are dealt out.
     """
-    if not task.checkpoint:
+    if is_demo(task.checkpoint or DEMO):
         return [new_prose(1000 + i, EXAMPLES_PER_PART) for i in range(TEXT_PARTS)]
     examples = read_examples(task.questions)
     n_parts = min(TEXT_PARTS, len(examples))

@@ -21,7 +21,7 @@ from finetune.exam import BrokenWeights, Exam
 from finetune.examples import read_examples
 from finetune.forgetting import OtherText
 from finetune.job import prepare
-from finetune.options import DEMO
+from finetune.options import DEMO, is_demo
 from finetune.pictures import Panel
 from finetune.ranks import SINGLE_PROCESS
 from finetune.run import ADAPTER
@@ -173,7 +173,7 @@ def train_and_score(argv: list, task: Task, also: str | None) -> dict:
 
 def loss_on_other(flags: list, task: Task, also: str | None) -> float | None:
     """Return the loss in nats per token on other text, None without; flags: generate.py's."""
-    if task.checkpoint and not also:
+    if not is_demo(task.checkpoint or DEMO) and not also:
         return None
     model, tokenizer = load_answering_model(flags)
     context = model.args.max_seq_len

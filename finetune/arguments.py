@@ -109,5 +109,5 @@ def add_hardware_flags(group):
     group.add_argument("--device", type=text,
                        help="cpu, cuda, cuda:1 or mps (default: cuda if there is one, else cpu)")
     group.add_argument("--precision", choices=DTYPES,
-                       help="compute dtype (default: bf16 if the hardware computes in it, fp16 on "
-                            "older CUDA, else fp32)")
+                       help="compute dtype (default: bf16 on a CUDA GPU that computes in it, fp16 "
+                            "on an older one, else fp32)")

@@ -243,11 +243,16 @@ def memory_advice(job, estimate: Callable) -> list:
     if job.precision.name == "fp32":
         candidates.append({"precision": "bf16"})
     # About the same examples per step, in smaller parts.
+    largest = largest_batch_rows(job.train_set, job.plan)
     if options.tokens_per_batch:
-        candidates.append({"tokens_per_batch": max(1, options.tokens_per_batch // 2),
+        n_tokens = sum(len(tokens) for tokens, _ in largest)
+        limit = options.tokens_per_batch
+        if limit // 2 >= n_tokens:                   # Half of it holds the largest one too.
+            limit = n_tokens
+        candidates.append({"tokens_per_batch": max(1, limit // 2),
                            "accumulation_steps": 2 * options.accumulation_steps})
-    elif options.batch_size > 1:
-        smaller = max(n for n in range(1, options.batch_size) if options.batch_size % n == 0)
+    elif len(largest) > 1:
+        smaller = max(n for n in range(1, len(largest)) if options.batch_size % n == 0)
         micro_batches = options.accumulation_steps * options.batch_size // smaller
         candidates.append({"batch_size": smaller, "accumulation_steps": micro_batches})
     is_recurrent = hasattr(job.model, "block_bytes")

@@ -1,5 +1,6 @@
 """The flags of train.py: what each means, their checks and defaults, and the Options they make."""
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,9 +136,15 @@ def check_combinations(args, parser):
                      "--teacher; name its folder")
 
 
+def is_demo(folder: str) -> bool:
+    """Return whether a folder is the demo's base, by whatever path."""
+    return os.path.realpath(folder) == os.path.realpath(DEMO)
+
+
 def settle_defaults(args):
     """Fill in the defaults that depend on other flags."""
-    over_demo = args.checkpoint is None
+    args.checkpoint = args.checkpoint or str(DEMO)
+    over_demo = is_demo(args.checkpoint)
     if args.data is None and args.val_data is None and args.val_fraction is None:
         args.val_data = (str(DEMO / "held_out.json"),)
     if args.lr is None:
@@ -147,7 +154,6 @@ def settle_defaults(args):
             args.lr = 5e-3 if over_demo else 3e-4
     if args.epochs is None:
         args.epochs = 4 if over_demo else 3
-    args.checkpoint = args.checkpoint or str(DEMO)
     args.data = tuple(args.data or (str(DEMO / "train.json"),))
     args.val_data = tuple(args.val_data) if args.val_data else None
     if args.teacher and args.distill_temperature is None:

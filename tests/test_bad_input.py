@@ -39,6 +39,9 @@ def here(made, refused, monkeypatch):
     return made
 
 
+BASE = "--checkpoint=base"
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--layers=0", "argument --layers: 0 is out of range, must be at least 1"),
     ("--layers=two", "argument --layers: invalid whole number value: 'two'"),
@@ -77,8 +80,21 @@ def test_train(refused, here, flags, message):
     assert files_in(here) == before
 
 
+@pytest.mark.parametrize("flags", [
+    ["--checkpoint=loop", "--data=examples.json"], ["--checkpoint=base", "--data=loop"],
+    *([BASE, "--data=examples.json", *more] for more in (
+        ["--out=loop"], ["--adapter=loop"], ["--teacher=loop"],
+        ["--teacher=base", "--teacher-adapter=loop"]))])
+def test_a_link_to_itself(refused, here, flags):
+    """Path.resolve() raises a RuntimeError for one, in Python 3.11."""
+    (here / "loop").symlink_to("loop")
+    try:
+        assert "loop" in refused(train.main, *flags)
+    finally:
+        (here / "loop").unlink()
+
+
 ONE = "--adapter=one/adapter.pt"
-BASE = "--checkpoint=base"
 SCORE = f"{BASE} --score --data=examples.json"
 HOT = f"{BASE} --temperature=1"
 

@@ -11,8 +11,10 @@ import train
 from finetune.batches import Batch
 from finetune.dataset import IGNORE
 from finetune.loss import answer_loss
-from finetune.memory import Size, estimate_memory
+from finetune.memory import Size, estimate_memory, memory_advice
+from finetune.options import parse_options
 from finetune.preflight import check_gradients
+from finetune.ranks import Ranks
 from llama import ModelArgs, Transformer
 from lora import LoRAConfig, add_lora, begin_step, follow_optimizer
 from lora.adapter import METHODS, remove_lora
@@ -230,6 +232,17 @@ def test_what_is_printed_for_the_demo_is_what_its_step_takes(tmp_path, monkeypat
         train.main(["--data", "data.json", "--val-data", "held_out.json", "--max-steps", "1",
                     "--batch-size", "32", "--accumulation-steps", "2"])
     assert memory_printed(capsys) == pytest.approx(memory.peak / 2 ** 20, rel=0.1)
+
+
+@pytest.mark.parametrize("flags, advised", [
+    (["--batch-size", "4"], "--batch-size 2 --accumulation-steps 16"),
+    (["--batch-size", "2048"], "--batch-size 512 --accumulation-steps 32"),
+    (["--tokens-per-batch", "10000000"], "--tokens-per-batch ")])
+def test_a_smaller_batch_is_advised_also_if_it_holds_more_than_all_examples(flags, advised):
+    """The demo has 942."""
+    job = finetune.job.prepare(parse_options(flags), Ranks(), train.build_optimizer)
+    advice = memory_advice(job, finetune.job.estimate_step_bytes)
+    assert any(flag.startswith(advised) for flag, _ in advice)
 
 
 # --- a dry run

@@ -73,6 +73,7 @@ SHAREGPT = {"conversations": [{"from": "system", "value": "S"}, {"from": "human"
 ALPACA_FORM = {"instruction": "Q2", "input": "I", "output": "A2", "system": "S",
                "history": [["Q1", "A1"]]}
 SINGLE = {"instruction": "Q", "input": "", "output": "A"}
+STANFORD = SINGLE | {"input": "I", "text": "Below is an instruction.  Q  I  A"}    # has all four
 ONE_TURN = "<s>[INST] Q [/INST]{A </s>}"
 WITH_SYSTEM = "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"
 
@@ -178,12 +179,14 @@ def test_alpaca_takes_one_turn_of_messages():
     ("alpaca", SINGLE | {"system": 5},
      "the template has no place for the text in 'system'; use --template llama2"),
     ("text", SINGLE, "has no 'text'"),
+    ("text", {"text": "a", "input": "b"}, "plain text has no place for the input"),
+    ("text", STANFORD, "remove it, or use --template alpaca"),
 ])  # fmt: skip
 def test_what_a_template_cannot_say_is_refused_with_file_and_row(
     tmp_path, template, example, message
 ):
     path = tmp_path / "data.jsonl"
-    good = {"text": "a"} if template == "text" else chat("Q", "A")
+    good = {"text": "a", "input": " "} if template == "text" else chat("Q", "A")
     path.write_text("\n".join(map(json.dumps, [good, example])))
     with pytest.raises(ValueError) as error:
         read_examples(path, template=TEMPLATES[template])
@@ -210,6 +213,9 @@ def test_plain_text_files(tmp_path):
         read_examples(path)
     with pytest.raises(ValueError, match="book.TXT, example 1 has no question to answer"):
         read_examples(path, ("instruction",), TEXT)
+    beginning = {"instruction": "Once", "input": "upon"}
+    (tmp_path / "beginning.json").write_text(json.dumps([beginning]))
+    assert read_examples(tmp_path / "beginning.json", ("instruction",), TEXT) == [beginning]
 
 
 @pytest.mark.parametrize("template, example", [

@@ -17,7 +17,7 @@ import train
 from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.hardware import pick_hardware
-from finetune.options import parse_options
+from finetune.options import DEMO, parse_options
 from finetune.ranks import SINGLE_PROCESS
 from llama import load_checkpoint
 
@@ -304,6 +304,8 @@ def test_the_plans_defaults():
     assert (options.accumulation_steps, options.lr, options.clip_grad_norm) == (8, 3e-4, 1.0)
     assert (options.weight_decay, options.epochs) == (0, 3)
     assert parse_options(["--checkpoint", "somewhere", "--method", "full"]).lr == 1e-5
+    demo = parse_options(["--checkpoint", f"{DEMO}/"])
+    assert (demo.lr, demo.epochs) == (5e-3, 4)       # as without --checkpoint
 
 
 # --- what is saved, and what is there already

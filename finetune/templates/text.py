@@ -21,7 +21,10 @@ def pieces(example: dict) -> list[Piece]:
         raise ValueError("has no 'text'")
     if not document.strip():
         raise ValueError("'text' is empty")
+    if str(example.get("input") or "").strip():
+        raise ValueError("has 'text' and 'input', and plain text has no place for the input: "
+                         "remove it, or use --template alpaca")
     return [Piece(document, is_target=True, bos=True, eos=True)]
 
 
-TEMPLATE = Template(pieces, fields=("text",), continues=True)
+TEMPLATE = Template(pieces, fields=("text", "input"), continues=True)
