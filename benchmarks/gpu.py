@@ -55,7 +55,7 @@ CELLS = {
     "7b, all seven matrices": Cell(120, speed("15,200")),
     "7b, 4 examples": Cell(90, speed("13,000 to 15,000")),
     "7b, nf4, 1 example": Cell(120, {"peak, MiB": "below 6,000"}),
-    "peers": Cell(420, {}),
+    "peers": Cell(600, {}),
     "7b, compile": Cell(240, speed("21,000")),
     "7b, compile and nf4": Cell(240, {}),
     "7b, compile, nf4 and checkpointing": Cell(240, {}),

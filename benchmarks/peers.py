@@ -47,7 +47,8 @@ FILES = (ROOT / "tests/peers.py", ROOT / "tests/peers_trl.py", ROOT / "benchmark
 PEERS = ("transformers", "litgpt", "trl")
 REQUIREMENTS = {"transformers": "tests/requirements.txt", "litgpt": "tests/requirements-litgpt.txt",
                 "trl": "tests/requirements-trl.txt"}
-TRL_BATCHINGS = ("padded", "padding-free", "packing")            # "padded" is its default
+BATCHINGS = {"transformers": ("padded", "padding-free"),
+             "trl": ("padded", "padding-free", "packing")}       # "padded" is their default
 OURS = "ours"
 KILLED = -9
 PROMPT_TOKENS = 64                                   # per answer, where --prompts are counted
@@ -256,12 +257,12 @@ def peer_side(python: str, packages: str, request: Request, workload: Workload) 
 
 def variants_of(peer: str, comparison: Comparison) -> list:
     """Return (suffix of the name, fields of Request) for each run of a peer; none if it cannot."""
-    if peer == "trl":
-        if comparison.new is not None:               # It trains alone.
-            return []
-        return [(f", {batching}", {"batching": batching}) for batching in TRL_BATCHINGS]
     if comparison.new is None:
-        return [("", {})]
+        if peer not in BATCHINGS:
+            return [("", {})]
+        return [(f", {batching}", {"batching": batching}) for batching in BATCHINGS[peer]]
+    if peer == "trl":                                # It trains alone.
+        return []
     names = {True: ", KV cache", False: ", no cache"}
     if peer == "transformers":
         return [(names[cache], {"cache": cache}) for cache in comparison.caches]

@@ -9,8 +9,8 @@ class Request:
     peer: "transformers", "litgpt" or "trl".  folder: of the model, in Hugging Face's layout;
     is_random: its weights are not read.  layers: None for all.  batch: examples per step, or
     prompts at a time.  steps, warm: of training.  new: tokens per answer, None for training.
-    n_batches: of prompts to time.  cache: whether keys and values are cached.  batching: of TRL:
-    "padded", "padding-free" or "packing".
+    n_batches: of prompts to time.  cache: whether keys and values are cached.  batching: of
+    transformers and TRL: "padded" or "padding-free"; of TRL also "packing".
     """
     peer: str
     folder: str

@@ -6,6 +6,7 @@ is still loading.
 import io
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,7 +119,10 @@ def run_command(main: Callable, program: str, interrupted: str = "interrupted",
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"{program}: {interrupted}", file=sys.stderr)
+        # Another Ctrl-C ends the process at once, without a traceback from Python's own exit.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         sys.exit(OUTPUT_CLOSED)

@@ -132,8 +132,12 @@ def transformers_model(request: Request):
 
 
 def transformers_training(request: Request):
-    """Return (model with PEFT's LoRA, rows -> loss)."""
+    """Return (model with PEFT's LoRA, rows -> loss, by transformers' own collator if padding-free).
+
+    Without an attention mask the model attends by position ids: within each example.
+    """
     from peft import LoraConfig, get_peft_model
+    from transformers import DataCollatorWithFlattening
 
     model = transformers_model(request)
     model.config.use_cache = False
@@ -145,7 +149,12 @@ def transformers_training(request: Request):
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False})
 
+    flatten = DataCollatorWithFlattening()
+
     def loss_of(rows):
+        if request.batching == "padding-free":
+            batch = flatten([{"input_ids": tokens, "labels": labels} for tokens, labels in rows])
+            return model(**{name: ids.to(request.device) for name, ids in batch.items()}).loss
         tokens, labels, mask = pad(rows, request.device)
         return model(input_ids=tokens, attention_mask=mask, labels=labels).loss
 

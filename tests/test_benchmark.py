@@ -253,6 +253,8 @@ def test_out_of_memory_is_a_row(base, data, tmp_path, monkeypatch):
         raise tables.OutOfMemory("killed")
 
     monkeypatch.setattr(tables, "run_fresh", killed)
+    # The estimates, of which each would take a process of 4 s.
+    monkeypatch.setattr(runs, "run_fresh", lambda function, *arguments: function(*arguments))
     lines = make("ablation", tmp_path, "--checkpoint", str(base), "--data", str(data), "--device",
                  "cpu")
     rows = [line for line in lines if line.startswith(("| full |", "| lora |"))]
@@ -311,7 +313,7 @@ def test_both_sides_do_the_same(base):
         comparison = peers.Comparison("bf16", 2, dropout=0.05, checkpointing=True)
         sides = peers.contestants_of(comparison, setup, 2, pythons, Path("out"))
         workload, = sides["ours"].measure()
-        sides["transformers"].measure()
+        sides["transformers, padded"].measure()
     request, rows = asked[0]
     options = workload.options()
     assert rows == runs.rows_of(workload)
@@ -321,9 +323,15 @@ def test_both_sides_do_the_same(base):
     assert (request.warm, request.steps) == (workload.warm, workload.steps) == (2, 8)
 
 
-def test_trl_trains_in_three_batchings_and_does_not_answer():
-    training = peers.variants_of("trl", peers.Comparison("bf16", 4))
-    assert [fields["batching"] for _, fields in training] == ["padded", "padding-free", "packing"]
+@pytest.mark.parametrize("peer, batchings", [
+    ("transformers", ["padded", "padding-free"]),
+    ("trl", ["padded", "padding-free", "packing"])])
+def test_peers_train_with_and_without_padding(peer, batchings):
+    training = peers.variants_of(peer, peers.Comparison("bf16", 4))
+    assert [fields["batching"] for _, fields in training] == batchings
+
+
+def test_trl_does_not_answer():
     assert peers.variants_of("trl", peers.Comparison("bf16", 1, new=64)) == []
 
 
@@ -430,6 +438,7 @@ def test_a_sweep_does_not_follow_rates_that_diverge(monkeypatch):
     assert sweep.rates_to_add({1e-2: [{"loss": 1.0}]}) == [5e-3, 2e-2]
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_kept_and_not_run_again(table, tmp_path, capsys):
     """The second one fails while the first runs: this one is kept, and the third not begun."""
     log = tmp_path / "begun"

@@ -9,13 +9,21 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from finetune.dataset import encode_example, encode_prompt
+from benchmarks.measure import Peaks
+from benchmarks.request import Request
+from benchmarks.runs import SHAPE_CONFIG
+from benchmarks.runs import SHAPES as SHAPES_OF_RUNS
+from finetune.dataset import IGNORE, encode_example, encode_prompt
 from finetune.templates import TEMPLATES
+from llama.files import write_json
 from llama.tokenizer_json import tokenizer_json
 
+from .peers import train as train_peer
 from .record import (LAYERS, SHAPES, ids, layer_numbers, our_greedy, our_layer, ours, peer_greedy,
                      peer_layer, peer_model, trained_by_peers, trained_by_us)
 
+TINY = {"num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 6,
+        "intermediate_size": 64, "vocab_size": 60}
 HAS_PEERS = find_spec("transformers") is not None and find_spec("peft") is not None
 pytestmark = [
     pytest.mark.skipif(not HAS_PEERS, reason="needs transformers and peft: pip install -r "
@@ -79,6 +87,21 @@ def test_fifty_steps_equal_a_plain_loop_over_transformers_and_peft():
     assert loss <= 1e-4 and shares[worst] <= 1e-4
     assert min(row["grad_norm"] for row in rows) < 1 < max(row["grad_norm"] for row in rows)
     assert losses[-1] < losses[0] / 2
+
+
+def test_the_plain_loop_has_the_same_loss_with_and_without_padding(tmp_path):
+    """So that both of the benchmark's loops do one job; the examples have four lengths."""
+    write_json(tmp_path / "config.json", SHAPE_CONFIG | SHAPES_OF_RUNS["135m"] | TINY)
+    rows = []
+    for n in (40, 9, 25, 17):
+        rows.append((list(range(3, 3 + n)), [IGNORE] * 5 + list(range(8, 3 + n))))
+    losses = {}
+    for batching in ("padded", "padding-free"):
+        request = Request("transformers", str(tmp_path), True, None, "cpu", "fp32", batch=4,
+                          steps=3, warm=1, batching=batching)
+        torch.manual_seed(0)
+        losses[batching] = train_peer(request, rows, Peaks(torch.device("cpu")))["loss"]
+    assert losses["padding-free"] == pytest.approx(losses["padded"], abs=1e-5)
 
 
 @pytest.mark.parametrize("system", [None, "", "Be brief.\n"])

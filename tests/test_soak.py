@@ -25,9 +25,8 @@ def small(monkeypatch):
     monkeypatch.setattr(soak, "N_FILES", 20)
 
 
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=pytest.mark.slow) if kind == "kills of a rank" else kind
-    for kind in soak.KINDS if kind != "hangs"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in soak.KINDS if kind != "hangs"])
 def test_a_batch_loses_nothing(small, kind):
     result = soak.try_one(kind, 0)
     assert result["lost"] is None and result["tried"] > 0
@@ -45,6 +44,7 @@ def write_in_place(path, write, previous=None):
         write(file)
 
 
+@pytest.mark.slow
 def test_a_save_that_is_not_written_whole_is_found(small, monkeypatch):
     monkeypatch.setattr(resume, "write_whole", write_in_place)
     monkeypatch.setattr(soak, "VARIANTS", ["--method lora"])
@@ -53,6 +53,7 @@ def test_a_save_that_is_not_written_whole_is_found(small, monkeypatch):
     assert any(line and any(message in line for message in messages) for line in lost)
 
 
+@pytest.mark.slow
 def test_a_lost_byte_is_found(small, monkeypatch):
     """Random numbers that a resumed run does not get back change what dropout drops."""
     monkeypatch.setattr(resume, "set_random_state", lambda *_: None)
@@ -142,6 +143,7 @@ def test_what_cannot_be_tried_is_refused(tmp_path, monkeypatch, capsys, flags, g
     assert caught.value.code == 2 and message in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
 def test_an_interrupted_soak_leaves_no_process_and_no_folder(tmp_path, number, code):
     command = [sys.executable, "-m", "benchmarks", "soak", "--only", "kills of a rank", "--out",
