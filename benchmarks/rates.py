@@ -78,7 +78,7 @@ def make(args, table: Table) -> list:
 
 def table_of(curves: dict, settings: list, base_loss: float | None) -> list:
     """Return the table of these settings, each beside full fine-tuning with the same batch."""
-    header = ["matrices", "r", "examples a step", "trained", "best rate", "held-out loss",
+    header = ["matrices", "r", "examples per step", "trained", "best rate", "held-out loss",
               "right to the letter", "forgotten, nats per token", "best rate / full's",
               "loss, difference to full [95 %]"]
     rows = []
@@ -106,7 +106,7 @@ def panels_of(curves: dict, by_rank: list, by_batch: list) -> list:
     panels = []
     of_rank = {setting.name: curves[setting].losses for setting in by_rank
                if setting.targets in (None, ALL)}
-    of_batch = {f"{setting.name}, {setting.batch} a step": curves[setting].losses
+    of_batch = {f"{setting.name}, {setting.batch} per step": curves[setting].losses
                 for setting in by_batch}
     for title, lines in (("ranks on all seven", of_rank), ("examples per step", of_batch)):
         panels.append(losses_panel(f"Held-out loss by learning rate: {title}", lines))

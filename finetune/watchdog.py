@@ -1,4 +1,4 @@
-"""End a run within a minute if one of its ranks hangs; the other ranks would wait for it.
+"""End a run soon, usually within a minute, if one of its ranks hangs; the others would wait for it.
 
 A rank that dies is noticed by torchrun.  One that hangs is not: it is stopped (SIGSTOP), its
 machine is cut off, or a thread of it waits for ever.  So each rank writes a sign of life into
