@@ -214,15 +214,17 @@ def test_an_error_of_this_rank_is_its_own(dogs, error, leaves):
         dogs[1].leave_if_a_rank_is_dead(RuntimeError(error))
 
 
-def test_a_rank_that_dies_before_the_first_step(dogs, monkeypatch, capfd):
-    """While it loads, say; the others wait for it in an exchange."""
+@pytest.mark.parametrize("meet", [Ranks.exchange, lambda ranks: ranks.exit_together(0)],
+                         ids=["while it loads", "before all leave"])
+def test_a_rank_that_dies_outside_a_step(dogs, monkeypatch, capfd, meet):
+    """The others wait for it."""
     def fail(values, value):
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
     monkeypatch.setattr(dist, "all_gather_object", fail)
     dogs[1].silent_for[0] = 4
     with pytest.raises(HasLeft):
-        Ranks(1, 3, 1, dogs[1]).exchange()
+        meet(Ranks(1, 3, 1, dogs[1]))
     assert line_of(capfd) == "train.py: rank 0 is silent"
 
 
@@ -231,18 +233,6 @@ def test_a_rank_that_dies_in_another_collective(dogs, capfd):
     dogs[1].silent_for[0] = 4
     with pytest.raises(HasLeft), one_line_errors("train.py", Ranks(1, 3, 1, dogs[1])):
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-    assert line_of(capfd) == "train.py: rank 0 is silent"
-
-
-def test_a_rank_that_dies_before_all_leave(dogs, monkeypatch, capfd):
-    """While rank 0 draws the picture, say."""
-    def fail(values, value):
-        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
-
-    monkeypatch.setattr(dist, "all_gather_object", fail)
-    dogs[1].silent_for[0] = 4
-    with pytest.raises(HasLeft):
-        Ranks(1, 3, 1, dogs[1]).exit_together(0)
     assert line_of(capfd) == "train.py: rank 0 is silent"
 
 
