@@ -9,8 +9,8 @@ from pathlib import Path
 
 from finetune.arguments import number, text
 from finetune.examples import read_examples
+from finetune.folder import ADAPTER
 from finetune.options import DEMO
-from finetune.run import ADAPTER
 from llama.checkpoint import PARAMS, TOKENIZER, read_params
 
 from .runs import flag_words

@@ -10,9 +10,9 @@ from pathlib import Path
 from finetune.arguments import text
 from finetune.examples import read_examples
 from finetune.exam import Exam
+from finetune.folder import METRICS
 from finetune.options import DEMO
 from finetune.pictures import Panel, draw, panels_of_a_run, read_metrics
-from finetune.run import METRICS
 from llama import load_checkpoint
 from llama.peft import adapter_at
 from lora import load_adapter, lora_disabled

@@ -22,8 +22,8 @@ import torch.distributed as dist
 
 import train
 from finetune import printed
-from finetune.resume import STATE, Progress, read_last_save
-from finetune.run import ARGS, METRICS
+from finetune.folder import ARGS, METRICS, STATE
+from finetune.resume import Progress, read_last_save
 from llama import ModelArgs, Tokenizer, Transformer, files, save_checkpoint
 from llama.files import write_json
 from lora import files as adapter_files

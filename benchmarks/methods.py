@@ -11,10 +11,10 @@ import train
 from finetune.answers import ANSWERED_AT_ONCE
 from finetune.dataset import encode_prompt
 from finetune.examples import read_examples
+from finetune.folder import ADAPTER
 from finetune.job import load_model, prepare
 from finetune.memory import MIB, largest_batch_rows
 from finetune.ranks import SINGLE_PROCESS
-from finetune.run import ADAPTER
 from llama.sampling import generate as generate_ids
 from lora import merge_lora
 from lora.methods import METHODS

@@ -33,8 +33,8 @@ import torch
 import generate
 import train
 from finetune import convert
-from finetune.resume import PREVIOUS
-from finetune.run import ARGS, Run
+from finetune.folder import ARGS, PREVIOUS
+from finetune.run import Run
 from llama import load_checkpoint, save_checkpoint
 from lora import LoRAConfig, add_lora, lora_state_dict, save_adapter
 

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 import generate
 import train
 from finetune.batches import pack
+from finetune.folder import METRICS
 from finetune.hardware import pick_hardware
 from finetune.pictures import read_metrics
-from finetune.run import METRICS
 from llama import layout
 from lora.methods import METHODS
 

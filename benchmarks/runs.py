@@ -21,6 +21,7 @@ import train
 from finetune.arguments import add_hardware_flags, number, text
 from finetune.batches import example_indices
 from finetune.dataset import IGNORE, SupervisedDataset, count_answer, read_examples
+from finetune.folder import METRICS
 from finetune.hardware import pick_hardware
 from finetune.job import META, Job, load_model, mixed_precision, prepare
 from finetune.loss import answer_loss
@@ -28,7 +29,7 @@ from finetune.options import DEMO, Options, parse_options
 from finetune.pictures import read_metrics
 from finetune.memory import memory_of_a_step
 from finetune.ranks import Ranks, connect
-from finetune.run import METRICS, Run
+from finetune.run import Run
 from llama.checkpoint import TOKENIZER, read_params
 from llama.files import write_json
 

@@ -20,7 +20,8 @@ except ImportError:                                  # Windows, where nothing he
 import torch
 
 from finetune.arguments import number
-from finetune.run import METRICS, Run
+from finetune.folder import METRICS
+from finetune.run import Run
 
 from . import mutate
 from .lives import STOP_SIGNALS, DyingSave, Lost, Place, Trial, is_alive, n_rows

@@ -9,9 +9,9 @@ from pathlib import Path
 from finetune.evaluate import score_answers
 from finetune.exam import Exam
 from finetune.examples import read_examples
+from finetune.folder import ADAPTER
 from finetune.hardware import DTYPES
 from finetune.options import DEMO, is_demo
-from finetune.run import ADAPTER
 from llama import load_checkpoint
 from llama.peft import adapter_at
 from lora.adapter import last_part

@@ -19,12 +19,12 @@ from finetune.arguments import number, text
 from finetune.evaluate import score_answers
 from finetune.exam import BrokenWeights, Exam
 from finetune.examples import read_examples
+from finetune.folder import ADAPTER
 from finetune.forgetting import OtherText
 from finetune.job import prepare
 from finetune.options import DEMO, is_demo
 from finetune.pictures import Panel
 from finetune.ranks import SINGLE_PROCESS
-from finetune.run import ADAPTER
 from llama.checkpoint import PARAMS
 
 from .claims import interval_of

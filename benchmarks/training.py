@@ -11,11 +11,11 @@ from finetune.arguments import number, text
 from finetune.demo.make import base_text
 from finetune.errors import GAVE_UP
 from finetune.exam import Exam
+from finetune.folder import METRICS
 from finetune.hardware import DTYPES, pick_hardware
 from finetune.measures import measures
 from finetune.options import DEMO, Options, parse_options
 from finetune.pictures import read_metrics
-from finetune.run import METRICS
 from lora.methods.dylora import set_rank
 
 from .runs import flag_words, output_discarded

@@ -16,7 +16,7 @@ from llama.files import write_whole
 from .arguments import Parser, text
 from .batches import split
 from .errors import in_one_line, one_line_errors
-from .run import METRICS, PICTURE
+from .folder import METRICS, PICTURE
 
 # Okabe & Ito 2008, without yellow: colours that colour-blind people can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,7 +1,7 @@
 """Lines that a run prints: of each step, and what was measured on held-out examples."""
+from .folder import ADAPTER
 from .hardware import peak_memory_mb
 from .pictures import picture_of
-from .run import ADAPTER
 
 
 def progress_line(row: dict, n_steps: int, seconds_left: float | None) -> str:

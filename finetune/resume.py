@@ -19,10 +19,9 @@ import torch
 from llama.files import first_line, load_saved, reading, write_whole
 
 from .errors import is_out_of_memory
+from .folder import PREVIOUS, STATE
 from .shard import share_like, whole_state
 
-STATE = "state.pt"
-PREVIOUS = "state.previous.pt"
 LARGEST = 2 ** 53                                    # no count or measure of a run is larger
 
 

@@ -16,9 +16,9 @@ from finetune.batches import Batch, DataCollatorForSupervisedDataset, pack
 from finetune.dataset import IGNORE, load_datasets
 from finetune.distill import Distillation
 from finetune.evaluate import score_answers
+from finetune.folder import prepare_folder
 from finetune.loss import CHUNK, answer_loss
 from finetune.options import parse_options
-from finetune.run import prepare_folder
 from llama import ModelArgs, Tokenizer, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import KINDS, RNN, RNNArgs
 from lora import LoRAConfig, add_lora, merge_lora
