@@ -1,7 +1,7 @@
 """A run outlives its terminal, and every command ends without a traceback: real processes.
 
-    pytest tests/test_lost_work.py
-    pytest -m slow tests/test_lost_work.py      also two ranks under torchrun
+    pytest tests/test_lost_work.py              a hang-up, a closed pipe, a finished run
+    pytest -m slow tests/test_lost_work.py      nohup, odd consoles, two ranks under torchrun
 """
 import os
 import signal
@@ -52,6 +52,7 @@ def test_a_hang_up_saves_and_ends(tmp_path):
     assert read_last_save(tmp_path / "out").progress.step == len(metrics(tmp_path / "out")) < 2000
 
 
+@pytest.mark.slow
 def test_a_hang_up_stays_ignored_under_nohup(tmp_path):
     process = start(tmp_path, [*DEMO, "--max-steps", "40"], before=ignore_hang_up)
     wait_for_rows(2, tmp_path / "out", process)
@@ -95,6 +96,7 @@ def test_a_closed_pipe_does_not_end_a_run(odd_run):
                      b"goes on without printing\n")
 
 
+@pytest.mark.slow
 def test_a_console_that_lacks_a_character(odd_run):
     """train.py and finetune.pictures print escapes; generate.py prints UTF-8 on any console."""
     folder, _, _ = odd_run
@@ -109,6 +111,7 @@ def test_a_console_that_lacks_a_character(odd_run):
     assert b"adapter \\u03bb/adapter.pt" in done.stderr and done.stdout.count(b"### ") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirect, code, message", [
     ("| true", 1, ""),
     ("> /dev/full", 2, "standard output cannot be written: No space left on device\n"),

@@ -99,18 +99,16 @@ def in_32_blocks(one, two):
 def test_training_and_generation_run_and_wait_for_nothing(pretended):
     """Without a device mismatch, a wait in a micro-batch, or a product in another dtype.
 
-    The last two lines train in bf16.  Greedy answers bring the likeliest tokens to the CPU, and no
+    Greedy answers bring the likeliest tokens to the CPU, and no
     row of logits.
     """
     lines = [[*TRAIN, *flags] for flags in FLAGS.values()]
     lines += [ANSWER, [*ANSWER, "--temperature", "0.8", "--top-k", "20", "--top-p", "0.9"]]
-    lines += [shape(layers=1), shape(layers=2)]
     results = pretended(*lines)
     for line, result in zip(lines, results, strict=True):
         assert not faults(result, line), line
     logits = 4 * 24 * 1000                           # bytes: fp32, guesses, vocabulary
     assert 0 < results[len(FLAGS)]["bytes"] < logits / 10
-    assert 2000 < in_32_blocks(*results[-2:]) <= MOST_KERNELS
 
 
 @pytest.mark.slow
@@ -157,7 +155,7 @@ def test_kernels_of_a_micro_batch_in_7b_s_shape(pretended, flags, most):
     whole, *parts = pretended(*lines)
     assert not faults(whole, lines[0])
     assert whole["kernels"][0] == pytest.approx(in_32_blocks(*parts), rel=0.01)
-    assert whole["kernels"][0] <= most
+    assert 2000 < whole["kernels"][0] <= most
 
 
 # fault: (file, code, what stands there with the fault, command lines), as in test_mutations.py.

@@ -632,6 +632,7 @@ def test_a_full_disk(flags, capfd):
     assert left("full") == left("whole")
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_is_gone_leaves_all_the_same(flags):
     """A main thread that never comes back from a call into a library runs no handler."""
     mutex = ctypes.create_string_buffer(64)          # taken twice: NCCL's wait, in short
