@@ -1,6 +1,7 @@
 """Let a LLaMA answer instructions, with an adapter or without.
 
-    python generate.py                             the run in out/, on a few built-in instructions
+    python generate.py                             the adapter in out/, else the demo's base, on a
+                                                   few built-in instructions
     python generate.py --adapter none              the base alone, on the same instructions
     python generate.py --adapter out/7b/adapter.pt --instruction "Name three primary colours."
     python generate.py --interactive               type instructions; `:adapter PATH` switches,
@@ -67,12 +68,11 @@ def main(argv=None):
         device, precision = pick_hardware(args.device, args.precision, ranks.local_rank)
         with default_adapter_explained(args):
             saved = read_saved(args)
-            template = template_of(args, saved)
+        template = template_of(args, saved)
         rows, examples = questions_of(args, template)
         ranks.agree(vars(args), "their flags")
         sharding = sharding_of(args, saved, ranks)
-        with default_adapter_explained(args):
-            model, tokenizer, summary = load(args, saved, device, precision, sharding)
+        model, tokenizer, summary = load(args, saved, device, precision, sharding)
         answerer = Answerer(model, tokenizer, template, decoding_of(args), args.verbose)
         # Fail before the first answer if a prompt is too long or an output is not in --choices.
         if args.score:
@@ -102,7 +102,7 @@ def main(argv=None):
 @contextmanager
 def silence(ranks: Ranks):
     """Within the block, let only rank 0 print on standard error."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8", errors="backslashreplace") as nowhere:
         with nullcontext() if ranks.is_first else redirect_stderr(nowhere):
             yield
 
@@ -160,7 +160,8 @@ def default_adapter_explained(args):
 
 def template_of(args, saved: Saved) -> Template:
     """Return the prompt format: --template, else the adapter's, else Alpaca's."""
-    template = TEMPLATES[template_name(args.template, saved.base_info, args.adapter)]
+    with default_adapter_explained(args):
+        template = TEMPLATES[template_name(args.template, saved.base_info, args.adapter)]
     if args.score and template.continues:
         raise ValueError("--score compares answers, and plain text has none: train.py measures the "
                          "loss of text with --val-data")
@@ -181,7 +182,8 @@ def questions_of(args, template: Template) -> tuple[list, list]:
 def load(args, saved: Saved, device: torch.device, precision: str,
          sharding: Sharding = UNSHARDED):
     """Return (model, tokenizer, a line about them): base and adapter, merged if asked."""
-    folder, layers = base_of(args, saved.base_info)
+    with default_adapter_explained(args):
+        folder, layers = base_of(args, saved.base_info)
     quantize = args.quantize or saved.base_info.get("quantize", "none")
     sharding = sharding.connected(device)
     model, tokenizer = load_checkpoint(folder, layers, DTYPES[precision], device,
@@ -197,7 +199,8 @@ def load(args, saved: Saved, device: torch.device, precision: str,
     n_layers = plural(model.args.n_layers, "layer")
     summary = f"base {short_path(folder)}, {n_layers}, {number_format} on {device}"
     if args.adapter:
-        load_adapter(model, saved.content or adapter_at(args.adapter, model.args))
+        with default_adapter_explained(args):
+            load_adapter(model, saved.content or adapter_at(args.adapter, model.args))
         config = model.lora_config
         summary += (f"; adapter {args.adapter}, {config.method} r {config.r} on "
                     f"{','.join(config.targets)}")

@@ -58,7 +58,7 @@ def main(argv=None):
             if run.progress.finished:                         # Nothing is left to resume.
                 return
             describe(job)
-            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # of this job of shapes
+            memory_advice = OutOfMemoryAdvice(job, estimate_step_bytes)     # needs shapes only
             if options.dry_run:
                 check_gradient_paths(job)
                 print("dry run   nothing was trained, nothing was written")

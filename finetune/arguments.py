@@ -13,11 +13,13 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises ValueError.
 
     It accepts neither an abbreviated flag nor one that is given twice, whose last value would win.
+    given: names of the arguments whose flags stand on the command line.
     """
 
     def __init__(self, **settings):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
+        self.given = set()
 
     def parse_known_args(self, args=None, namespace=None):
         words = list(sys.argv[1:] if args is None else args)
@@ -27,18 +29,18 @@ class Parser(argparse.ArgumentParser):
     def check_given_once(self, words: list[str]):
         """Raise ValueError for a flag with one value, or with a --no- form, that stands twice."""
         flags = words[:words.index("--")] if "--" in words else words
-        seen = set()
+        self.given = set()
         for word in flags:
             flag, _, _ = word.partition("=")
             action = self._option_string_actions.get(flag)
             is_switch = isinstance(action, argparse.BooleanOptionalAction)
-            collects_values = action is not None and action.nargs == "+"
-            if action is None or collects_values or action.nargs == 0 and not is_switch:
+            if action is None:
                 continue
-            if action.dest in seen:
+            may_repeat = action.nargs == "+" or action.nargs == 0 and not is_switch
+            if action.dest in self.given and not may_repeat:
                 self.error(f"argument {'/'.join(action.option_strings)}: is given twice; give it "
                            "once")
-            seen.add(action.dest)
+            self.given.add(action.dest)
 
     def error(self, message):
         raise ValueError(f"{message}; --help lists the flags")
@@ -82,6 +84,27 @@ def text(value: str) -> str:
     if not value.strip():
         raise argparse.ArgumentTypeError("is empty")
     return utf8(value)
+
+
+def as_flag(name: str, value) -> str:
+    """Return a setting as it would stand on the command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return f"no {flag}"
+    return flag if value is True else f"{flag} {as_words(name, value)}"
+
+
+def as_words(name: str, value) -> str:
+    """Return the value of a setting as it would stand behind its flag; of a switch, if it does."""
+    if value is None or value is False:
+        return "not given"
+    if value is True:
+        return "given"
+    if isinstance(value, dict):
+        return ",".join(f"{key}={content}" for key, content in value.items())
+    if isinstance(value, list | tuple):
+        return (" " if name in ("data", "val_data") else ",").join(map(str, value))
+    return str(value)
 
 
 def names(value: str) -> tuple:

@@ -86,13 +86,16 @@ def parse_args(argv=None) -> Namespace:
          help="keep the first N blocks (default: the adapter's, or all)")
     flag("--bin", action="store_true",
          help="write pytorch_model.bin or adapter_model.bin; safetensors is not needed then")
-    flag("--shard-mb", metavar="N", type=number(int, 1), default=SHARD // MEGABYTE,
+    flag("--shard-mb", metavar="N", type=number(int, 1),
          help=f"megabytes per file of weights, for hf (default: {SHARD // MEGABYTE})")
     args = parser.parse_args(argv)
     if args.to in ("peft", "int8") and (args.adapter is None or args.dtype):
         parser.error(f"--to {args.to} writes an --adapter, as it is: give one, and no --dtype")
     if args.bin and args.to not in ("hf", "peft"):
         parser.error(f"--bin is a choice for hf and peft; --to {args.to} has none")
+    if args.shard_mb and args.to != "hf":
+        parser.error(f"--shard-mb is for --to hf; --to {args.to} writes one file")
+    args.shard_mb = args.shard_mb or SHARD // MEGABYTE
     return args
 
 
@@ -246,7 +249,8 @@ def merge(content: dict, model: nn.Module, probe: torch.Tensor, source: str) -> 
     lines = []
     replaced = replace_matrices(model, read_adapter(content))
     if replaced:
-        dtype = str(*dtypes).removeprefix("torch.")
+        dtype, = dtypes
+        dtype = str(dtype).removeprefix("torch.")
         lines.append(f"replaced by the adapter's own, in {dtype}: {listed(replaced)}")
     load_adapter(model, content)
     lines.append(merge_report(model, probe, "--dtype fp32", keep_base=False))

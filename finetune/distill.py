@@ -1,7 +1,8 @@
 """Distillation: learn from a larger model's probabilities and from the right answers.
 
 For the training loop it is another loss_fn.  To remove it, delete this file and the lines that name
-the teacher or the distillation in job.py, memory.py, options.py, preflight.py and run.py.
+the teacher or the distillation in folder.py, job.py, memory.py, options.py, preflight.py, run.py,
+same_run.py and shard.py.
 """
 import hashlib
 

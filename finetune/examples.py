@@ -163,7 +163,7 @@ def json_problem(error: Exception) -> str:
 
 def rows_of_object(value: dict, path: Path) -> list:
     """Return the rows of a file that holds one object: itself, or the one list in it."""
-    is_table = any(isinstance(value.get(field), list | dict) for field in FIELDS[::2])
+    is_table = any(isinstance(value.get(field), list | dict) for field in ("instruction", "output"))
     if is_table:
         raise ValueError(f"{path} holds columns, not rows: {FORMS}; pandas writes them with "
                          "orient='records'")

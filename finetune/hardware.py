@@ -89,8 +89,17 @@ def limit_threads(model: torch.nn.Module):
     order: a command gives the same numbers whatever else runs.  OMP_NUM_THREADS goes first.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        torch.set_num_threads(1 if n_parameters < SMALL_MODEL else DEFAULT_THREADS)
+        is_small = count_parameters(model) < SMALL_MODEL
+        torch.set_num_threads(1 if is_small else DEFAULT_THREADS)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of the model's parameters, those of quantised matrices included."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if hasattr(module, "dequantize"):            # Its codes are no parameters.
+            total += module.in_features * module.out_features
+    return total
 
 
 def limit_kernel_caches(plan: list):

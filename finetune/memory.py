@@ -6,6 +6,7 @@ import torch
 
 from llama.layout import SHORT_CONTEXT
 
+from .arguments import as_flag
 from .dataset import count_answer
 from .errors import GAVE_UP, exit_with_line, is_out_of_memory
 from .loss import CHUNK
@@ -264,19 +265,12 @@ def memory_advice(job, estimate: Callable) -> list:
         elif job.quantize == "none" and job.lora.method != "delta-lora":
             candidates.append({"quantize": "nf4"})
     now = estimate(job)
-    advice = [(as_flags(changes), now - estimate(job, **changes)) for changes in candidates]
+    advice = []
+    for changes in candidates:
+        flags = " ".join(as_flag(name, value) for name, value in changes.items())
+        advice.append((flags, now - estimate(job, **changes)))
     helpful = [item for item in advice if item[1] > 0]
     return sorted(helpful, key=lambda item: -item[1])
-
-
-def as_flags(changes: dict) -> str:
-    """Return changed options as they would stand on the command line."""
-    words = []
-    for name, value in changes.items():
-        words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
-            words.append(str(value))
-    return " ".join(words)
 
 
 def mib(size) -> str:

@@ -15,7 +15,7 @@ from .templates import TEMPLATES
 DEMO = Path(__file__).parent / "demo"
 TEMPERATURE = 2.0                                    # of distillation
 WEIGHT = 0.5                                         # of the teacher in the loss
-# Settings that are stored in --adapter: these flags cannot be given with it.
+# Settings of an adapter.  --adapter brings its own, and --method full has none.
 ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets", "method_options")
 
 
@@ -116,20 +116,21 @@ def check_combinations(args, parser):
         parser.error("--val-data and --val-fraction both name held-out examples; give one")
     if args.early_stop and not has_held_out and not is_demo_data:
         parser.error("--early-stop watches the held-out loss: give --val-data or --val-fraction")
-    if args.data and len(set(args.data)) < len(args.data):
-        parser.error("--data names a file twice; held-out examples could also be trained on")
+    files = [os.path.realpath(path) for path in args.data or ()]
+    if len(set(files)) < len(files):
+        parser.error("--data names a file twice; give each once")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite replaces it; give one")
-    if args.adapter:
-        for name in ADAPTER_SETTINGS:
-            if getattr(args, name) != parser.get_default(name):
-                flags = ", ".join("--" + each.replace("_", "-") for each in ADAPTER_SETTINGS)
-                parser.error(f"--adapter brings its own settings; leave out {flags}")
+    settings = [name for name in ADAPTER_SETTINGS if name in parser.given]
+    flags = ", ".join("--" + name.replace("_", "-") for name in settings)
+    if args.adapter and settings:
+        parser.error(f"--adapter brings its own settings; leave out {flags}")
     if args.method == "full" and args.quantize not in (None, "none"):
         parser.error(f"--quantize {args.quantize} needs a frozen base, and --method full trains "
                      "the base")
-    if args.method == "full" and args.method_options:
-        parser.error("--method-options belong to an adapter; --method full has none")
+    if args.method == "full" and settings != ["method"]:
+        parser.error("--method full trains the base and has no adapter; leave out "
+                     + flags.removeprefix("--method, "))
     teacher_flags = (args.teacher_adapter, args.distill_temperature, args.distill_weight)
     if not args.teacher and any(value is not None for value in teacher_flags):
         parser.error("--teacher-adapter, --distill-temperature and --distill-weight need a "

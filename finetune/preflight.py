@@ -9,6 +9,7 @@ from .batches import example_indices
 from .dataset import count_answer
 from .errors import short_path, short_paths
 from .evaluate import class_answers
+from .hardware import count_parameters
 from .memory import memory_of_a_step, mib
 from .ranks import sum_over_ranks
 
@@ -131,14 +132,23 @@ def base_line(job) -> str:
 def data_line(job) -> str:
     train_set = job.train_set
     longest = max(len(tokens) for tokens, _ in train_set.rows)
-    n_examples = plural(len(train_set), "example")
-    return (f"{short_paths(job.options.data)}: {n_examples}, the longest has {longest} tokens; "
-            f"{fit_line(train_set, job.options.max_seq_len)}{empty_outputs(train_set)}")
+    return (f"{short_paths(job.options.data)}: {count_line(train_set)}, the longest has {longest} "
+            f"tokens; {fit_line(train_set, job.options.max_seq_len)}{empty_outputs(train_set)}")
+
+
+def count_line(dataset) -> str:
+    """Return how many examples there are; of plain text, how many documents in how many rows."""
+    n_rows = len(dataset.rows)
+    if not dataset.is_text:
+        return plural(n_rows, "example")
+    return f"{plural(len(set(dataset.numbers)), 'document')} in {plural(n_rows, 'row')}"
 
 
 def fit_line(dataset, max_seq_len: int) -> str:
     """Return how many examples were too long, and what became of them."""
     notes = []
+    if dataset.is_text:
+        notes.append(f"rows of at most --max-seq-len {max_seq_len}")
     if dataset.cut_answers:
         notes.append(f"{plural(dataset.cut_answers, 'answer')} cut off at --max-seq-len "
                      f"{max_seq_len}, without the end that teaches the model to stop")
@@ -154,12 +164,21 @@ def fit_line(dataset, max_seq_len: int) -> str:
 def held_out_line(job) -> str:
     val_set = job.val_set
     line = (f"{short_paths(job.options.val_data or job.options.data)}: "
-            f"{plural(len(val_set), 'example')}; {fit_line(val_set, job.options.max_seq_len)}"
+            f"{count_line(val_set)}; {fit_line(val_set, job.options.max_seq_len)}"
             f"{empty_outputs(val_set)}")
+    n_trained_on = count_common(job.train_set, val_set)
+    if n_trained_on:
+        line += f"; {n_trained_on} of them are trained on too"
     choices = class_answers(val_set, job.options.max_seq_len)
     if choices:
         line += f"; answers of {len(choices)} classes"
     return line
+
+
+def count_common(train_set, val_set) -> int:
+    """Return how many held-out rows are also rows of the training set."""
+    trained_on = {hash(tuple(tokens)) for tokens, _ in train_set.rows}   # less memory than the ids
+    return sum(hash(tuple(tokens)) in trained_on for tokens, _ in val_set.rows)
 
 
 def empty_outputs(dataset) -> str:
@@ -170,11 +189,8 @@ def empty_outputs(dataset) -> str:
 
 
 def method_line(job) -> str:
-    parameters = list(job.model.parameters())
-    quantised = [m for m in job.model.modules() if hasattr(m, "dequantize")]
-    total = sum(p.numel() for p in parameters)
-    total += sum(layer.in_features * layer.out_features for layer in quantised)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = count_parameters(job.model)
+    trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
     answers = sum(count_answer(labels) for _, labels in job.train_set.rows)
     line = (f"{trained:,} of {total:,} parameters trained ({100 * trained / total:.2f} %), "
             f"which is {trained / answers:,.2f} per answer token")

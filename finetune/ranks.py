@@ -69,7 +69,6 @@ class Ranks:
         if any(other != value for other in values):
             raise ValueError(f"the ranks were not started alike: {what} differ between ranks")
 
-
     def exit_together(self, code: int):
         """Exit with this code, together with all other ranks.
 
@@ -109,7 +108,7 @@ def connected_ranks(program: str = "train.py"):
     """Yield this process's Ranks.  Only rank 0 prints, and all ranks exit together at the end."""
     ranks = connect(program)
     if not ranks.is_first:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     yield ranks
     if ranks.size > 1:
         ranks.exit_together(0)

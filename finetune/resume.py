@@ -32,7 +32,7 @@ class Progress:
     loss: of the last step, over all ranks; None where it was not finite.  updates: steps that
     moved the weights.  bad: steps in a row without a finite loss and gradient.  skipped: such steps
     in the whole run.  best: the lowest held-out loss, after step best_step.  worse: measurements
-    since then without a better one.  seconds: spent in training.
+    since then without a better one.
     """
     step: int = 0
     loss: float | None = None
@@ -42,7 +42,6 @@ class Progress:
     best: float = math.inf
     best_step: int = 0
     worse: int = 0
-    seconds: float = 0.0
     finished: bool = False
 
 
@@ -102,6 +101,7 @@ def read_save(path: Path, warning=None) -> Save:
         if not isinstance(content, dict) or not isinstance(content.get("counters"), dict):
             raise ValueError("it has no counters")
         counters = dict(content["counters"])
+        counters.pop("seconds", None)                # Earlier versions saved this too.
         if "taken" in counters:                      # An earlier version called it that,
             counters["updates"] = counters.pop("taken")
         if "updates" not in counters:                # and one before it saved it elsewhere.

@@ -223,7 +223,6 @@ class Run:
         self.device = device
         self.save_best = save_best
         self.parts = parts
-        self.began = time.perf_counter() - self.progress.seconds     # counts earlier sittings
         self.first_step = None                       # number and end of this process's first step
         if self.progress.step:
             restore(self.last_save, parts, self.ranks.rank, device)
@@ -234,7 +233,6 @@ class Run:
         random_states = self.ranks.gather(random_state(self.device))
         states = states_of(self.parts, keeps=self.ranks.is_first)
         if self.ranks.is_first:
-            self.progress.seconds = max(self.progress.seconds, time.perf_counter() - self.began)
             os.fsync(self.metrics.fileno())          # Rows are on disk before a save counts them.
             self.write(states, random_states, self.metrics.tell())
 

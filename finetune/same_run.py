@@ -4,6 +4,7 @@ save: the last save of the run, or None if there is none; a run without one is a
 """
 import torch
 
+from .arguments import as_flag, as_words
 from .resume import Save
 
 # Settings that may differ when a run is resumed: paths, what is printed and kept, when it gives up,
@@ -31,7 +32,7 @@ def changed_settings(save: Save | None, settings: dict) -> list:
         new = settings.get(name)
         if old == new or name in NOT_COMPARED:
             continue
-        line = f"{as_flag(name, old)}, now {as_words(new)}"
+        line = f"{as_flag(name, old)}, now {as_words(name, new)}"
         if name in MAY_CHANGE:
             allowed.append(line)
         else:
@@ -86,14 +87,3 @@ def changed_ranks(save: Save, job) -> list:
     if job.options.neftune_alpha:
         lines.append("the noise on the embeddings is now another one than in the uninterrupted run")
     return lines
-
-
-def as_flag(name, value) -> str:
-    """Return a setting as it would stand on the command line."""
-    flag = f"--{name.replace('_', '-')}"
-    return f"no {flag}" if value is None else f"{flag} {as_words(value)}"
-
-
-def as_words(value) -> str:
-    """Return a setting's value as it would stand on the command line."""
-    return " ".join(map(str, value)) if isinstance(value, list) and value else str(value)

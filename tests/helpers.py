@@ -132,13 +132,19 @@ def epoch_windows(rows, collate, batch_size, accumulation_steps, seed=0, epoch=0
 
 
 def given_once(words):
-    """Return a command line in which each flag stands once, with the last of its values."""
+    """Return a command line in which each flag stands once, with the last of its values.
+
+    With --method full it is without the flags of an adapter.
+    """
     groups = {}
     for word in words:
         if word.startswith("--"):
             flag = word
             groups[flag] = []
         groups[flag].append(word)
+    if groups.get("--method") == ["--method", "full"]:
+        for flag in ("--r", "--alpha", "--dropout", "--targets"):
+            groups.pop(flag, None)
     return [word for group in groups.values() for word in group]
 
 

@@ -63,7 +63,10 @@ BASE = "--checkpoint=base"
     ("--out=examples.json", "cannot write to --out examples.json"),
     ("--out=examples.json/deeper", "cannot write to --out examples.json/deeper"),
     ("--adapter=one/adapter.pt --method-options=start=pissa",
-     "leave out --method, --r, --alpha, --dropout, --targets, --method-options"),
+     "--adapter brings its own settings; leave out --method-options"),
+    ("--adapter=one/adapter.pt --r=16 --method=lora", "leave out --method, --r;"),
+    ("--adapter=one/adapter.pt --out=one --overwrite", "one holds the adapter to start from"),
+    ("--method=full --dropout=0.1 --r=16", "has no adapter; leave out --r, --dropout;"),
     ("--data=", "argument --data: is empty"),
     ("--data=\udcff.json", "argument --data: is not UTF-8 text"),
     ("--lay=1", "unrecognized arguments: --lay=1"),
@@ -78,6 +81,21 @@ def test_train(refused, here, flags, message):
             flags.insert(0, flag)
     assert message in refused(train.main, *flags)
     assert files_in(here) == before
+
+
+def test_a_file_is_named_once_by_whatever_path(refused, here):
+    for names in (["examples.json", "./examples.json"], ["examples.json", "one/../examples.json"]):
+        assert "--data names a file twice" in refused(train.main, BASE, "--data", *names)
+
+
+def test_a_model_in_hugging_faces_layout_is_not_written_over(refused, here):
+    folder = here / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        error = refused(train.main, BASE, "--data=examples.json", "--out=hf", *flags)
+        assert "hf holds a model already, and not a run" in error
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("flags", [

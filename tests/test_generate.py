@@ -97,6 +97,13 @@ def test_an_adapter_taken_by_default_is_named_when_it_does_not_fit(trained, refu
             in refused(command.main, "--layers", "1"))
 
 
+@pytest.mark.parametrize("flags", [["--checkpoint", "typo"],
+                                   ["--template", "text", "--data", "data.json", "--score"]])
+def test_it_is_not_named_where_it_is_not_the_reason(trained, refused, data, flags):
+    data.rename("data.json")
+    assert "was chosen because" not in refused(command.main, *flags)
+
+
 def test_input_and_flags_reach_prompt_and_sampler(trained):
     with_input = trained("--instruction", "Say cold again please.", "--input", "quietly").out
     assert with_input.startswith("\n### Say cold again please.\n# quietly\ncold")

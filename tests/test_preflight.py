@@ -270,7 +270,7 @@ def test_the_estimate_counts_long_answers_that_stand_in_shorter_rows(no_weights,
 def test_a_dry_run_needs_no_weights_and_writes_nothing(no_weights, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     train.main([*no_weights, "--r", "4", "--batch-size", "3", "--accumulation-steps", "2",
-                "--out", "not/yet"])
+                "--out", "not/yet", "--compile"])
     printed, error = capsys.readouterr()
     for part in (
             "12 examples, ", "123 tokens", "on wq,wv: 4 adapters", "MiB of tensors",

@@ -267,9 +267,9 @@ def test_empty_outputs_are_counted_and_train_as_before(run, base, tmp_path, caps
     (tmp_path / "a.json").write_text(json.dumps(rows))
     run("out", "--data", "a.json", "--val-data", "a.json", "--max-steps", "1")
     printed = capsys.readouterr().out
-    fits = "every answer ends within --max-seq-len 512; 2 outputs empty\n"
-    assert f"data      a.json: 14 examples, the longest has 123 tokens; {fits}" in printed
-    assert f"held out  a.json: 14 examples; {fits}" in printed
+    fits = "every answer ends within --max-seq-len 512; 2 outputs empty"
+    assert f"data      a.json: 14 examples, the longest has 123 tokens; {fits}\n" in printed
+    assert f"held out  a.json: 14 examples; {fits}; 14 of them are" in printed
 
 
 # --- generate.py --data

@@ -395,7 +395,7 @@ LORA_B = "layers.0.attention.wq.lora_B"
 @pytest.mark.parametrize("keys, value, message", [
     ("counters step", 7, "claims step 7 of 6"),
     ("counters updates", 4, "claims step 3 of 6, and that 4 moved the weights"),
-    ("args", {1: 2}, "was begun with --1 2, now None"),
+    ("args", {1: 2}, "was begun with --1 2, now not given"),
     ("args data", "\x1b[2J", None),
     ("args targets", [["wq"]], "was begun with --targets ['wq'], now"),
     ("about", {}, "its number of ranks is None"),

@@ -88,6 +88,9 @@ WITH_SYSTEM = "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ [/INST]{A </s>}"
     (chat("[INST] </s>", "[/INST] <s>"), "<s>[INST] [INST] </s> [/INST]{[/INST] <s> </s>}"),
     (SHAREGPT, WITH_SYSTEM),
     ({"conversations": chat("Q", "A")["messages"]}, ONE_TURN),
+    ({"conversations": chat("Q", "A")["messages"], "system": "S"}, WITH_SYSTEM),
+    (chat("Q", "A") | {"conversations": [], "system": ""}, ONE_TURN),
+    ({"messages": []} | SINGLE, ONE_TURN),
     ({"messages": SHAREGPT["conversations"]}, WITH_SYSTEM),
     (ALPACA_FORM,
      "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nQ1 [/INST]{A1 </s>}<s>[INST] Q2\nI [/INST]{A2 </s>}"),
@@ -174,6 +177,8 @@ def test_alpaca_takes_one_turn_of_messages():
      "'messages', message 1, has the keys ['speaker', 'content']; give each message 'role' and "
      "'content'"),
     ("llama2", chat("Q", "\ud83d"), "has an incomplete character"),
+    ("llama2", {"messages": [], "instruction": ""}, "'messages' is [], not a list of messages"),
+    ("llama2", SHAREGPT | {"system": "T"}, "has a 'system' and a first message of the system"),
     ("alpaca", chat("Q", "A", "R", "B"), "has 2 turns, and the template alpaca has one"),
     ("alpaca", ALPACA_FORM, "use --template llama2"),
     ("alpaca", SINGLE | {"system": 5},
@@ -213,7 +218,7 @@ def test_plain_text_files(tmp_path):
         read_examples(path)
     with pytest.raises(ValueError, match="book.TXT, example 1 has no question to answer"):
         read_examples(path, ("instruction",), TEXT)
-    beginning = {"instruction": "Once", "input": "upon"}
+    beginning = {"instruction": "Once", "input": "upon", "output": None}
     (tmp_path / "beginning.json").write_text(json.dumps([beginning]))
     assert read_examples(tmp_path / "beginning.json", ("instruction",), TEXT) == [beginning]
 

@@ -2,7 +2,9 @@
 
 That a step does not depend on how it is cut is in test_distributed.py.
 """
+import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import finetune.evaluate
 import finetune.job
 import generate
 import train
+from finetune.arguments import as_flag
 from finetune.batches import DataCollatorForSupervisedDataset
 from finetune.dataset import SupervisedDataset, load_datasets
 from finetune.hardware import pick_hardware
@@ -21,7 +24,7 @@ from finetune.options import DEMO, parse_options
 from finetune.ranks import SINGLE_PROCESS
 from llama import load_checkpoint
 
-from .helpers import EXAMPLES, adapter_tensors, contents, untimed
+from .helpers import EXAMPLES, adapter_tensors, contents, given_once, untimed
 
 FIELDS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "answer_tokens",
           "tokens_per_second", "peak_memory_mb", "loss_scale"]
@@ -121,6 +124,24 @@ def test_held_out_loss_once_an_epoch_and_at_the_end(run, capsys):
     assert " 9 examples, " in printed and "held out  examples.json: 3 examples" in printed
 
 
+def test_what_is_held_out_and_trained_on_too_is_counted(run, data, tmp_path, capsys):
+    half = json.loads(data.read_text())[:6]
+    other = {"instruction": "Say nothing of this.", "output": "fine"}
+    (tmp_path / "half.json").write_text(json.dumps([*half, other]))
+    run("out", "--val-data", "half.json", "--max-steps", "1")
+    assert "held out  half.json: 7 examples;" in (printed := capsys.readouterr().out)
+    assert "; 6 of them are trained on too" in printed
+
+
+def test_plain_text_is_counted_in_documents_and_rows(run, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("the cat sat on the mat " * 40)
+    run("out", "--data", "book.txt", "--template", "text", "--max-seq-len", "32", "--max-steps",
+        "1")
+    line, = re.findall("data      (.*)", capsys.readouterr().out)
+    assert re.fullmatch(r"book.txt: 1 document in \d+ rows, the longest has 32 tokens; rows of at "
+                        r"most --max-seq-len 32", line)
+
+
 def test_held_out_examples_are_not_trained_on(data, tokenizer):
     training, held_out = load_datasets([str(data)], None, 0.25, 512, 0, tokenizer)
     everything = SupervisedDataset(EXAMPLES, tokenizer).rows
@@ -171,7 +192,7 @@ def test_bf16_stays_close_to_fp32(run, method):
 ])
 def test_what_is_frozen_is_held_in_the_compute_dtype_and_what_is_trained_in_fp32(base, flags,
                                                                                  frozen):
-    options = parse_options(["--checkpoint", str(base), "--r", "2", *flags])
+    options = parse_options(given_once(["--checkpoint", str(base), "--r", "2", *flags]))
     job = finetune.job.prepare(options, SINGLE_PROCESS, train.build_optimizer)
     model, _ = finetune.job.load_model(job, torch.device("cpu"), "checkpoint")
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == frozen
@@ -306,6 +327,16 @@ def test_the_plans_defaults():
     assert parse_options(["--checkpoint", "somewhere", "--method", "full"]).lr == 1e-5
     demo = parse_options(["--checkpoint", f"{DEMO}/"])
     assert (demo.lr, demo.epochs) == (5e-3, 4)       # as without --checkpoint
+
+
+@pytest.mark.parametrize("name, value, words", [
+    ("lr", 0.0, "--lr 0.0"), ("epochs", 1, "--epochs 1"), ("max_steps", None, "no --max-steps"),
+    ("compile", True, "--compile"), ("checkpointing", False, "no --checkpointing"),
+    ("targets", ["wq", "wv"], "--targets wq,wv"), ("data", ["a", "b"], "--data a b"),
+    ("method_options", {"start": "pissa"}, "--method-options start=pissa"),
+])
+def test_a_setting_as_it_stands_on_the_command_line(name, value, words):
+    assert as_flag(name, value) == words
 
 
 # --- what is saved, and what is there already

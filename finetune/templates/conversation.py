@@ -1,13 +1,14 @@
 """The forms in which data files hold questions and answers, read into one.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}],
+     "system": "..."}
     {"instruction": "...", "input": "...", "output": "...", "system": "...",
      "history": [["question", "answer"], ...]}
 
 The first is the usual form of chat data, the second ShareGPT's, the third Alpaca's with
 LLaMA-Factory's two fields.  Messages of either list may have the other list's names.  A first
-message may be the system prompt.
+message may be the system prompt, or it stands beside the messages.
 """
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
          "gpt": "assistant"}
 # Name of the list: names of role and text in each of its messages.
 MESSAGE_FIELDS = {"messages": ("role", "content"), "conversations": ("from", "value")}
-ALPACA_FIELDS = ("instruction", "input", "output", "history", "system")
+ALPACA_FIELDS = ("instruction", "input", "output", "history")
 
 
 class Turn(NamedTuple):
@@ -31,8 +32,12 @@ class Conversation(NamedTuple):
 
 
 def has_messages(example: dict) -> bool:
-    """Return whether the example is a list of messages, not an instruction."""
-    return any(example.get(name) is not None for name in MESSAGE_FIELDS)
+    """Return whether the example is a list of messages, not an instruction.
+
+    In a table that has both columns, the list of an instruction is empty.
+    """
+    lists = [example[name] for name in MESSAGE_FIELDS if example.get(name) is not None]
+    return any(lists) or bool(lists) and not example.get("instruction")
 
 
 def conversation_of(example: dict) -> Conversation:
@@ -46,8 +51,10 @@ def conversation_of(example: dict) -> Conversation:
     if len(present) > 1:
         raise ValueError(f"has both {present[0]!r} and {present[1]!r}; give one form")
     messages = read_messages(example)
-    system = None
-    if messages and messages[0][0] == "system":
+    system = system_prompt(example)
+    if messages[0][0] == "system":
+        if system is not None:
+            raise ValueError("has a 'system' and a first message of the system; give one")
         system = messages[0][1]
         messages = messages[1:]
     return Conversation(system, turns_of(messages))
@@ -66,15 +73,21 @@ def from_instruction(example: dict) -> Conversation:
         if not isinstance(pair, list) or len(pair) != 2 or not all(map(is_filled, pair)):
             raise ValueError(f"'history', turn {n}, is {shown(pair)}, not [question, answer]")
         turns.append(Turn(*pair))
+    return Conversation(system_prompt(example), [*turns, Turn(question, example.get("output"))])
+
+
+def system_prompt(example: dict) -> str | None:
+    """Return the example's own field `system`; None if it has no text.  Raises ValueError."""
     system = example.get("system") or None
     if system is not None and not isinstance(system, str):
         raise ValueError(f"'system' is {shown(system)}, not text")
-    return Conversation(system, [*turns, Turn(question, example.get("output"))])
+    return system
 
 
 def read_messages(example: dict) -> list[tuple[str, str]]:
     """Return [(role, text)] of the example's messages.  Errors number them from 1."""
-    name = next(name for name in MESSAGE_FIELDS if example.get(name) is not None)
+    names = [name for name in MESSAGE_FIELDS if example.get(name) is not None]
+    name = next((name for name in names if example[name]), names[0])
     if not isinstance(example[name], list) or not example[name]:
         raise ValueError(f"{name!r} is {shown(example[name])}, not a list of messages")
     role_field, text_field = field_names(name, example[name])

@@ -10,8 +10,8 @@ def pieces(example: dict) -> list[Piece]:
 
     Raises ValueError without either.
     """
-    is_question = "instruction" in example and not {"text", "output"} & example.keys()
-    if is_question:
+    has_document = any(example.get(name) is not None for name in ("text", "output"))
+    if "instruction" in example and not has_document:
         texts = [example["instruction"], example.get("input") or ""]
         if not all(isinstance(part, str) for part in texts) or not texts[0].strip():
             raise ValueError("'instruction' is not text, or is empty")
