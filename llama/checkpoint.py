@@ -236,6 +236,8 @@ class StoredWeights:
         for name, parameter in layer.named_parameters(recurse=False):
             tensor = self.read(f"{path}.{name}", parameter.shape, dtype, device)
             setattr(layer, name, nn.Parameter(tensor))
+        if hasattr(layer, "flatten_parameters"):
+            layer.flatten_parameters()               # cuDNN wants a GRU's weights side by side.
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None,
              device: torch.device | str) -> torch.Tensor:
@@ -423,12 +425,18 @@ def save_checkpoint(model: nn.Module, tokenizer: Tokenizer, folder: str | Path,
     layout: "meta" or "hf".  suffix (.safetensors or .bin) and shard_bytes are for "hf" alone.
     A merged adapter is part of the weights.  A file is written whole or not at all.
     Raises ValueError for an adapter that is not merged, for quantised weights, and for a folder
-    that has other weights which a reader could take instead.
+    with other weights, which a reader could take instead.
     """
     folder = Path(folder)
     state = state_to_save(model)
+    if layout == "hf" and isinstance(model.args, RNNArgs):
+        raise ValueError("Hugging Face's layout is for transformers, and this model is recurrent")
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} holds a checkpoint in several files; write to another folder")
+    other = huggingface.CONFIG if layout == "meta" else PARAMS
+    if (folder / other).exists():
+        raise ValueError(f"{folder} holds a model in the other layout ({other}); write to another "
+                         "folder")
     folder.mkdir(parents=True, exist_ok=True)
     if layout == "hf":
         huggingface.save(state, model.args, tokenizer, folder, suffix, shard_bytes)

@@ -30,7 +30,7 @@ TOKENIZER_FILES = ("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json"
 PATTERNS = (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES, "chat_template.*",
             "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
 TOTAL_BYTES = 4 * JSON_BYTES       # No tokenizer has more in all its files.
-CONTEXT = "max_position_embeddings"
+CONTEXT_KEY = "max_position_embeddings"
 
 
 @dataclass
@@ -69,9 +69,9 @@ class Companions:
 
     def context(self) -> int:
         """Return the context length in tokens that config.json states.  Raises ValueError."""
-        length = self.fields(CONFIG).get(CONTEXT, DEFAULTS[CONTEXT])
+        length = self.fields(CONFIG).get(CONTEXT_KEY, DEFAULTS[CONTEXT_KEY])
         if isinstance(length, bool) or not isinstance(length, int):
-            raise ValueError(f"{self.source}: {CONTEXT} is {length!r}, not a number of tokens")
+            raise ValueError(f"{self.source}: {CONTEXT_KEY} is {length!r}, not a number of tokens")
         return length
 
     def check_text(self, name: str):

@@ -366,7 +366,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """Give the block a folder to write to, which gets the name `path` if the block ends well.
 
     Otherwise the folder is removed; if the process is killed, PATH.PID.tmp remains.
-    Raises ValueError for a path where something is already.
+    Raises ValueError for a path where something other than an empty folder is already.
     """
     path = Path(path).resolve()
     if path.is_dir() and any(path.iterdir()):

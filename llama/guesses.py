@@ -4,7 +4,8 @@ Without a KV cache a forward computes the whole row again, and a few more tokens
 tree of guesses is appended after each row, and the forward gives the logits after the row and after
 each guess.  While the model's choice equals a guess, the logits of its next token are known
 already.  The text stays the same, whether the guesses are right or wrong.
-Deleting this file, and the lines of sampling.py that name it, leaves one forward per token.
+Deleting this file, its lines in sampling.py, and the pools in finetune/answers.py and
+finetune/exam.py leaves one forward per token.
 """
 import math
 from collections.abc import Callable

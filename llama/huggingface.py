@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 import torch
 
 from .companions import (
-    CONTEXT,
+    CONTEXT_KEY,
     TOKENIZER_FILES,
     Companions,
     add_companions,
@@ -294,17 +294,14 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
     if old_files:
         raise ValueError(f"{folder} holds a model already ({old_files[0].name}); write to another "
                          "folder")
-    save_shards(state, args, folder, suffix, shard_bytes)
     companions = tokenizer.companions
     texts = companions.texts if companions else {}
+    files = {}                                       # {name: content}, made before any is written
     if not texts.keys() & set(TOKENIZER_FILES):
-        save_tokenizer(tokenizer, folder)
-    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
+        files |= tokenizer_files(tokenizer)
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if companions:
-        companions.write(folder)
-    else:
-        write_json(folder / GENERATION_CONFIG, ids)
+    if not companions:
+        files[GENERATION_CONFIG] = ids
     config = {                    # the keys of transformers 4, which others read too
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
@@ -313,7 +310,12 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
         config = config_with(companions, config)
     else:
         config |= ids
-    write_json(folder / CONFIG, config)
+    save_shards(state, args, folder, suffix, shard_bytes)
+    write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
+    if companions:
+        companions.write(folder)
+    for name, content in {**files, CONFIG: config}.items():
+        write_json(folder / name, content)
 
 
 def sizes_of(state: dict[str, torch.Tensor], args: ModelArgs) -> dict:
@@ -339,7 +341,7 @@ def config_with(companions: Companions, sizes: dict) -> dict:
         config["rope_parameters"]["rope_theta"] = sizes["rope_theta"]
     if config.get("head_dim"):
         config["head_dim"] = sizes["hidden_size"] // sizes["num_attention_heads"]
-    config[CONTEXT] = companions.context()
+    config[CONTEXT_KEY] = companions.context()
     return config
 
 
@@ -377,14 +379,18 @@ def split_by_bytes(state: dict[str, torch.Tensor], shard_bytes: int) -> list[lis
     return shards
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path):
-    """Write tokenizer.json and tokenizer_config.json for a tokenizer.model."""
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict]:
+    """Return the content of tokenizer.json and tokenizer_config.json for a tokenizer.model.
+
+    Raises ValueError for one that transformers would read otherwise.
+    """
     ids = {"unk_token": tokenizer.sp.unk_id(), "bos_token": tokenizer.bos_id,
            "eos_token": tokenizer.eos_id}
     special = {key: tokenizer.sp.id_to_piece(i) for key, i in ids.items()}
-    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer.sp, special))
-    write_json(folder / "tokenizer_config.json", {
+    config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         # The next two keys switch off defaults of transformers 4.
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"], **special})
+        "model_input_names": ["input_ids", "attention_mask"], **special}
+    return {"tokenizer.json": tokenizer_json(tokenizer.sp, special),
+            "tokenizer_config.json": config}

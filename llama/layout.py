@@ -78,15 +78,17 @@ class Layout:
     def mask(self, i: int, keys: torch.Tensor, heads_per_key: int) -> torch.Tensor | None:
         """Return what segment i's L tokens see of the S keys, in the form for `segment_attention`.
 
-        To add to the scores: on a CPU with short contexts (heads_per_key L, S), else (L, S), or
-        None for the usual triangle.  Made once for all blocks.
+        It is added to the scores: on a CPU with short contexts (heads_per_key L, S), else (L, S).
+        None stands for the usual triangle, which needs no mask.  Made once for all blocks.
         """
         length = self.segments[i][0]
         n_keys = keys.shape[1]
+        tree = self.trees.get(i)
+        if tree is None and length == n_keys and not by_products(keys):
+            return None
         variant = (i, heads_per_key, keys.dtype)
         if variant in self.masks:
             return self.masks[variant]
-        tree = self.trees.get(i)
         visible = keys.new_ones(length, length, dtype=torch.bool).tril() if tree is None else tree
         # The whole context is visible.  CUDA's kernel wants rows in steps of 8 numbers.
         visible = F.pad(visible, (n_keys - length, -n_keys % 8), value=True)
@@ -94,8 +96,6 @@ class Layout:
         mask = scores[:, :n_keys]
         if by_products(keys):
             mask = mask.repeat(heads_per_key, 1)
-        elif tree is None and length == n_keys:
-            mask = None
         self.masks[variant] = mask
         return mask
 

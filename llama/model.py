@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelArgs:
-    """The sizes in Meta's params.json.  The defaults are those of Llama-2-7B.
+    """The sizes in Meta's params.json.  The defaults are Llama-2-7B's, but for max_seq_len.
 
     Raises ValueError for sizes that do not fit each other.
     """

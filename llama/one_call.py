@@ -14,10 +14,18 @@ try:
 except ImportError:
     OPTIONS = ()             # torch is older than 2.10.
 
+WIDEST_HEAD = 256
+
 
 def takes_one_call(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Return whether varlen_attn computes q (1, N, H, hd) and k: in 16 bits, from Ampere on."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[3] % 8:
+    """Return whether varlen_attn computes q (1, N, H, hd) and k.
+
+    It does in 16 bits, from Ampere on, for heads as wide as FlashAttention 2 takes.
+    """
+    head_dim = q.shape[3]
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if head_dim % 8 or head_dim > WIDEST_HEAD:
         return False
     needed = {"window_size"}                         # torch 2.11 has it.
     if q.shape[2] > k.shape[2]:

@@ -69,7 +69,7 @@ def is_peft(path: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> tuple[dict, str | None]:
-    """Return ({method, r, alpha, dropout} for LoRAConfig, the base's name) of a PEFT folder.
+    """Return ({method, r, alpha, dropout, options}, the base's name) of a PEFT folder.
 
     The name is None where the folder does not say it.  Raises FileNotFoundError, or ValueError
     that names the feature that our adapters lack.

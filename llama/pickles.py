@@ -40,9 +40,10 @@ CALLS = {
 def check_pickle(pickled: bytes) -> None:
     """Raise ValueError for a pickle that does more than the pickles of torch.save do.
 
-    It is followed with the kinds of values in place of values, so nothing is made.  A value that
-    is fetched from the memo, unless it is text or a name, is of no special kind any more: no key
-    and no argument.  So a few bytes cannot ask for many tensors, nor for a key of 2^60 tuples.
+    The pickle is followed step by step, with the kind of each value in place of the value, so
+    nothing is made.  A value that is fetched from the memo, unless it is text or a name, is of no
+    special kind any more: no key and no argument.  So a few bytes cannot ask for many tensors, nor
+    for a key of 2^60 tuples.
     """
     stack = []
     marks = []

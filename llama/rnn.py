@@ -3,7 +3,8 @@
 A folder is one if it has a tokenizer.model and a params.json like {"rnn": "gru", "dim": 128,
 "n_layers": 2}.  `--init random` draws its weights; from then on it is loaded, trained, saved and
 asked like any other checkpoint.  Needs torch alone.
-Deleting this file, and its lines in checkpoint.py and memory.py, leaves LLaMA alone.
+Deleting this file, and the lines that name RNN or RNNArgs in checkpoint.py, finetune/shard.py and
+finetune/convert.py, leaves LLaMA alone.
 """
 from dataclasses import dataclass
 

@@ -21,7 +21,8 @@ def generate(model: nn.Module, prompts: list[list[int]], max_new_tokens: int,
              pool: NgramPool | None = None) -> Iterator[tuple[int, int]]:
     """Return an iterator over (i, id): the next token of the answer to prompts[i], a list of ids.
 
-    An answer ends before eos (one id or several), which is not given, or at max_seq_len.
+    An answer ends before eos (one id or several), which is not given, after max_new_tokens, at
+    max_seq_len, or where no_repeat_ngram leaves no token.
     Temperature 0 takes the likeliest token.  Above 0 one is drawn from `filtered`, for each prompt
     by a generator of its own from the same seed.  With no_repeat_ngram n above 0 no answer repeats
     n tokens in a row.
@@ -180,6 +181,8 @@ def beam_search(model: nn.Module, prompt: list[int], max_new_tokens: int,
     Raises ValueError for a prompt that leaves no space for an answer.
     """
     limit = tokens_left(model, [prompt], max_new_tokens)[0]
+    if not limit:
+        return []
     ends_of_text = end_ids(eos_id)
     unfinished = [(0.0, [])]                         # (log p, answer), the highest log p first
     finished = []                                    # (mean log p, answer)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 
 from . import quantize
+from .adapter import LoRAConfig
 from .lora_layer import at_least_fp32, with_weight
 from .start import LOFTQ, pissa
 
@@ -27,16 +28,16 @@ def quantizer(kind: str | None, adapter=None) -> Callable | None:
     if not convert or not adapter:
         return convert
     is_saved = isinstance(adapter, dict)
-    config = adapter["config"] if is_saved else vars(adapter)
-    if config.get("options", {}).get("start") != LOFTQ:
+    config = LoRAConfig(**adapter["config"]) if is_saved else adapter
+    if config.options.get("start") != LOFTQ:
         return convert
 
     def convert_for_adapter(linear: nn.Linear, path: str) -> quantize.QuantizedLinear:
         if not is_saved:
-            is_target = path.rpartition(".")[2] in config["targets"]
-            return loftq(linear, config["r"], convert) if is_target else convert(linear)
+            is_target = path.rpartition(".")[2] in config.targets
+            return loftq(linear, config.r, convert) if is_target else convert(linear)
         pair = [adapter["tensors"].get(f"{path}.lora_{name}") for name in ("A0", "B0")]
-        shapes = [(config["r"], linear.in_features), (linear.out_features, config["r"])]
+        shapes = [(config.r, linear.in_features), (linear.out_features, config.r)]
         # What does not fit is refused when the adapter is loaded.
         fits = [getattr(tensor, "shape", None) for tensor in pair] == shapes
         return quantized_without(linear, *pair, convert) if fits else convert(linear)

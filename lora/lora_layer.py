@@ -118,7 +118,7 @@ class LoRALayer(nn.Module):
         for name, value in options.items():
             if name not in cls.options:
                 names = ", ".join(cls.options) or "none"
-                raise ValueError(f"unknown option {name!r}; the method's options: {names}")
+                raise ValueError(f"unknown option {name!r}; options of {cls.__name__}: {names}")
             kind = type(cls.options[name])
             accepted = (int, float) if kind is float else kind
             # In Python True is an int, so bool needs a test of its own.

@@ -92,5 +92,7 @@ def gathered_weights(layer: nn.Module):
              if hasattr(parameter, "full_tensor")}
     for name, part in parts.items():
         layer._parameters[name] = nn.Parameter(part.full_tensor(), requires_grad=False)
-    yield
-    layer._parameters.update(parts)
+    try:
+        yield
+    finally:
+        layer._parameters.update(parts)

@@ -70,11 +70,13 @@ class Start:
     @classmethod
     def check(cls, config):
         super().check(config)
-        start = config.options.get("start", LOFTQ)
+        if "start" not in config.options:
+            return
+        start = config.options["start"]
         if start not in (*FROM_WEIGHT, LOFTQ):
             raise ValueError(f"start is {start!r}, must be random, {', '.join(FROM_WEIGHT)} or "
                              f"{LOFTQ}")
-        if "start" in config.options and "all" in config.targets:
+        if "all" in config.targets:
             raise ValueError(f"start={start} is for matrices, and all means the embeddings too; "
                              "name the targets, as in wq,wk,wv,wo,w1,w2,w3")
 
@@ -82,7 +84,8 @@ class Start:
                  init: str = "kaiming", **options):
         super().__init__(base, r, alpha, dropout, init, **options)
         start = self.settings.get("start")
-        if start == LOFTQ and len(getattr(base, "loftq_pair", [()])[0]) != r:
+        pair = getattr(base, "loftq_pair", None)
+        if start == LOFTQ and (pair is None or len(pair[0]) != r):
             raise ValueError("start=loftq needs a base that is quantised for it and its r: "
                              "--quantize int8 or nf4, and targets inside the blocks")
         if start:
@@ -96,10 +99,13 @@ class Start:
     def at_start(self, start: str, init: str) -> tuple[torch.Tensor, ...]:
         """Return A, B, A0 and B0."""
         if start == LOFTQ:
-            A, B = getattr(self.base, "loftq_rest", self.base.loftq_pair)
+            A0, B0 = self.base.loftq_pair
+            A, B = getattr(self.base, "loftq_rest", (A0, B0))
             root = math.sqrt(self.scale)
             # Copied, as all below: what is loaded into A0 and B0 must not change the base's pair.
-            return A / root, B / root, *(tensor.clone() for tensor in self.base.loftq_pair)
+            # And where A is: the base may have moved since it was read.
+            return tuple(tensor.to(self.lora_A.device, copy=True)
+                         for tensor in (A / root, B / root, A0, B0))
         A = self.lora_A.detach()
         B = self.lora_B.detach()
         if init == "none":

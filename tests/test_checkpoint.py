@@ -9,9 +9,11 @@ import torch
 
 from llama import load_checkpoint, save_checkpoint
 from llama.checkpoint import fingerprint
+from llama.rnn import RNN, RNNArgs
 from lora import merge_lora
 
-from .helpers import DROP, PEAK, ROOT, Attack, adapt, contents, saved, spoil, stored, tiny
+from .helpers import (DROP, PEAK, ROOT, Attack, adapt, contents, files_in, saved, spoil, stored,
+                      tiny)
 
 TOKENS = torch.tensor([[1, 5, 9, 7, 3]])
 BY_ROWS = ("wq", "wk", "wv", "w1", "w3", "output")
@@ -67,6 +69,24 @@ def test_a_merged_adapter_is_saved_under_metas_names(base, tmp_path):
     merge_lora(model)
     save_checkpoint(model, tokenizer, tmp_path / "merged")
     assert torch.equal(logits(tmp_path / "merged"), model.eval()(TOKENS))
+
+
+@pytest.mark.parametrize("first, second", [("meta", "hf"), ("hf", "meta")])
+def test_a_folder_holds_one_layout(tmp_path, tokenizer, first, second):
+    """A reader of either layout could take the weights of the other with the new tokenizer."""
+    model = tiny(tokenizer.vocab_size)
+    save_checkpoint(model, tokenizer, tmp_path, first, ".bin")
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="holds a model in the other layout"):
+        save_checkpoint(model, tokenizer, tmp_path, second, ".bin")
+    assert files_in(tmp_path) == before
+
+
+def test_a_recurrent_model_has_no_hugging_face_layout(tmp_path, tokenizer):
+    model = RNN(RNNArgs(dim=16, n_layers=1, rnn="gru", vocab_size=tokenizer.vocab_size))
+    with pytest.raises(ValueError, match="layout is for transformers"):
+        save_checkpoint(model, tokenizer, tmp_path / "hf", "hf", ".bin")
+    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

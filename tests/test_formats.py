@@ -312,6 +312,10 @@ def test_a_tokenizer_that_transformers_would_read_otherwise_is_refused(refused, 
     (base / "tokenizer.model").write_bytes(tokenizer)
     error = refused(convert.main, str(base), "new", "--to", "hf", "--bin")
     assert "transformers would read this tokenizer.model differently" in error
+    model, tokenizer = load_checkpoint(base)
+    with pytest.raises(ValueError, match="would read this tokenizer.model differently"):
+        save_checkpoint(model, tokenizer, base.parent / "saved", "hf", ".bin")
+    assert not [*(base.parent / "saved").iterdir()]  # no weights without a tokenizer
     run(base, base.parent / "new", "--to", "meta")
 
 

@@ -161,6 +161,8 @@ def test_one_call_for_all_segments_is_the_loop(monkeypatch, share_prefix):
     (True, {"options": ("window_size",)}),
     (False, {"options": ()}),
     (False, {"capability": (7, 5)}),
+    (True, {"shape": (1, 9, 4, 256)}),
+    (False, {"shape": (1, 9, 4, 264)}),              # beyond FlashAttention 2
 ])
 def test_who_takes_one_call(monkeypatch, expected, changes):
     settings = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 9, 4, 64),

@@ -671,8 +671,9 @@ def test_a_layer_that_the_method_has_no_form_for(method):
 
 
 @pytest.mark.parametrize("method, settings, message", [
-    ("lora-fa", {"options": {"seed": 1}}, "unknown option 'seed'; the method's options: none"),
-    ("vera", {"options": {"sead": 1}}, "unknown option 'sead'; the method's options: seed, d_init"),
+    ("lora-fa", {"options": {"seed": 1}}, "unknown option 'seed'; options of LoRAFALinear: none"),
+    ("vera", {"options": {"sead": 1}},
+     "unknown option 'sead'; options of VeRALinear: seed, d_init"),
     ("vera", {"options": {"seed": 1.5}}, "seed is 1.5, must be a whole number"),
     ("vera", {"options": {"d_init": 0.0}}, "d_init is 0.0, must be finite and not 0"),
     ("dylora", {"options": {"rank_by": "mood"}}, "rank_by is 'mood', must be chance or loss"),

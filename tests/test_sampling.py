@@ -262,6 +262,7 @@ def test_ends_take_no_beams_place_however_many_there_are():
     script = {(): [0.2, 0.4, 0.12, 0.15, 0.13], (1,): [0.2] * 5,
               (2,): [0.99, 0.0025, 0.0025, 0.0025, 0.0025]}
     assert beam_search(Table(script), [3], 8, (0, 3, 4), 2) == [2]
+    assert beam_search(Table(script), [3], 0, 0, 2) == []
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -26,6 +26,7 @@ from llama import ModelArgs, Transformer, load_checkpoint, save_checkpoint
 from llama.rnn import RNN, RNNArgs
 from lora import LoRAConfig, add_lora
 from lora.adapter import METHODS
+from lora.matrices import gathered_weights
 from lora.quantize import quantizer
 
 from .helpers import (EXAMPLES, ONE_THREAD, ROOT, given_once, launcher, metrics, python, stored,
@@ -329,6 +330,16 @@ def test_a_dry_run_needs_sizes_and_tokenizer_only(base, data, tmp_path, monkeypa
     assert "in rank 0's main memory, 0." in capsys.readouterr().out
     train.main(["--dry-run", "--shard", "8"])
     assert "about 12.8 MiB of tensors per rank, " in capsys.readouterr().out       # as in docs
+
+
+def test_a_layer_gets_its_part_back_also_after_an_error():
+    layer = torch.nn.Linear(2, 4, bias=False)
+    part = layer.weight
+    part.full_tensor = lambda: torch.zeros(8, 2)
+    with pytest.raises(ValueError), gathered_weights(layer):
+        assert layer.weight.shape == (8, 2)
+        raise ValueError
+    assert layer.weight is part
 
 
 def test_shard_is_advised_where_memory_ends():

@@ -294,6 +294,20 @@ def test_loftq_repairs_a_part_of_the_error(kind, dtype):
     assert not hasattr(adapter.base, "loftq_rest")
 
 
+def test_loftqs_factors_follow_a_base_that_has_moved():
+    config = LoRAConfig(targets="0", **settings("loftq", r=8))
+    model = nn.Sequential(quantizer("nf4", config)(linear(96, 80), "0")).to("meta")
+    add_lora(model, config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_file_with_the_default_rank_need_not_name_it(base):
+    content = {"config": {"method": "lora", "options": {"start": "loftq"}}, "base": {},
+               "tensors": {}}
+    model, _ = load_checkpoint(base, convert=quantizer("nf4", content))
+    assert isinstance(model.layers[0].attention.wq, quantize.NF4Linear)
+
+
 @EVERY_KIND
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_file_builds_loftqs_base_again_to_the_bit(base, kind, dtype, tmp_path):

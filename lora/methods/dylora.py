@@ -41,7 +41,7 @@ class DyLoRA:
 
     @property
     def rank(self) -> int:
-        return (self.training and self.step_rank) or self.settings["rank"] or self.r
+        return (self.step_rank if self.training else 0) or self.settings["rank"] or self.r
 
     @property
     def scale(self) -> float:
