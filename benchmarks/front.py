@@ -65,7 +65,7 @@ def machine_of_peers(page):
 
 def short(training):
     """Return the name of a training as it stands under a bar: `bf16, batch 4` is bf16."""
-    name = re.sub(r", batch \d+|, random weights|, after \d+ steps|`--|`", "", training)
+    name = re.sub(r", batch 4\b|, random weights|, after \d+ steps|`--|`", "", training)
     return name.replace("one block of the 7B", "7B block")
 
 
@@ -86,7 +86,7 @@ def make(args, table):
     peers = beside_peers(page)
     speeds = [(name, speed) for name, speed, _ in peers]
     memories = [(name, memory) for name, _, memory in peers]
-    beside = Panel("beside transformers + PEFT", "", "ours divided by theirs (1 = equal)",
+    beside = Panel("beside transformers + PEFT, padded", "", "ours divided by theirs (1 = equal)",
                    {"speed": speeds, "memory": memories}, from_zero=True)
     sources = (f"{table.command}; beside transformers + PEFT: docs/performance.md, on "
                f"{machine_of_peers(page)}")
