@@ -95,7 +95,7 @@ def as_flag(name: str, value) -> str:
 
 
 def as_words(name: str, value) -> str:
-    """Return the value of a setting as it would stand behind its flag; of a switch, if it does."""
+    """Return a setting's value as on the command line; of a switch, whether it is given."""
     if value is None or value is False:
         return "not given"
     if value is True:

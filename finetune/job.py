@@ -218,7 +218,7 @@ def load_model(job: Job, device: torch.device, init: str):
     model.origin["template"] = job.template                   # Adapter files store it.
     adapter_paths = add_lora(model, job.lora, bool(job.adapter)) if job.lora else []
     add_embedding_noise(model, options.neftune_alpha)         # None: no noise
-    if options.compile and device.type != "meta":             # Nothing compiles for shapes alone.
+    if options.compile and device.type != "meta":             # There is no code for shapes alone.
         for block in model.layers:
             block.compile(dynamic=True)                       # once for all lengths
     return model, adapter_paths

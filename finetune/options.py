@@ -8,7 +8,7 @@ from lora import LoRAConfig, method_options
 from lora.methods import METHODS
 from lora.quantize import KINDS as QUANTIZED
 
-from .arguments import Parser, add_hardware_flags, named_values, names, number, text
+from .arguments import Parser, add_hardware_flags, as_flag, named_values, names, number, text
 from .shard import RANKS_OF_MACHINE
 from .templates import TEMPLATES
 
@@ -16,7 +16,7 @@ DEMO = Path(__file__).parent / "demo"
 TEMPERATURE = 2.0                                    # of distillation
 WEIGHT = 0.5                                         # of the teacher in the loss
 # Settings of an adapter.  --adapter brings its own, and --method full has none.
-ADAPTER_SETTINGS = ("method", "r", "alpha", "dropout", "targets", "method_options")
+ADAPTER_SETTINGS = ("r", "alpha", "dropout", "targets", "method_options")
 
 
 @dataclass(frozen=True)
@@ -121,20 +121,24 @@ def check_combinations(args, parser):
         parser.error("--data names a file twice; give each once")
     if args.resume and args.overwrite:
         parser.error("--resume continues a run, --overwrite replaces it; give one")
-    settings = [name for name in ADAPTER_SETTINGS if name in parser.given]
-    flags = ", ".join("--" + name.replace("_", "-") for name in settings)
-    if args.adapter and settings:
+    flags = given_flags(parser, ("method", *ADAPTER_SETTINGS))
+    if args.adapter and flags:
         parser.error(f"--adapter brings its own settings; leave out {flags}")
     if args.method == "full" and args.quantize not in (None, "none"):
         parser.error(f"--quantize {args.quantize} needs a frozen base, and --method full trains "
                      "the base")
-    if args.method == "full" and settings != ["method"]:
-        parser.error("--method full trains the base and has no adapter; leave out "
-                     + flags.removeprefix("--method, "))
+    flags = given_flags(parser, ADAPTER_SETTINGS)
+    if args.method == "full" and flags:
+        parser.error(f"--method full trains the base and has no adapter; leave out {flags}")
     teacher_flags = (args.teacher_adapter, args.distill_temperature, args.distill_weight)
     if not args.teacher and any(value is not None for value in teacher_flags):
         parser.error("--teacher-adapter, --distill-temperature and --distill-weight need a "
                      "--teacher; name its folder")
+
+
+def given_flags(parser, names: tuple) -> str:
+    """Return those of these settings whose flags stand on the command line, as one text."""
+    return ", ".join(as_flag(name, True) for name in names if name in parser.given)
 
 
 def is_demo(folder: str) -> bool:

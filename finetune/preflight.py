@@ -145,7 +145,10 @@ def count_line(dataset) -> str:
 
 
 def fit_line(dataset, max_seq_len: int) -> str:
-    """Return how many examples were too long, and what became of them."""
+    """Return how many examples were too long, and what became of them.
+
+    Of plain text nothing is: its documents are cut into rows.
+    """
     notes = []
     if dataset.is_text:
         notes.append(f"rows of at most --max-seq-len {max_seq_len}")

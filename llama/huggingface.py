@@ -296,12 +296,9 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
                          "folder")
     companions = tokenizer.companions
     texts = companions.texts if companions else {}
-    files = {}                                       # {name: content}, made before any is written
-    if not texts.keys() & set(TOKENIZER_FILES):
-        files |= tokenizer_files(tokenizer)
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-    if not companions:
-        files[GENERATION_CONFIG] = ids
+    has_tokenizer = texts.keys() & set(TOKENIZER_FILES)
+    # {name: content}, all made before any file is written
+    files = {} if has_tokenizer else tokenizer_files(tokenizer)
     config = {                    # the keys of transformers 4, which others read too
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
@@ -309,12 +306,15 @@ def save(state: dict[str, torch.Tensor], args: ModelArgs, tokenizer: Tokenizer, 
     if companions:
         config = config_with(companions, config)
     else:
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        files[GENERATION_CONFIG] = ids
         config |= ids
+    files[CONFIG] = config
     save_shards(state, args, folder, suffix, shard_bytes)
     write_whole(folder / TOKENIZER, lambda file: file.write(tokenizer.model))
     if companions:
         companions.write(folder)
-    for name, content in {**files, CONFIG: config}.items():
+    for name, content in files.items():
         write_json(folder / name, content)
 
 

@@ -8,7 +8,7 @@
 
 The first is the usual form of chat data, the second ShareGPT's, the third Alpaca's with
 LLaMA-Factory's two fields.  Messages of either list may have the other list's names.  A first
-message may be the system prompt, or it stands beside the messages.
+message may be the system prompt, or the field `system` beside the list.
 """
 from typing import NamedTuple
 
@@ -37,7 +37,9 @@ def has_messages(example: dict) -> bool:
     In a table that has both columns, the list of an instruction is empty.
     """
     lists = [example[name] for name in MESSAGE_FIELDS if example.get(name) is not None]
-    return any(lists) or bool(lists) and not example.get("instruction")
+    if not any(lists) and example.get("instruction"):
+        return False
+    return bool(lists)
 
 
 def conversation_of(example: dict) -> Conversation:
@@ -54,7 +56,8 @@ def conversation_of(example: dict) -> Conversation:
     system = system_prompt(example)
     if messages[0][0] == "system":
         if system is not None:
-            raise ValueError("has a 'system' and a first message of the system; give one")
+            raise ValueError("has a system prompt in 'system' and one in its first message; "
+                             "give one")
         system = messages[0][1]
         messages = messages[1:]
     return Conversation(system, turns_of(messages))
